@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := infra/constraints.txt
+STAMP := $(VENV)/.slimline-installed
+
+.PHONY: help install demo test lint ui clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
+
+install: $(STAMP)  ## create the virtual environment with the tested versions
+
+$(STAMP): pyproject.toml $(CONSTRAINTS) infra/offline-wheels.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c $(CONSTRAINTS) $$(grep '^torch==' $(CONSTRAINTS))
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[test]'
+	$(PIP) install -q --no-deps -r infra/offline-wheels.txt
+	touch $(STAMP)
+
+demo: $(STAMP)  ## calibrate, prune, repair and measure a real model offline; about ten minutes on two cores
+	$(BIN)/slimline run demo
+	@echo
+	@echo "Figures again:      $(BIN)/slimline results"
+	@echo "Prefect and MLflow: make ui   (then http://127.0.0.1:4200 and http://127.0.0.1:5000)"
+
+test: $(STAMP)  ## all tests, with real Prefect, MLflow and DuckDB
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ui: $(STAMP)  ## Prefect's and MLflow's pages on this machine only; Ctrl-C ends both
+	$(BIN)/slimline ui
+
+clean:  ## remove the virtual environment and caches (not your results)
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity, stock lm-eval tasks and speed. Model, tokenizer and texts in, report out."""

@@ -1,0 +1,104 @@
+"""Any of lm-eval's stock tasks; by default the seven of the pruning papers, zero-shot, with their average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from evaluation.errors import EvaluationError
+from evaluation.report import EvalReport, Metric
+from evaluation.stock_tasks import PAPER_TASKS, stock_task
+from evaluation.suite import DataNeed, Progress, SuiteConfig, SuiteData, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VERSION = 1
+
+AVERAGE_RECIPE = {
+    "boolq": "acc",
+    "piqa": "acc",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_easy": "acc",
+    "arc_challenge": "acc_norm",
+    "openbookqa": "acc_norm",
+}
+"""Which metric of each task enters the papers' average: the choice in the evaluation code of Shortened LLaMA (arXiv
+2402.02834), whose authors matched it to LLM-Pruner's table (arXiv 2305.11627). SlimGPT's text names no choice, but it
+prints LLM-Pruner's figures beside its own."""
+
+
+class Config(SuiteConfig):
+    """Which tasks, and how."""
+
+    tasks: tuple[str, ...] = Field(default=PAPER_TASKS, min_length=1)
+    """lm-eval's names of single tasks."""
+
+    num_fewshot: int = Field(default=0, ge=0)
+    limit: int | None = Field(default=None, ge=1)
+    """Score only the first so many documents of each task."""
+
+    seed: int = 1234
+    """Draws the few-shot examples; lm-eval's default."""
+
+
+def needs(config: Config) -> tuple[DataNeed, ...]:
+    """The splits the tasks read, each once."""
+    found = (need for name in config.tasks for need in stock_task(name).needs(config.num_fewshot))
+    return tuple(dict.fromkeys(found))
+
+
+def check(config: Config) -> None:
+    """Raise EvaluationError for a task that lm-eval does not have (naming near names) or that is named twice."""
+    for name in config.tasks:
+        stock_task(name)
+    twice = sorted({name for name in config.tasks if config.tasks.count(name) > 1})
+    if twice:
+        raise EvaluationError(f"tasks names {', '.join(twice)} more than once; name each once")
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: SuiteData,
+    config: Config,
+    *,
+    batch_size: int = 1,
+    progress: Progress = silent,
+) -> EvalReport:
+    """Score the tasks; with all seven of the papers a row "average" follows. See `harness.run_tasks` for the errors."""
+    check(config)
+    from evaluation.harness import TaskRun, run_tasks
+
+    run = TaskRun(
+        names=config.tasks,
+        definitions=tuple(stock_task(name) for name in config.tasks),
+        num_fewshot=config.num_fewshot,
+        limit=config.limit,
+        seed=config.seed,
+    )
+    metrics, protocol = run_tasks(model, tokenizer, data, run, batch_size=batch_size, progress=progress)
+    if set(PAPER_TASKS) <= set(config.tasks):
+        metrics += (paper_average(metrics),)
+        protocol["average"] = dict(AVERAGE_RECIPE)
+    return EvalReport(suite="zero_shot", metrics=metrics, protocol=protocol)
+
+
+def paper_average(metrics: Sequence[Metric]) -> Metric:
+    """The plain mean over the seven tasks, each with the metric of AVERAGE_RECIPE; tasks' errors are independent."""
+    chosen = [metric for metric in metrics if AVERAGE_RECIPE.get(metric.task) == metric.metric]
+    assert len(chosen) == len(AVERAGE_RECIPE), [metric.task for metric in chosen]
+    errors = [metric.stderr for metric in chosen if metric.stderr is not None]
+    return Metric(
+        task="average",
+        metric="acc",
+        value=math.fsum(metric.value for metric in chosen) / len(chosen),
+        stderr=math.hypot(*errors) / len(chosen) if len(errors) == len(chosen) else None,
+        num_fewshot=chosen[0].num_fewshot,
+        num_examples=sum(metric.num_examples or 0 for metric in chosen),
+        higher_is_better=True,
+    )

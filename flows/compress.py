@@ -1,0 +1,148 @@
+"""The flow: one run of a spec as cached Prefect tasks. The stages and their order are in flows/story.py."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+from prefect.futures import PrefectFuture
+from prefect.states import State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.errors import USER_ERRORS, SpecError, StagesFailed
+from flows.outcome import RunResult, StageOutcome
+from flows.preflight import check
+from flows.report import table_rows
+from flows.spec import RunSpec
+from flows.story import Stage, Story, tell
+from infra.registry import near
+from infra.results import StageRow
+from infra.settings import load_settings
+from infra.sources import sources_from
+from tasks.record import Measured, RunOutcome, record
+from tasks.requests import EvaluateRequest, ProfileRequest
+from tasks.stage import Made, Workplace
+
+log = logging.getLogger("slimline")
+
+#: stages wait for devices, not for threads: enough threads that every stage that could run has one
+_THREADS = 16
+
+
+@flow(
+    name="compress",
+    flow_run_name="{spec.name}",
+    task_runner=ThreadPoolTaskRunner(max_workers=_THREADS),
+    persist_result=False,
+)
+def compress(spec: RunSpec, refresh: tuple[str, ...] = ()) -> RunResult:
+    """Run what is not in the store yet, record everything, and fail at the end if a stage failed.
+
+    refresh: stages (and all that follow from them) to run again although they are in the store. Raises StagesFailed
+    after recording; the preflight's errors before any work.
+    """
+    started_at = datetime.now(UTC)
+    workplace = open_workplace(spec)
+    story = tell(spec, workplace.sources, workplace.settings.device)
+    check(story, workplace)
+    again = _stages_to_refresh(story, refresh)
+    futures: dict[str, PrefectFuture[Made]] = {}
+    for stage in story.stages:
+        task = stage.task.with_options(refresh_cache=stage.ref.key in again)
+        after = [futures[ref.key] for ref in stage.request.inputs]
+        futures[stage.ref.key] = task.submit(stage.request, stage.name, workplace, wait_for=after)
+    outcomes = tuple(_outcome(stage, futures[stage.ref.key]) for stage in story.stages)
+    return _finish(story, outcomes, workplace, started_at)
+
+
+def open_workplace(spec: RunSpec) -> Workplace:
+    """Settings and sources for a spec, from the environment of this process."""
+    settings = load_settings()
+    return Workplace(settings, sources_from(spec.mirror, settings))
+
+
+def _finish(story: Story, outcomes: Sequence[StageOutcome], workplace: Workplace, started_at: datetime) -> RunResult:
+    done = {stage.key for stage in outcomes if stage.status in ("completed", "cached")}
+    problems = [f"{stage.name}: {stage.message}" for stage in outcomes if stage.status == "failed"]
+    message = "; ".join(problems) or None
+    metrics = record(
+        RunOutcome(
+            run_key=story.run_key,
+            name=story.spec.name,
+            spec=story.spec.model_dump(mode="json"),
+            started_at=started_at,
+            stages=tuple(_row(story, outcome) for outcome in outcomes),
+            checkpoints={name: ref for name, ref in story.checkpoints.items() if ref.key in done},
+            measured=tuple(_measured(stage) for stage in story.stages if stage.ref.kind == "report" and stage.ref.key in done),
+            failed=bool(problems),
+            message=message,
+        ),
+        workplace,
+    )
+    create_table_artifact(table=table_rows(metrics), key="slimline-results", description=f"{story.spec.name}: results")
+    last = list(story.checkpoints.values())[-1]
+    result = RunResult(
+        run_key=story.run_key,
+        name=story.spec.name,
+        stages=tuple(outcomes),
+        metrics=metrics,
+        checkpoint=str(workplace.store.path(last)) if last.key in done else None,
+    )
+    if message is not None:
+        raise StagesFailed(message, result=result, by_user=all(stage.by_user for stage in result.failures))
+    return result
+
+
+def _outcome(stage: Stage, future: PrefectFuture[Made]) -> StageOutcome:
+    future.wait()
+    state: State[Any] = future.state
+    ref = stage.ref
+    common = {"name": stage.name, "key": ref.key, "kind": ref.kind}
+    if state.is_completed():
+        made = state.result()
+        cached = state.name == "Cached" or made.found
+        if state.name == "Cached":
+            log.info("%s: cached, %s", stage.name, ref.key)
+        return StageOutcome(**common, status="cached" if cached else "completed", seconds=made.seconds)
+    if state.is_pending():
+        log.warning("%s: skipped, a stage before it failed", stage.name)
+        return StageOutcome(**common, status="skipped", seconds=None, message="a stage before it failed")
+    error = state.result(raise_on_failure=False)
+    by_user = isinstance(error, USER_ERRORS)
+    message = str(error) if by_user else f"{type(error).__name__}: {error}"
+    log.error("%s: failed: %s", stage.name, message)
+    return StageOutcome(**common, status="failed", seconds=None, message=message, by_user=by_user)
+
+
+def _row(story: Story, outcome: StageOutcome) -> StageRow:
+    values = outcome.model_dump(include={"name", "kind", "status", "seconds", "message"})
+    return StageRow(run_key=story.run_key, stage_key=outcome.key, **values)
+
+
+def _measured(stage: Stage) -> Measured:
+    request = stage.request
+    assert isinstance(request, EvaluateRequest | ProfileRequest) and stage.checkpoint is not None
+    suite = request.plugin if isinstance(request, EvaluateRequest) else "profile"
+    label = stage.name.split(":")[1] if isinstance(request, EvaluateRequest) else "profile"
+    return Measured(
+        report=stage.ref, suite=suite, label=label, checkpoint_name=stage.checkpoint, checkpoint=request.checkpoint
+    )
+
+
+def _stages_to_refresh(story: Story, names: Sequence[str]) -> set[str]:
+    """Keys of the named stages and of all that follow from them; "prune" names every "prune:..."."""
+    keys: set[str] = set()
+    for name in names:
+        found = {stage.ref.key for stage in story.stages if stage.name == name or stage.name.startswith(f"{name}:")}
+        if not found:
+            known = [stage.name for stage in story.stages]
+            raise SpecError(f"--refresh: unknown stage {name!r}{near(name, known)}; this run has: {', '.join(known)}")
+        keys |= found
+    for stage in story.stages:  # inputs come first, so one pass reaches everything
+        if any(ref.key in keys for ref in stage.request.inputs):
+            keys.add(stage.ref.key)
+    return keys

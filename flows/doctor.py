@@ -1,0 +1,79 @@
+"""`slimline doctor`: is this machine ready? One line per question, none of them expensive."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from infra.artifacts import ArtifactStore
+from infra.offline import OfflineDefault
+from infra.provenance import git_revision, versions
+from infra.results import ResultsStore
+from infra.settings import Settings
+from infra.sources import sources_from
+from infra.tracking import Tracker
+from tasks.devices import device_names
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One question and its answer; `bad` findings make the command fail."""
+
+    topic: str
+    answer: str
+    bad: bool = False
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Versions, devices, sources, disk, stores, in this order."""
+    yield Finding("versions", ", ".join(f"{name} {version}" for name, version in versions().items()))
+    yield Finding("git revision", git_revision() or "not a checkout")
+    yield _asked("devices", lambda: _devices(settings))
+    yield _asked("sources", lambda: _sources(settings))
+    yield _asked("hub", _hub)
+    yield _asked("offline default", lambda: OfflineDefault(settings.offline_root).status())
+    yield _asked("artifact store", lambda: _store(settings))
+    yield _asked("results (DuckDB)", lambda: f"{settings.results_path}: {len(ResultsStore(settings.results_path).runs())} runs")
+    yield _asked("tracking (MLflow)", lambda: f"{Tracker(settings.tracking_uri).check()}")
+
+
+def _asked(topic: str, question: Callable[[], str]) -> Finding:
+    try:
+        return Finding(topic, question())
+    except (ValueError, OSError) as error:
+        return Finding(topic, str(error), bad=True)
+
+
+def _devices(settings: Settings) -> str:
+    import torch
+
+    names = device_names(settings.device)
+    described = [
+        f"{name} ({torch.cuda.get_device_name(name)}, {torch.cuda.mem_get_info(name)[1] / 2**30:.0f} GiB)"
+        if name.startswith("cuda")
+        else f"{name} ({os.cpu_count()} cores)"
+        for name in names
+    ]
+    return f"{', '.join(described)} (SLIMLINE_DEVICE={settings.device})"
+
+
+def _sources(settings: Settings) -> str:
+    sources = sources_from(None, settings)
+    places = [str(folder) for folder in sources.mirrors]
+    places += ["offline default"] if sources.offline else []
+    places += ["hub"] if sources.hub else []
+    return f"models and data are looked for in: {', '.join(places)} (SLIMLINE_MIRROR={settings.mirror or ''})"
+
+
+def _hub() -> str:
+    from infra.hub import reachable
+
+    return "reachable" if reachable() else "not reachable: use a mirror or the offline default (SLIMLINE_MIRROR)"
+
+
+def _store(settings: Settings) -> str:
+    ArtifactStore(settings.store_root).preflight()
+    usage = shutil.disk_usage(settings.store_root)
+    return f"{settings.store_root}: writable, {usage.free / 2**30:.1f} GiB free of {usage.total / 2**30:.1f}"

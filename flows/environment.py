@@ -1,0 +1,40 @@
+"""Settings of the libraries we stand on, made before they are imported; whatever the user has set wins."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from infra.settings import Settings
+
+_DEFAULTS = {
+    # a first start creates Prefect's database; twenty seconds, the default, is not always enough
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # our own lines go to the terminal and, as extra logger, to the UI; Prefect's tracebacks of stages go to the UI alone
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "slimline",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def prepare_environment(settings: Settings) -> None:
+    """Put defaults into the environment. Prefect's cache records lie beside the artifacts they point to."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("PREFECT_LOCAL_STORAGE_PATH", str(settings.home / "prefect-results"))
+
+
+def log_to_terminal(*, verbose: bool) -> None:
+    """One line per stage on standard error; libraries only when they warn."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    ours = logging.getLogger("slimline")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(logging.DEBUG if verbose else logging.INFO)

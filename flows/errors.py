@@ -1,0 +1,38 @@
+"""Which exceptions mean "the user can mend this": the command line turns them into one sentence and exit code 2.
+
+    ValueError
+    ├── flows.errors.SpecError            a spec, an override or a command-line value
+    ├── pruning.errors.PruningError       a model, a calibration set, numbers
+    ├── evaluation.errors.EvaluationError a suite, a task, a protocol
+    └── infra.errors.InfraError           data and model sources, stores, disks
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from evaluation.errors import EvaluationError
+from infra.errors import InfraError
+from pruning.errors import PruningError
+
+if TYPE_CHECKING:
+    from flows.outcome import RunResult
+
+
+class SpecError(ValueError):
+    """A spec, an override or a command-line value that cannot be used."""
+
+
+class StagesFailed(RuntimeError):
+    """Some stages of a run failed; the message names each with its reason.
+
+    result: what the others came to. by_user: all failures are of the kind that the user can mend.
+    """
+
+    def __init__(self, message: str, *, result: RunResult, by_user: bool) -> None:
+        super().__init__(message)
+        self.result = result
+        self.by_user = by_user
+
+
+USER_ERRORS: tuple[type[Exception], ...] = (SpecError, PruningError, EvaluationError, InfraError)

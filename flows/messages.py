@@ -1,0 +1,57 @@
+"""Pydantic's errors as one sentence: where, what, and the nearest key that exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from infra.registry import near
+
+
+def first_problem(error: ValidationError, *, also_known: Iterable[str] = (), model: type[BaseModel] | None = None) -> str:
+    """The first thing wrong, e.g. "unknown key 'sparsty' in steps.0; did you mean 'sparsity'?".
+
+    also_known: further keys that are allowed at the top. model: where to look up the keys that exist.
+    """
+    problem = error.errors(include_url=False)[0]
+    location: Sequence[Any] = problem["loc"]
+    if problem["type"] == "extra_forbidden":
+        known = [*_keys_at(model, location[:-1]), *(also_known if len(location) == 1 else ())]
+        return _unknown_key(str(location[-1]), location[:-1], known)
+    # tags of discriminated unions are not something the user wrote
+    where = ".".join(str(part) for part in location if part not in ("prune", "recover"))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("value_error", "step_kind"):
+        return f"{where}: {message}" if where else message
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    shown = repr(problem["input"])
+    return f"{where} = {shown if len(shown) < 80 else shown[:77] + '...'}: {message[0].lower()}{message[1:]}"
+
+
+def _unknown_key(key: str, inside: Sequence[Any], known: Sequence[str]) -> str:
+    where = f" in {'.'.join(str(part) for part in inside)}" if inside else ""
+    names = f"; known: {', '.join(known)}" if known else ""
+    return f"unknown key {key!r}{where}{near(key, known)}{names}"
+
+
+def _keys_at(model: type[BaseModel] | None, location: Sequence[Any]) -> list[str]:
+    """Field names of the model found by following a location from `model`; empty where that leaves plain models."""
+    for part in location:
+        if model is None:
+            return []
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(str(part))
+        model = _model_in(field.annotation) if field else None
+    return list(model.model_fields) if model else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside X | None, tuple[X, ...] and the like, if there is just one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = {inner for part in getattr(annotation, "__args__", ()) if (inner := _model_in(part)) is not None}
+    return found.pop() if len(found) == 1 else None

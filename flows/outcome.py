@@ -1,0 +1,45 @@
+"""What a run came to: per stage its key, whether it ran, how long, and why it failed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from infra.results import MetricRow
+
+
+class StageOutcome(BaseModel):
+    """One stage of a finished run; `seconds` is the time it took when it ran, also if that was an earlier run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    key: str
+    kind: str
+    status: Literal["completed", "cached", "failed", "skipped"]
+    seconds: float | None
+    message: str | None = None
+    by_user: bool = False
+
+    @property
+    def cached(self) -> bool:
+        """Whether the artifact was there already."""
+        return self.status == "cached"
+
+
+class RunResult(BaseModel):
+    """What the flow returns. checkpoint: folder of the last checkpoint of the run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_key: str
+    name: str
+    stages: tuple[StageOutcome, ...]
+    metrics: tuple[MetricRow, ...]
+    checkpoint: str | None
+
+    @property
+    def failures(self) -> tuple[StageOutcome, ...]:
+        """The stages that failed themselves (not those that were skipped because of them)."""
+        return tuple(stage for stage in self.stages if stage.status == "failed")

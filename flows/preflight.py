@@ -1,0 +1,61 @@
+"""What can be known to fail before any work: asked in seconds, so that nothing fails after hours."""
+
+from __future__ import annotations
+
+from flows.errors import SpecError
+from flows.spec import RunSpec
+from flows.story import Story
+from infra.models import ModelCard, describe
+from infra.settings import Settings
+from infra.sources import Sources
+from pruning.errors import PruningError
+from pruning.families import FAMILIES
+from tasks.devices import device_names
+from tasks.stage import Workplace
+
+#: a pruned checkpoint is written beside the dense one, and training keeps optimizer state and two checkpoints
+_CHECKPOINTS_PER_MISSING_STAGE = 1.2
+
+
+def check(story: Story, workplace: Workplace) -> None:
+    """Raise the error of the first thing that cannot work: an unwritable store, a missing device, an unsupported
+    model, windows longer than the model's context, too little disk."""
+    store, settings = workplace.store, workplace.settings
+    store.preflight()
+    missing = [stage for stage in story.stages if not store.has(stage.ref)]
+    if not missing:
+        return
+    card = _card(story.spec, workplace.sources)
+    _check_family(card, story.spec)
+    _check_context(card, story.spec)
+    _check_device(settings)
+    checkpoints = sum(stage.ref.kind == "checkpoint" for stage in missing)
+    store.preflight(int(_CHECKPOINTS_PER_MISSING_STAGE * checkpoints * card.bytes))
+
+
+def _card(spec: RunSpec, sources: Sources) -> ModelCard:
+    return describe(sources.find(spec.model.id, "model", revision=spec.model.revision))
+
+
+def _check_family(card: ModelCard, spec: RunSpec) -> None:
+    known = sorted({model_type for family in FAMILIES for model_type in family.model_types})
+    if card.model_type not in known:
+        raise PruningError(
+            f"model {spec.model.id} has the unsupported architecture {card.model_type!r}; supported: {', '.join(known)}"
+        )
+
+
+def _check_context(card: ModelCard, spec: RunSpec) -> None:
+    longest = card.max_position_embeddings
+    if longest is None or spec.calibration is None:
+        return
+    if spec.calibration.seq_len > longest:
+        raise SpecError(
+            f"calibration.seq_len {spec.calibration.seq_len} is longer than the context of {spec.model.id} ({longest}); "
+            f"lower it to at most {longest}"
+        )
+
+
+def _check_device(settings: Settings) -> None:
+    if settings.device not in ("auto", "cpu"):
+        device_names(settings.device)

@@ -1,0 +1,121 @@
+"""Results as tables: one row per checkpoint, one column per figure, standard errors beside them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+
+from infra.results import MetricRow
+
+#: which figure of the profile stands in the table, under which heading, divided by what
+_PROFILE_COLUMNS = {
+    "num_parameters": ("parameters (M)", 1e6),
+    "num_decoder_parameters": ("decoder (M)", 1e6),
+    "prefill_ms_p50": ("prefill ms", 1.0),
+    "decode_ms_per_token_p50": ("decode ms/token", 1.0),
+    "tokens_per_s": ("tokens/s", 1.0),
+    "decode_ratio": ("decode / dense", 1.0),
+    "peak_memory_gib": ("peak memory GiB", 1.0),
+}
+#: of several metrics of one task the first of these stands in the table; the results store has all of them
+_PREFERRED = ("acc", "acc_norm", "exact_match", "f1", "score")
+
+Table = list[dict[str, str]]
+
+
+def table_rows(metrics: Iterable[MetricRow]) -> Table:
+    """One row per checkpoint in the order of their first metric; every row has the same columns."""
+    shown = [row for row in metrics if _heading(row) is not None]
+    shown = _one_metric_per_task(shown)
+    profile = [heading for heading, _ in _PROFILE_COLUMNS.values()]
+    headings = list(dict.fromkeys(heading for row in shown if (heading := _heading(row))))
+    ordered = (
+        [h for h in profile[:2] if h in headings]
+        + [h for h in headings if h not in profile]
+        + [h for h in profile[2:] if h in headings]
+    )
+    rows: dict[str, dict[str, str]] = {}
+    for row in shown:
+        heading = _heading(row)
+        assert heading is not None
+        rows.setdefault(row.checkpoint, {})[heading] = _cell(row)
+    return [{"checkpoint": name} | {h: cells.get(h, "") for h in ordered} for name, cells in rows.items()]
+
+
+def render(metrics: Sequence[MetricRow], form: str) -> str:
+    """`form`: "table" (aligned text) and "markdown" show the table; "json" and "csv" every metric with its protocol."""
+    if form == "json":
+        return json.dumps([row.model_dump(mode="json") | {"protocol": json.loads(row.protocol)} for row in metrics])
+    if form == "csv":
+        return _csv(metrics)
+    return _markdown(table_rows(metrics)) if form == "markdown" else aligned(table_rows(metrics))
+
+
+def aligned(rows: Table) -> str:
+    """The table turned on its side, figures down and checkpoints across: it fits a terminal however many figures."""
+    if not rows:
+        return "no results yet"
+    lines = [[""] + [row["checkpoint"] for row in rows]]
+    lines += [[heading] + [row[heading] or "-" for row in rows] for heading in rows[0] if heading != "checkpoint"]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)])
+        for line in lines
+    )
+
+
+def protocol_lines(metrics: Iterable[MetricRow]) -> list[str]:
+    """One line per suite that says how its figures were taken."""
+    seen = {row.suite: row.protocol for row in metrics}
+    return [f"{suite}: {_words(json.loads(protocol))}" for suite, protocol in seen.items()]
+
+
+def _words(protocol: dict[str, object]) -> str:
+    return ", ".join(f"{key} {json.dumps(value)}" for key, value in protocol.items() if value not in (None, [], {}))
+
+
+def _one_metric_per_task(rows: list[MetricRow]) -> list[MetricRow]:
+    best: dict[tuple[str, str, str], MetricRow] = {}
+    kept: list[MetricRow] = []
+    for row in rows:
+        if row.metric not in _PREFERRED:
+            kept.append(row)
+            continue
+        key = (row.checkpoint, row.suite, row.task)
+        if key not in best or _PREFERRED.index(row.metric) < _PREFERRED.index(best[key].metric):
+            best[key] = row
+    wanted = {id(row) for row in best.values()} | {id(row) for row in kept}
+    return [row for row in rows if id(row) in wanted]
+
+
+def _heading(row: MetricRow) -> str | None:
+    if row.suite == "profile":
+        return _PROFILE_COLUMNS[row.metric][0] if row.metric in _PROFILE_COLUMNS else None
+    return f"{row.task} {row.metric}"
+
+
+def _cell(row: MetricRow) -> str:
+    if row.suite == "profile":
+        value = row.value / _PROFILE_COLUMNS[row.metric][1]
+        return f"{value:.2f}" if value < 1000 else f"{value:.0f}"
+    digits = 2 if row.metric.startswith("ppl") else 3
+    error = "" if row.stderr is None else f" ± {row.stderr:.{digits}f}"
+    return f"{row.value:.{digits}f}{error}"
+
+
+def _markdown(rows: Table) -> str:
+    if not rows:
+        return "no results yet"
+    names = list(rows[0])
+    lines = [" | ".join(names), " | ".join("---" for _ in names)] + [" | ".join(row.values()) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _csv(metrics: Sequence[MetricRow]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(MetricRow.model_fields))
+    writer.writeheader()
+    writer.writerows(row.model_dump(mode="json") for row in metrics)
+    return text.getvalue().rstrip("\n")

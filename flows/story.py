@@ -1,0 +1,169 @@
+"""Which stages a spec asks for, in order, each with its key: the same list is planned, run and reported.
+
+Nothing runs here. Requests hold references to artifacts that need not exist yet: keys follow from requests alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from evaluation.profile_config import ProfileConfig
+from flows.spec import DENSE, CalibrationSpec, EvalSpec, PruneStep, RecoverStep, RunSpec
+from infra.artifacts import ArtifactRef
+from infra.keys import stage_key
+from infra.sources import Sources
+from tasks.calibrate import calibrate
+from tasks.capture import capture
+from tasks.devices import device_label
+from tasks.evaluate import evaluate
+from tasks.import_model import import_model
+from tasks.profile import profile
+from tasks.prune import prune
+from tasks.recover import recover
+from tasks.requests import (
+    CalibrateRequest,
+    CaptureRequest,
+    EvaluateRequest,
+    ImportRequest,
+    ProfileRequest,
+    PruneRequest,
+    RecoverRequest,
+    Request,
+)
+
+if TYPE_CHECKING:
+    from prefect import Task
+
+    from tasks.stage import Made
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one run. checkpoint: name in the run of the checkpoint that it makes or measures, if any."""
+
+    name: str
+    task: Task[..., Made]
+    request: Request
+    checkpoint: str | None = None
+
+    @property
+    def ref(self) -> ArtifactRef:
+        """The artifact it makes."""
+        return self.request.ref
+
+
+@dataclass(frozen=True)
+class Story:
+    """All cached stages of a run in an order in which each comes after its inputs."""
+
+    spec: RunSpec
+    stages: tuple[Stage, ...]
+    checkpoints: dict[str, ArtifactRef]
+
+    @property
+    def run_key(self) -> str:
+        """Identity of the run: its name and the keys of its stages. The same spec on the same data is the same run."""
+        return stage_key(f"run-{self.spec.name.lower()}", 1, {"stages": [stage.ref.key for stage in self.stages]})
+
+
+def tell(spec: RunSpec, sources: Sources, device_setting: str) -> Story:
+    """The story of a run. Raises SourceMissing if a model or data set cannot be found."""
+    dense = _import(spec, sources)
+    stages, checkpoints = [dense], {DENSE: dense.ref}
+    current = dense.ref
+    for step, name in zip(spec.steps, spec.checkpoints[1:], strict=True):
+        if isinstance(step, PruneStep):
+            added = _prune(step, name, current, _calibrate(spec.calibration, dense.ref, sources))
+        else:
+            added = [_recover(step, name, current, sources)]
+        stages += added
+        current = checkpoints[name] = added[-1].ref
+    for entry in spec.evals:
+        stages += [_evaluate(entry, name, checkpoints[name], sources) for name in spec.measured(entry.on)]
+    if spec.profile:
+        label = device_label(device_setting)
+        for name in spec.measured(spec.profile.on):
+            stages.append(_profile(spec.profile.settings, name, checkpoints, label))
+    unique = {stage.ref.key: stage for stage in reversed(stages)}
+    return Story(spec, tuple(stage for stage in stages if unique[stage.ref.key] is stage), checkpoints)
+
+
+def _import(spec: RunSpec, sources: Sources) -> Stage:
+    model = spec.model
+    located = sources.find(model.id, "model", revision=model.revision)
+    request = ImportRequest(
+        source=located.identity, dtype=model.dtype, model_id=model.id, revision=model.revision
+    )
+    return Stage("import-model", import_model, request, DENSE)
+
+
+def _calibrate(asked: CalibrationSpec | None, checkpoint: ArtifactRef, sources: Sources) -> Stage:
+    assert asked is not None, "RunSpec refuses to prune without calibration"
+    located = sources.find(asked.data.dataset, "dataset", revision=asked.data.revision)
+    request = CalibrateRequest(
+        checkpoint=checkpoint,
+        source=located.identity,
+        config=asked.data.config,
+        split=asked.data.split,
+        text_field=asked.data.text_field,
+        data_files=asked.data.data_files,
+        num_samples=asked.num_samples,
+        seq_len=asked.seq_len,
+        num_heldout=asked.num_heldout,
+        seed=asked.seed,
+        join=asked.join,
+        data=asked.data,
+    )
+    return Stage("calibrate", calibrate, request)
+
+
+def _prune(step: PruneStep, name: str, checkpoint: ArtifactRef, calibration: Stage) -> list[Stage]:
+    """Calibration, a capture if the method wants one, and the pruning itself."""
+    statistics = None
+    if step.module.needs_statistics(step.config):
+        request = CaptureRequest(checkpoint=checkpoint, calibration=calibration.ref)
+        statistics = Stage(f"capture:{name}", capture, request)
+    pruning = PruneRequest(
+        plugin=step.method,
+        config=_plain(step.config),
+        checkpoint=checkpoint,
+        calibration=calibration.ref,
+        statistics=statistics.ref if statistics else None,
+    )
+    return [calibration, *([statistics] if statistics else []), Stage(f"prune:{name}", prune, pruning, name)]
+
+
+def _recover(step: RecoverStep, name: str, checkpoint: ArtifactRef, sources: Sources) -> Stage:
+    data = step.config.data
+    located = sources.find(data.dataset, "dataset", revision=data.revision)
+    request = RecoverRequest(
+        plugin=step.recovery, config=_plain(step.config), checkpoint=checkpoint, source=located.identity
+    )
+    return Stage(f"recover:{name}", recover, request, name)
+
+
+def _evaluate(entry: EvalSpec, name: str, checkpoint: ArtifactRef, sources: Sources) -> Stage:
+    entry.module.check(entry.config)
+    needs = entry.module.needs(entry.config)
+    request = EvaluateRequest(
+        plugin=entry.suite,
+        config=_plain(entry.config),
+        checkpoint=checkpoint,
+        sources=tuple(sources.find(need.repo_id, "dataset").identity for need in needs),
+    )
+    return Stage(f"evaluate:{entry.label}:{name}", evaluate, request, name)
+
+
+def _profile(settings: ProfileConfig, name: str, checkpoints: dict[str, ArtifactRef], device: str) -> Stage:
+    request = ProfileRequest(
+        checkpoint=checkpoints[name],
+        reference=checkpoints[DENSE] if name != DENSE else None,
+        settings=_plain(settings),
+        device_name=device,
+    )
+    return Stage(f"profile:{name}", profile, request, name)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return dict(config.model_dump(mode="json"))

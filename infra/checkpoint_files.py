@@ -1,0 +1,192 @@
+"""The files of a checkpoint folder: which are the weights, what their headers say, and the card made from that.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from infra.errors import SourceInvalid
+from infra.gguf_header import read_gguf_header
+
+INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# What is not carried over: other forms of the weights, and anything pickled.
+NOT_COPIED = (*_PICKLED, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".npz")
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# The three spellings of old and new config.json files.
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+_HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model")
+
+
+class ModelCard(BaseModel):
+    """What a model is, from its headers.
+
+    `num_parameters` counts tied embeddings once; `bytes` is the size of the weight files.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    num_parameters: int | None
+    bytes: int
+    dtype: str | None  # the floating type most weights have; None for GGUF and where only the hub knows
+    max_position_embeddings: int | None = None  # None where the config does not say
+
+
+def card_of_folder(folder: Path) -> ModelCard:
+    """The card of a folder with safetensors or one GGUF file, or of a .gguf file.
+
+    Raises SourceInvalid if it is neither.
+    """
+    gguf = gguf_file(folder)
+    if gguf is not None:
+        return _card_of_gguf(gguf)
+    files = weight_files(folder)
+    headers = [tensor_header(file) for file in files]
+    config = read_config(folder)
+    tensors = {name: entry for header in headers for name, entry in header.items()}
+    if config.get("tie_word_embeddings"):
+        tensors.pop("lm_head.weight", None)
+    sizes: Counter[str] = Counter()
+    for entry in tensors.values():
+        sizes[entry["dtype"]] += math.prod(entry["shape"])
+    floating = [name for name, _ in sizes.most_common() if name in _DTYPES]
+    return card_of_config(
+        config, str(folder), num_parameters=sizes.total(), size=sum(file.stat().st_size for file in files),
+        dtype=_DTYPES[floating[0]] if floating else None,
+    )  # fmt: skip
+
+
+def card_of_config(
+    config: Mapping[str, Any], where: str, *, num_parameters: int | None, size: int, dtype: str | None
+) -> ModelCard:
+    """The card from a config.json and what is known of the weights. Raises SourceInvalid if it describes no decoder."""
+    layers = next((config[key] for key in _LAYER_KEYS if key in config), None)
+    hidden = next((config[key] for key in _HIDDEN_KEYS if key in config), None)
+    if "model_type" not in config or not isinstance(layers, int) or not isinstance(hidden, int):
+        raise SourceInvalid(
+            f"config.json of {where} names no model_type, num_hidden_layers and hidden_size; slimline needs a "
+            "decoder-only language model"
+        )
+    return ModelCard(
+        model_type=config["model_type"], num_layers=layers, hidden_size=hidden,
+        num_parameters=num_parameters, bytes=size, dtype=dtype,
+        max_position_embeddings=config.get("max_position_embeddings"),
+    )  # fmt: skip
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands. Raises SourceInvalid if it is missing or no JSON object."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except FileNotFoundError:
+        raise SourceInvalid(
+            f"{folder} holds no config.json; a model folder needs config, tokenizer and safetensors, or one GGUF file"
+        ) from None
+    except ValueError as error:
+        raise SourceInvalid(f"{folder}/config.json is not JSON ({error}); fetch it again") from error
+    if not isinstance(config, dict):
+        raise SourceInvalid(f"{folder}/config.json is not a JSON object; fetch it again")
+    return config
+
+
+def gguf_file(folder: Path) -> Path | None:
+    """The GGUF file meant by `folder` (it may be one itself), or None if there are safetensors or none at all."""
+    if folder.is_file():
+        if folder.suffix != ".gguf":
+            raise SourceInvalid(
+                f"{folder} is no model: give a folder with config.json and safetensors, or a .gguf file"
+            )
+        return folder
+    files = sorted(folder.glob("*.gguf"))
+    if not files or any(folder.glob("*.safetensors")):
+        return None
+    if len(files) > 1:
+        raise SourceInvalid(
+            f"{folder} has {len(files)} GGUF files ({', '.join(file.name for file in files)}); give the path of one "
+            "of them"
+        )
+    return files[0]
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a folder, in order.
+
+    Raises SourceInvalid naming a missing shard, or why there are none.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        for file in files:
+            if not file.is_file():
+                raise SourceInvalid(f"{folder} lacks {file.name}, a shard that its index names; fetch the model again")
+        return tuple(files)
+    # consolidated.safetensors is Mistral's own second copy; adapter_model.safetensors is a LoRA, no model.
+    files = [
+        file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(("adapter_", "consolidated"))
+    ]
+    if len(files) > 1 and folder / "model.safetensors" in files:
+        return (folder / "model.safetensors",)
+    if files:
+        return tuple(files)
+    raise SourceInvalid(_why_no_weights(folder))
+
+
+def tensor_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Name -> dtype and shape from the head of a safetensors file.
+
+    Raises SourceInvalid if it is cut off or no such file.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            size = file.stat().st_size
+            header: dict[str, dict[str, Any]] = json.loads(stream.read(length if length < size else 0))
+        header.pop("__metadata__", None)
+        if max((entry["data_offsets"][1] for entry in header.values()), default=0) + 8 + length != size:
+            raise ValueError("its size is not what its header says")
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise SourceInvalid(f"{file} is no whole safetensors file ({error}); fetch it again") from error
+    return header
+
+
+def _card_of_gguf(file: Path) -> ModelCard:
+    header = read_gguf_header(file)
+    try:
+        return ModelCard(
+            model_type=str(header.values["general.architecture"]), num_layers=header.number("block_count"),
+            hidden_size=header.number("embedding_length"), num_parameters=header.num_parameters,
+            bytes=file.stat().st_size, dtype=None, max_position_embeddings=header.number("context_length"),
+        )  # fmt: skip
+    except KeyError as error:
+        raise SourceInvalid(
+            f"{file} does not say {error} in its header; slimline needs a decoder-only language model"
+        ) from error
+
+
+def _why_no_weights(folder: Path) -> str:
+    names = sorted(file.name for file in folder.iterdir())
+    pickled = [
+        name for name in names if name.endswith(_PICKLED) and not name.startswith(("optimizer", "training_args"))
+    ]
+    if pickled:
+        return (
+            f"{folder} has only pickled weights ({pickled[0]}), which can run any code when they are loaded; "
+            "convert them to "
+            f"safetensors where you trust them, or take another copy of the model"
+        )
+    if "adapter_model.safetensors" in names:
+        return f"{folder} is a LoRA adapter and not a model; merge it into its base model first"
+    return f"{folder} holds no weights (.safetensors or .gguf); a model folder needs config, tokenizer and weights"

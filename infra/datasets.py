@@ -1,0 +1,162 @@
+"""Rows of a located data set. The only file that imports `datasets`; import it late, that costs two seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+from datasets import Dataset, VerificationMode
+
+from infra.errors import SourceInvalid, SourceMissing
+from infra.registry import near
+from infra.sources import Located, named_by_content
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def texts(
+    located: Located, config: str | None, split: str, data_files: str | None, column: str, *, home: Path
+) -> list[str]:
+    """One text column, in order.
+
+    A .txt file is one text. Raises SourceInvalid naming the configs, splits or columns there are.
+    """
+    if located.folder is not None and located.folder.suffix == ".txt":
+        _check_file_split(located, config, split)
+        return [located.folder.read_text(encoding="utf-8")]
+    rows = load(located, config, split, data_files, home=home)
+    return _column(located, rows, column)
+
+
+def records(
+    located: Located, config: str | None, split: str, data_files: str | None, columns: Sequence[str], *, home: Path
+) -> list[dict[str, str]]:
+    """Rows as dicts of exactly `columns`, all text; None becomes "". Raises SourceInvalid as `texts` does."""
+    rows = load(located, config, split, data_files, home=home)
+    values = [_column(located, rows, column) for column in columns]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
+
+
+def splits(located: Located, config: str | None, *, home: Path) -> tuple[str, ...]:
+    """Names of the splits under `config` (None: the default one)."""
+    if located.folder is not None and located.folder.is_file():
+        return ("train",)
+    with _explained(located, config, "train", home):
+        return tuple(datasets.get_dataset_split_names(_path(located, home), config, revision=located.revision))
+
+
+def load(located: Located, config: str | None, split: str, data_files: str | None, *, home: Path) -> Dataset:
+    """The rows of one split.
+
+    Raises SourceInvalid naming the configs or splits that exist, SourceMissing if the hub is silent.
+    """
+    datasets.disable_progress_bars()
+    if located.folder is not None and located.folder.is_file():
+        _check_file_split(located, config, split)
+        return _load_files(located, _path(located, home), split, home)
+    if data_files is not None:
+        return _load_files(located, _pattern(located, data_files, home), split, home)
+    with _explained(located, config, split, home):
+        loaded = datasets.load_dataset(
+            _path(located, home), config, split=split, revision=located.revision, cache_dir=_cache(located, home)
+        )
+    return cast(Dataset, loaded)
+
+
+def _load_files(located: Located, pattern: str, split: str, home: Path) -> Dataset:
+    name = pattern.removesuffix(".gz")
+    builder = _BUILDERS.get(Path(name).suffix)
+    if builder is None:
+        raise SourceInvalid(
+            f"{pattern} is no text data: known are {', '.join(('.txt', *_BUILDERS))} (the last four also as .gz)"
+        )
+    # The bare builder, not the repository: a README that promises other splits makes `datasets` refuse a single shard.
+    try:
+        loaded = datasets.load_dataset(
+            builder,
+            data_files={split.partition("[")[0]: pattern},
+            split=split,
+            verification_mode=VerificationMode.NO_CHECKS,
+            cache_dir=_cache(located, home),
+        )
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        raise SourceInvalid(
+            f"{located.repo_id}: {pattern} cannot be read as {builder}: {error.__cause__ or error}"
+        ) from error
+    return cast(Dataset, loaded)
+
+
+def _pattern(located: Located, data_files: str, home: Path) -> str:
+    if located.folder is None:
+        return f"hf://datasets/{located.repo_id}@{located.revision}/{data_files}"
+    if not any(located.folder.glob(data_files)):
+        files = (file.relative_to(located.folder) for file in located.folder.rglob("*") if file.is_file())
+        have = sorted(file.as_posix() for file in files if not file.name.startswith("."))
+        raise SourceInvalid(
+            f"{located.repo_id} in {located.mirror} has no file {data_files!r}; it has {', '.join(have[:8])}"
+        )
+    return f"{_path(located, home)}/{data_files}"
+
+
+def _path(located: Located, home: Path) -> str:
+    return located.repo_id if located.folder is None else str(named_by_content(located, home))
+
+
+def _cache(located: Located, home: Path) -> str | None:
+    # Copies of local folders are slimline's own; what came from the hub belongs in the cache that all programs share.
+    return None if located.folder is None else str(home / "cache" / "datasets")
+
+
+def _check_file_split(located: Located, config: str | None, split: str) -> None:
+    if config is not None or split.partition("[")[0] != "train":
+        raise SourceInvalid(
+            f"{located.repo_id} is a single file: it has the split 'train' and no configs, not {config or split!r}"
+        )
+
+
+@contextmanager
+def _explained(located: Located, config: str | None, split: str, home: Path) -> Iterator[None]:
+    """Turn the many ways `datasets` refuses into one sentence that names what exists."""
+    try:
+        yield
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise SourceInvalid(f"{located.repo_id} in {located.mirror} holds no data files that can be read") from error
+    except ConnectionError as error:
+        raise SourceMissing(
+            f"the hub did not answer while {located.repo_id} was downloaded; run again to continue"
+        ) from error
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        raise SourceInvalid(_diagnosis(located, config, split, home) or f"{located.repo_id}: {error}") from error
+
+
+def _diagnosis(located: Located, config: str | None, split: str, home: Path) -> str | None:
+    path, where = _path(located, home), f"{located.repo_id} ({located.mirror})"
+    try:
+        configs = datasets.get_dataset_config_names(path, revision=located.revision)
+        if config is None and len(configs) > 1 and "default" not in configs:
+            return f"{where} has several configs, name one: {', '.join(configs)}"
+        if config is not None and config not in configs:
+            return f"{where} has no config {config!r}{near(config, configs)}; it has {', '.join(configs)}"
+        names = datasets.get_dataset_split_names(path, config, revision=located.revision)
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError):
+        return None
+    asked = split.partition("[")[0]
+    return None if asked in names else f"{where} has no split {asked!r}{near(asked, names)}; it has {', '.join(names)}"
+
+
+def _column(located: Located, rows: Dataset, column: str) -> list[str]:
+    if column not in rows.column_names:
+        names = rows.column_names
+        raise SourceInvalid(
+            f"{located.repo_id} has no column {column!r}{near(column, names)}; it has {', '.join(names)}"
+        )
+    values: list[Any] = list(rows[column])
+    for index, value in enumerate(values):
+        if not isinstance(value, str | None):
+            raise SourceInvalid(
+                f"{located.repo_id}: column {column!r} is not text (row {index} is {type(value).__name__})"
+            )
+    return ["" if value is None else value for value in values]

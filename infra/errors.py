@@ -1,0 +1,47 @@
+"""The errors of this room. Each message is one sentence for the user: the value that was wrong and the way out."""
+
+from __future__ import annotations
+
+
+class InfraError(ValueError):
+    """Base of everything infra raises because of what the user gave or of the state of their machine."""
+
+
+class UnknownName(InfraError):
+    """A method, recovery, suite or other plug-in of that name does not exist."""
+
+
+class NotCanonical(InfraError):
+    """A value that has no place in a cache key: NaN, infinity, a set, an object without a JSON form."""
+
+
+class SettingsInvalid(InfraError):
+    """An environment variable SLIMLINE_* has a value that cannot be used."""
+
+
+class ArtifactMissing(InfraError):
+    """The store has no complete artifact under that reference."""
+
+
+class DiskFull(InfraError):
+    """The device ran out of space while an artifact was written, or has too little left to begin."""
+
+
+class StoreUnwritable(InfraError):
+    """The store's root folder cannot be created or written."""
+
+
+class SourceMissing(InfraError):
+    """A model or data set was found neither in the mirrors nor in the offline default, and the hub is not allowed."""
+
+
+class SourceInvalid(InfraError):
+    """A model or data set was found but cannot be used: pickled weights, NaN in a tensor, a missing config or split."""
+
+
+class ResultsUnusable(InfraError):
+    """The DuckDB results file is corrupt, unwritable, locked for too long or written by a newer slimline."""
+
+
+class TrackingUnusable(InfraError):
+    """The MLflow tracking store cannot be reached, created or written."""

@@ -1,0 +1,226 @@
+"""Models as they come in: GGUF, safetensors or hub in, one plain checkpoint (safetensors, config, tokenizer) out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from infra import hub
+from infra.checkpoint_files import (
+    INDEX,
+    NOT_COPIED,
+    ModelCard,
+    card_of_config,
+    card_of_folder,
+    gguf_file,
+    read_config,
+    tensor_header,
+    weight_files,
+)
+from infra.disk import full_disk_named
+from infra.errors import SourceInvalid
+from infra.offline_models import quiet
+from infra.sources import Located
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Dtype", "ModelCard", "Progress", "describe", "import_model", "load_tokenizer"]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Progress = Callable[[float, str], None]
+
+
+def _silent(_share: float, _message: str) -> None: ...
+
+
+def describe(located: Located) -> ModelCard:
+    """What a model is, from headers alone (a tenth of a second, no torch).
+
+    Raises SourceInvalid for what could not be imported.
+    """
+    if located.folder is not None:
+        return card_of_folder(located.folder)
+    files = hub.model_files(located.repo_id, located.revision)
+    weights = {name: size for name, size in files.items() if name.endswith(".safetensors")}
+    config = hub.download_file(located.repo_id, "config.json", located.revision)
+    if config is None:
+        raise SourceInvalid(
+            f"the hub's {located.repo_id} has no config.json; download its GGUF file and give its path as the model"
+        )
+    values = json.loads(config.read_bytes())
+    _refuse_quantised(values, located.repo_id)
+    return card_of_config(values, located.repo_id, num_parameters=None, size=sum(weights.values()), dtype=None)
+
+
+def import_model(located: Located, out: Path, dtype: Dtype, *, progress: Progress = _silent) -> ModelCard:
+    """Write the model into `out` (an empty folder) as a plain checkpoint and return its card.
+
+    dtype "auto" keeps every tensor as it is stored; for GGUF it means float32, which holds the dequantised values
+    exactly. safetensors are read one shard at a time. Every other top-level file that is no weight comes along
+    (tokenizer, plan.json, modelling code: copied, never run). Raises SourceInvalid for pickled or quantised weights,
+    NaN or infinity (naming the tensor), a missing tokenizer; hub.Unreachable; DiskFull.
+    """
+    folder = located.folder
+    if folder is None:
+        progress(0.0, f"downloading {located.repo_id}")
+        folder = hub.download_model(located.repo_id, located.revision)
+    gguf = gguf_file(folder)
+    with full_disk_named(out):
+        if gguf is not None:
+            _import_gguf(gguf, out, "float32" if dtype == "auto" else dtype, progress)
+        else:
+            _import_safetensors(folder, out, dtype, progress)
+    card = card_of_folder(out)
+    _check_tokenizer(out, located.repo_id)
+    progress(1.0, f"imported {located.repo_id}")
+    return card
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder; no network, no foreign code.
+
+    Raises SourceInvalid if there is none that loads.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a dozen types, down to those of the Rust tokenizer
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SourceInvalid(
+            f"{folder} has no tokenizer that loads ({reason}); put tokenizer.json or tokenizer.model beside the model"
+        ) from error
+    return tokenizer
+
+
+def _import_gguf(file: Path, out: Path, dtype: Dtype, progress: Progress) -> None:
+    from transformers import AutoTokenizer
+
+    with quiet():
+        progress(0.05, f"dequantising {file.name}")
+        model = _dequantised(file, dtype)
+        for name, tensor in model.state_dict().items():
+            assert tensor.is_floating_point(), f"{name} came out of {file} still quantised"
+            _check_finite(name, tensor, file, dtype)
+        progress(0.6, f"reading the tokenizer of {file.name}")
+        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(out)
+        progress(0.9, "writing safetensors")
+        model.save_pretrained(out)
+
+
+def _dequantised(file: Path, dtype: Dtype) -> Any:
+    import torch
+    import transformers
+
+    # Where GGUF kernels are installed newer transformers would leave the weights packed; older ones know no such class.
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    options = {} if gguf_config is None else {"quantization_config": gguf_config(dequantize=True)}
+    try:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            str(file.parent),
+            gguf_file=file.name,
+            dtype=getattr(torch, dtype),
+            **options,
+        )
+    except (ValueError, NotImplementedError, KeyError) as error:
+        raise SourceInvalid(f"transformers cannot load {file}: {error}; use the model's safetensors instead") from error
+    # transformers 5.23 takes what came from GGUF for quantised and refuses to save it, although it holds plain tensors.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def _import_safetensors(folder: Path, out: Path, dtype: Dtype, progress: Progress) -> None:
+    config = read_config(folder)
+    _refuse_quantised(config, str(folder))
+    files = weight_files(folder)
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and not file.name.startswith(".") and file.suffix not in NOT_COPIED:
+            shutil.copyfile(file, out / file.name)
+    total, done = sum(file.stat().st_size for file in files), 0
+    for file in files:
+        progress(done / total, f"reading {file.name}")
+        _cast_shard(file, out / file.name, dtype)
+        done += file.stat().st_size
+    _write_index_size(out)
+    # "torch_dtype" is what transformers before 4.56 wrote; both at once could disagree.
+    config.pop("torch_dtype", None)
+    config["dtype"] = card_of_folder(out).dtype
+    _write_json(out / "config.json", config)
+
+
+def _cast_shard(source: Path, target: Path, dtype: Dtype) -> None:
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    tensor_header(source)  # says in a sentence that a file is cut off; safe_open does not
+    tensors: dict[str, torch.Tensor] = {}
+    with safe_open(source, framework="pt") as shard:
+        for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
+            tensor = shard.get_tensor(name)
+            _check_finite(name, tensor, source, "auto")
+            if dtype != "auto":
+                tensors[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+                _check_finite(name, tensors[name], source, dtype)
+    if dtype == "auto":
+        shutil.copyfile(source, target)
+    else:
+        save_file(tensors, target, metadata={"format": "pt"})
+
+
+def _check_finite(name: str, tensor: torch.Tensor, file: Path, dtype: Dtype) -> None:
+    if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+        return
+    bad = int((~tensor.isfinite()).sum())
+    fault = (
+        "NaN or infinite"
+        if dtype == "auto"
+        else f"NaN or infinite in {dtype} (float16 ends at 65504; bfloat16 does not)"
+    )
+    raise SourceInvalid(
+        f"{file}: {bad} of the {tensor.numel()} values of {name} are {fault}; fetch the model again or choose "
+        "another dtype"
+    )
+
+
+def _refuse_quantised(config: Mapping[str, Any], where: str) -> None:
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        method = (
+            quantisation.get("quant_method", "an unnamed method") if isinstance(quantisation, dict) else quantisation
+        )
+        raise SourceInvalid(f"{where} is quantised ({method}); pruning needs plain weights: take the unquantised model")
+
+
+def _write_index_size(out: Path) -> None:
+    index = out / INDEX
+    if index.is_file():
+        content = json.loads(index.read_bytes())
+        files = weight_files(out)
+        size = sum(
+            entry["data_offsets"][1] - entry["data_offsets"][0]
+            for file in files
+            for entry in tensor_header(file).values()
+        )
+        content["metadata"] = {**content.get("metadata", {}), "total_size": size}
+        _write_json(index, content)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _check_tokenizer(out: Path, repo_id: str) -> None:
+    vocab_size = read_config(out).get("vocab_size")
+    length = len(load_tokenizer(out))
+    if isinstance(vocab_size, int) and length > vocab_size:
+        raise SourceInvalid(
+            f"the tokenizer of {repo_id} has {length} tokens and the model {vocab_size}; they do not belong together"
+        )

@@ -1,0 +1,193 @@
+"""Where data and models come from: mirror folders, the offline default, the hub.
+
+Nothing else, and never silently another one.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from infra import hub
+from infra.errors import SourceMissing
+from infra.fingerprints import fingerprint
+from infra.hub import RepoType
+from infra.offline import OfflineDefault
+
+if TYPE_CHECKING:
+    from infra.settings import Settings
+
+__all__ = ["Located", "RepoType", "Sources", "TextData", "fingerprint", "sources_from"]
+
+OFFLINE_WORD = "offline"
+HUB_WORD = "hub"
+LOCAL_PATH = "local path"
+
+
+class TextData(BaseModel):
+    """Which texts: a data set (hub id, folder, or one .txt, .jsonl, .json, .csv or .parquet file), split and column.
+
+    `data_files` picks files inside the data set instead of config and split (C4 on the hub has 1024 shards of which
+    the pruning literature reads the first: "en/c4-train.00000-of-01024.json.gz", as in SparseGPT, arXiv 2301.00774).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    revision: str | None = None
+    data_files: str | None = None
+
+
+@dataclass(frozen=True)
+class Located:
+    """A repository that was found: in `folder` (which may be a single file), or on the hub if that is None."""
+
+    repo_id: str
+    repo_type: RepoType
+    folder: Path | None
+    revision: str | None
+    mirror: str  # a word for logs: "hub", "offline default", "local path" or the mirror's folder
+    memo: Path | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What enters a cache key: id and commit for the hub, content for a folder; never a path."""
+        if self.folder is None:
+            assert self.revision is not None, "a hub repository is found with its commit"
+            return {"repo_id": self.repo_id, "revision": self.revision}
+        content = fingerprint(self.folder, self.memo)
+        return {"content": content} if self.mirror == LOCAL_PATH else {"repo_id": self.repo_id, "content": content}
+
+
+class Sources:
+    """Finds repositories in this order: an existing local path, the mirrors, the offline default, the hub if allowed.
+
+    `home` holds small caches (content hashes, names for `datasets`). Construction touches neither disk nor network.
+    """
+
+    def __init__(self, mirrors: tuple[Path, ...], offline: OfflineDefault | None, hub: bool, *, home: Path) -> None:
+        self.mirrors = mirrors
+        self.offline = offline
+        self.hub = hub
+        self.home = home
+        self._found: dict[tuple[str, str, str | None], Located] = {}
+
+    def find(self, repo_id: str, repo_type: RepoType, *, revision: str | None = None) -> Located:
+        """Locate a repository; building it first if it belongs to the offline default, asking the hub for its commit.
+
+        Raises SourceMissing, naming where it was looked for and the ways out. Found once, it is not looked for again.
+        """
+        asked = (repo_id, repo_type, revision)
+        if asked not in self._found:
+            self._found[asked] = self._find(repo_id, repo_type, revision)
+        return self._found[asked]
+
+    def texts(self, data: TextData) -> list[str]:
+        """The texts of one column, in order; raises SourceMissing, or SourceInvalid naming what exists."""
+        from infra import datasets
+
+        located = self.find(data.dataset, "dataset", revision=data.revision)
+        return datasets.texts(located, data.config, data.split, data.data_files, data.text_field, home=self.home)
+
+    def records(self, data: TextData, columns: Sequence[str]) -> list[dict[str, str]]:
+        """Rows with just those text columns (None becomes ""); `text_field` plays no part. Raises as `texts` does."""
+        from infra import datasets
+
+        located = self.find(data.dataset, "dataset", revision=data.revision)
+        return datasets.records(located, data.config, data.split, data.data_files, columns, home=self.home)
+
+    def folder(self, repo_id: str) -> Path | None:
+        """A data set's folder for `datasets.load_dataset`, under a name made of its content; None for the hub.
+
+        `datasets` 5.2 keys its cache for local folders on folder name, README and config, not on the files: an edited
+        folder would be served stale. A link named after the content makes that cache right for whoever loads it.
+        """
+        located = self.find(repo_id, "dataset")
+        if located.folder is None:
+            return None
+        return named_by_content(located, self.home)
+
+    def splits(self, repo_id: str, config: str | None = None) -> tuple[str, ...]:
+        """Names of the splits a data set has under `config`; raises SourceInvalid naming the configs there are."""
+        from infra import datasets
+
+        return datasets.splits(self.find(repo_id, "dataset"), config, home=self.home)
+
+    def _find(self, repo_id: str, repo_type: RepoType, revision: str | None) -> Located:
+        memo = self.home / "cache" / "fingerprints.json"
+        path = Path(repo_id).expanduser()
+        if path.exists():
+            return Located(repo_id, repo_type, path.absolute(), None, LOCAL_PATH, memo)
+        if repo_id.startswith((".", "/", "~")):
+            raise SourceMissing(
+                f"{repo_type} path {repo_id} does not exist; give an existing folder or file, or a hub id (owner/name)"
+            )
+        for mirror in self.mirrors:
+            if (mirror / repo_id).is_dir():
+                return Located(repo_id, repo_type, mirror / repo_id, None, str(mirror), memo)
+        if self.offline is not None and self.offline.offers(repo_id, repo_type):
+            return Located(repo_id, repo_type, self.offline.folder(repo_id), None, "offline default", memo)
+        answer = "the hub was not asked, the mirror setting leaves it out"
+        if self.hub:
+            try:
+                return Located(repo_id, repo_type, None, hub.resolve(repo_id, repo_type, revision), "hub")
+            except SourceMissing as error:
+                answer = str(error)
+        raise SourceMissing(self._missing(repo_id, repo_type, answer))
+
+    def _missing(self, repo_id: str, repo_type: RepoType, answer: str) -> str:
+        looked = [str(mirror / repo_id) for mirror in self.mirrors]
+        if self.offline is not None:
+            looked.append(f"the offline default, which has only {', '.join(self.offline.names(repo_type))}")
+        places = f"looked in {'; '.join(looked)}; " if looked else ""
+        return (
+            f"{repo_type} {repo_id!r} was not found: {places}{answer}. Ways out: "
+            f"(1) the hub: unset SLIMLINE_MIRROR and the spec's mirror, with network; "
+            f"(2) a folder of copies: put it at <folder>/{repo_id} and set SLIMLINE_MIRROR=<folder> (or mirror: "
+            "<folder> in the spec); "
+            f"(3) the offline default: SLIMLINE_MIRROR=offline after `{OfflineDefault.INSTALL}`, and one of its "
+            f"{repo_type}s"
+        )
+
+
+def sources_from(mirror: str | Sequence[str] | None, settings: Settings) -> Sources:
+    """Sources as the spec's `mirror` asks, else SLIMLINE_MIRROR, else the hub alone.
+
+    Entries are folders laid out <folder>/<owner>/<name>, or the words "offline" and "hub"; a string may join several
+    with os.pathsep. Only what is named is used. Raises SourceMissing for a folder that does not exist.
+    """
+    asked = settings.mirror if mirror is None else mirror
+    entries = asked.split(os.pathsep) if isinstance(asked, str) else list(asked or (HUB_WORD,))
+    entries = [entry for entry in entries if entry] or [HUB_WORD]
+    folders = tuple(Path(entry).expanduser().absolute() for entry in entries if entry not in (OFFLINE_WORD, HUB_WORD))
+    for folder in folders:
+        if not folder.is_dir():
+            raise SourceMissing(
+                f"mirror folder {folder} does not exist; a mirror is a folder, or one of the words 'offline' and 'hub'"
+            )
+    offline = OfflineDefault(settings.offline_root) if OFFLINE_WORD in entries else None
+    return Sources(folders, offline, HUB_WORD in entries, home=settings.home)
+
+
+def named_by_content(located: Located, home: Path) -> Path:
+    """A symbolic link to a located folder, named after its content; made once, replaced if it points elsewhere."""
+    assert located.folder is not None, "the hub has no folder"
+    target = located.folder.resolve()
+    link = home / "cache" / "by-content" / f"{located.identity['content'][:16]}-{target.name}"
+    if link.is_symlink() and link.resolve() == target:
+        return link
+    link.parent.mkdir(parents=True, exist_ok=True)
+    aside = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}")
+    aside.symlink_to(target)
+    aside.replace(link)
+    return link

@@ -1,0 +1,41 @@
+"""How far a pruned model's next-token distribution is from the dense one's, on held-out windows.
+
+Shapes: M windows, L tokens, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pruning.families import ModelFamily
+from pruning.sequential import WalkOptions, walk_layers
+
+
+def final_stream(model: nn.Module, family: ModelFamily, input_ids_ML: Tensor, options: WalkOptions) -> Tensor:
+    """The residual stream after the last layer (M, L, C), computed layer by layer on options.device."""
+    walk = walk_layers(model, family, input_ids_ML, options)
+    while True:
+        try:
+            next(walk)
+        except StopIteration as finished:
+            stream: Tensor = finished.value
+            return stream
+
+
+@torch.no_grad()
+def mean_kl(
+    model: nn.Module, family: ModelFamily, dense_MLC: Tensor, pruned_MLC: Tensor, options: WalkOptions
+) -> float:
+    """Mean over tokens of KL(dense ‖ pruned) in nats, of the logits that the model's own head gives both streams.
+
+    Only the streams are kept, never all logits: M x L x V of a large vocabulary would not fit.
+    """
+    norm, head = family.final_norm(model), family.head(model)
+    device = head.weight.device
+    total = 0.0
+    for dense_LC, pruned_LC in zip(dense_MLC, pruned_MLC, strict=True):
+        log_p_LV = head(norm(dense_LC.to(device))).float().log_softmax(-1)
+        log_q_LV = head(norm(pruned_LC.to(device))).float().log_softmax(-1)
+        total += float((log_p_LV.exp() * (log_p_LV - log_q_LV)).sum(-1).mean())
+    return total / len(dense_MLC)

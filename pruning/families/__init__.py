@@ -1,0 +1,98 @@
+"""Model families: which row of names fits a model, its per-layer shapes, and what a head or a channel costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pruning.errors import PruningError
+from pruning.families.family import ModelFamily
+from pruning.families.rows import FAMILIES
+from pruning.plan import LayerShape
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["FAMILIES", "LayerCost", "ModelFamily", "decoder_parameters", "family_of", "layer_cost", "shapes"]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Parameters of one decoder layer as a linear function of its widths; equal for all layers of a model.
+
+    per_query_head: rows of q, columns of o, bias of q. per_kv_head: rows and biases of k and v.
+    per_channel: rows of gate and up, column of down, biases of gate and up. fixed: norms, biases of o and down.
+    """
+
+    per_query_head: int
+    per_kv_head: int
+    per_channel: int
+    fixed: int
+
+    def parameters(self, shape: LayerShape) -> int:
+        """Parameters of a layer of `shape`."""
+        return (
+            self.fixed
+            + self.per_query_head * shape.num_heads
+            + self.per_kv_head * shape.num_kv_heads
+            + self.per_channel * shape.intermediate_size
+        )
+
+
+def family_of(model_or_config: Any) -> ModelFamily:
+    """The row for a model or for a config.
+
+    Raises PruningError for an unsupported model, naming it and the supported ones.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    model_type = getattr(config, "model_type", None)
+    architectures = (
+        [type(model_or_config).__name__]
+        if config is not model_or_config
+        else getattr(config, "architectures", None) or []
+    )
+    for family in FAMILIES:
+        if model_type in family.model_types and all(name in family.architectures for name in architectures):
+            return family
+    what = ", ".join(architectures) or type(model_or_config).__name__
+    supported = ", ".join(f"{family.architectures[0]} ({family.name})" for family in FAMILIES)
+    raise PruningError(f"cannot prune {what} (model_type {model_type!r}); supported: {supported}")
+
+
+def shapes(model: nn.Module) -> tuple[LayerShape, ...]:
+    """Widths of all decoder layers, read from the linears themselves (not from the config)."""
+    family = family_of(model)
+    head_dim = family.head_dim(model)
+    return tuple(
+        LayerShape(
+            num_heads=family.q_proj(layer).out_features // head_dim,
+            num_kv_heads=family.k_proj(layer).out_features // head_dim,
+            intermediate_size=family.down_proj(layer).in_features,
+        )
+        for layer in family.layers(model)
+    )
+
+
+def decoder_parameters(model: nn.Module) -> int:
+    """Parameters of all decoder layers: what sparsity is a share of. Embeddings, final norm and head do not count."""
+    return sum(parameter.numel() for parameter in family_of(model).layers(model).parameters())
+
+
+def layer_cost(model: nn.Module) -> LayerCost:
+    """What one query head, kv head and channel cost, so that schedules count parameters without surgery."""
+    family = family_of(model)
+    layer, shape, head_dim = family.layers(model)[0], shapes(model)[0], family.head_dim(model)
+    cost = LayerCost(
+        per_query_head=head_dim * (_per_row(family.q_proj(layer)) + family.o_proj(layer).out_features),
+        per_kv_head=head_dim * (_per_row(family.k_proj(layer)) + _per_row(family.v_proj(layer))),
+        per_channel=_per_row(family.gate_proj(layer))
+        + _per_row(family.up_proj(layer))
+        + family.down_proj(layer).out_features,
+        fixed=0,
+    )
+    numel = sum(parameter.numel() for parameter in layer.parameters())
+    return LayerCost(cost.per_query_head, cost.per_kv_head, cost.per_channel, fixed=numel - cost.parameters(shape))
+
+
+def _per_row(linear: nn.Linear) -> int:
+    return linear.in_features + (linear.bias is not None)

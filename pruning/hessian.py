@@ -1,0 +1,60 @@
+"""Second moments of the inputs of a linear: the one statistic that Optimal Brain Surgeon needs.
+
+Shapes: T tokens, I input features of the linear, B rows of one block of the matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pruning.errors import PruningError
+
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """Mean of x xᵀ over calibration tokens; OBS's H is twice this (the factor moves no decision).
+
+    matrix_II: (I, I) float32, symmetric. num_tokens: how many tokens it averages.
+    """
+
+    matrix_II: Tensor
+    num_tokens: int
+
+
+class HessianAccumulator:
+    """Sums x xᵀ batch by batch in float32, on the device of the activations.
+
+    Only the blocks on and below the diagonal are computed (half the work of the full product);
+    `finish` mirrors them. Raises PruningError from `finish` when a sum is not finite.
+    """
+
+    def __init__(self, num_inputs: int, *, device: torch.device | str) -> None:
+        self._sum_II = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)
+        self._num_tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take inputs of shape (..., I), any float dtype; every leading position is one token."""
+        X_TI = inputs.reshape(-1, inputs.shape[-1]).float()
+        num_inputs = X_TI.shape[1]
+        for start in range(0, num_inputs, _BLOCK):
+            stop = min(start + _BLOCK, num_inputs)
+            self._sum_II[start:stop, :stop].addmm_(X_TI[:, start:stop].T, X_TI[:, :stop])
+        self._num_tokens += X_TI.shape[0]
+
+    def finish(self, name: str) -> Hessian:
+        """The mean. `name` (e.g. "layers.3.mlp.down_proj") goes into the error when it is not finite."""
+        if self._num_tokens == 0:
+            raise PruningError(f"Hessian of {name} has seen no tokens; raise num_samples")
+        lower_II = self._sum_II.tril_()
+        mean_II = (lower_II + lower_II.T - torch.diag(lower_II.diagonal())) / self._num_tokens
+        if not bool(torch.isfinite(mean_II).all()):
+            raise PruningError(
+                f"Hessian of {name} ({self._num_tokens} tokens) is not finite: the layer's inputs contain NaN or "
+                f"infinity; load the model in another dtype (float32 or bfloat16 instead of float16) or check its weights"
+            )
+        return Hessian(mean_II, self._num_tokens)

@@ -1,0 +1,1 @@
+"""Pruning methods: the file name is the method's name in a spec. Importable without torch."""

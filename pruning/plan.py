@@ -1,0 +1,183 @@
+"""What a pruning step keeps: per layer its query heads, kv heads and MLP channels. No torch in here.
+
+A plan applies to a model of known shapes (`source`), which may already be uneven; applying it gives a model of shapes
+`plan.shapes`, to which a further plan may apply. Two plans in a row are one plan: `first.compose(then)`.
+
+Words: query head h of a layer reads kv head h // (num_heads / num_kv_heads), as in `repeat_kv` of transformers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
+
+from pruning.errors import PruningError
+
+
+class LayerShape(BaseModel):
+    """The widths of one decoder layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    intermediate_size: NonNegativeInt
+
+    @model_validator(mode="after")
+    def _grouped(self) -> LayerShape:
+        if self.num_heads % self.num_kv_heads:
+            raise PruningError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} kv heads equally")
+        return self
+
+    @property
+    def num_groups(self) -> int:
+        """Query heads per kv head."""
+        return self.num_heads // self.num_kv_heads
+
+    def kv_head_of(self, query_head: int) -> int:
+        """The kv head that a query head reads."""
+        return query_head // self.num_groups
+
+
+class LayerPlan(BaseModel):
+    """What is kept of one layer; indices count within that layer of the model the plan applies to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: NonNegativeInt
+    kept_query_heads: tuple[int, ...]
+    kept_kv_heads: tuple[int, ...]
+    kept_channels: tuple[int, ...]
+
+    @classmethod
+    def full(cls, layer: int, shape: LayerShape) -> LayerPlan:
+        """A layer that loses nothing."""
+        return cls(
+            layer=layer,
+            kept_query_heads=tuple(range(shape.num_heads)),
+            kept_kv_heads=tuple(range(shape.num_kv_heads)),
+            kept_channels=tuple(range(shape.intermediate_size)),
+        )
+
+    @property
+    def shape(self) -> LayerShape:
+        """The widths this layer has after pruning."""
+        return LayerShape(
+            num_heads=len(self.kept_query_heads),
+            num_kv_heads=len(self.kept_kv_heads),
+            intermediate_size=len(self.kept_channels),
+        )
+
+    def compose(self, then: LayerPlan) -> LayerPlan:
+        """This plan followed by `then`, whose indices count within the kept ones of this plan."""
+        return LayerPlan(
+            layer=self.layer,
+            kept_query_heads=_take(self.kept_query_heads, then.kept_query_heads),
+            kept_kv_heads=_take(self.kept_kv_heads, then.kept_kv_heads),
+            kept_channels=_take(self.kept_channels, then.kept_channels),
+        )
+
+    def check(self, shape: LayerShape) -> None:
+        """Raise PruningError unless this plan fits a layer of `shape` and leaves equal groups."""
+        where = f"layer {self.layer}"
+        _check_indices(self.kept_query_heads, shape.num_heads, f"{where}: kept_query_heads")
+        _check_indices(self.kept_kv_heads, shape.num_kv_heads, f"{where}: kept_kv_heads")
+        _check_indices(self.kept_channels, shape.intermediate_size, f"{where}: kept_channels")
+        if not self.kept_query_heads or not self.kept_kv_heads:
+            raise PruningError(f"{where} keeps no attention head: keep one or leave the whole layer out of the plan")
+        per_kv_head = Counter(shape.kv_head_of(head) for head in self.kept_query_heads)
+        if orphans := sorted(set(per_kv_head) - set(self.kept_kv_heads)):
+            raise PruningError(f"{where} keeps query heads of the removed kv heads {orphans}: remove those heads too")
+        counts = {head: per_kv_head[head] for head in self.kept_kv_heads}
+        if len(set(counts.values())) > 1:
+            raise PruningError(
+                f"{where} must keep the same number (at least 1) of query heads for every kept kv head, "
+                f"not {counts} (kv head: query heads)"
+            )
+
+
+class PruningPlan(BaseModel):
+    """What is kept of a whole model. Layers absent from `layers` are dropped.
+
+    source: the shapes of the model the plan applies to, one per layer.
+    head_dim: width of one head, the same in all layers.
+    layers: the kept layers in their original order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: tuple[LayerShape, ...]
+    head_dim: PositiveInt
+    layers: tuple[LayerPlan, ...]
+
+    @model_validator(mode="after")
+    def _fits(self) -> PruningPlan:
+        if not self.layers:
+            raise PruningError("a plan must keep at least one layer")
+        _check_indices(tuple(kept.layer for kept in self.layers), len(self.source), "layers of the plan")
+        for kept in self.layers:
+            kept.check(self.source[kept.layer])
+        return self
+
+    @classmethod
+    def full(cls, source: Sequence[LayerShape], head_dim: int) -> PruningPlan:
+        """The plan that removes nothing."""
+        layers = tuple(LayerPlan.full(index, shape) for index, shape in enumerate(source))
+        return cls(source=tuple(source), head_dim=head_dim, layers=layers)
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """The shapes after pruning, one per kept layer."""
+        return tuple(kept.shape for kept in self.layers)
+
+    @property
+    def is_uniform(self) -> bool:
+        """All kept layers have equal widths afterwards."""
+        return len(set(self.shapes)) == 1
+
+    @property
+    def dropped_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that are removed as a whole."""
+        kept = {plan.layer for plan in self.layers}
+        return tuple(index for index in range(len(self.source)) if index not in kept)
+
+    def compose(self, then: PruningPlan) -> PruningPlan:
+        """One plan equal to this one followed by `then`; its indices are those of this plan's source.
+
+        Raises PruningError if `then` was not made for the model that this plan leaves.
+        """
+        if then.source != self.shapes or then.head_dim != self.head_dim:
+            raise PruningError(
+                f"the second plan is for {describe_shapes(then.source)} (head_dim {then.head_dim}), "
+                f"but the first leaves {describe_shapes(self.shapes)} (head_dim {self.head_dim})"
+            )
+        layers = tuple(self.layers[plan.layer].compose(plan) for plan in then.layers)
+        return PruningPlan(source=self.source, head_dim=self.head_dim, layers=layers)
+
+
+def describe_shapes(shapes: Sequence[LayerShape]) -> str:
+    """Shapes in words for messages, equal neighbours told once: "2 layers of 8/4 heads x 64, 1 layer of ..."."""
+    runs: list[tuple[LayerShape, int]] = []
+    for shape in shapes:
+        count = runs.pop()[1] if runs and runs[-1][0] == shape else 0
+        runs.append((shape, count + 1))
+    words = [
+        f"{count} layer{'s' * (count > 1)} of {shape.num_heads}/{shape.num_kv_heads} heads x {shape.intermediate_size}"
+        for shape, count in runs[:4]
+    ]
+    return ", ".join(words) + (", ..." if len(runs) > 4 else "")
+
+
+def _take(kept: tuple[int, ...], then: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(kept[index] for index in then)
+
+
+def _check_indices(indices: tuple[int, ...], size: int, what: str) -> None:
+    """Indices must rise strictly within [0, size)."""
+    if outside := [index for index in indices if not 0 <= index < size]:
+        raise PruningError(f"{what}: {outside[:5]} outside 0..{size - 1}")
+    if any(a >= b for a, b in pairwise(indices)):
+        raise PruningError(f"{what}: indices must be sorted and unique, got {indices[:20]}")

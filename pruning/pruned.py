@@ -1,0 +1,23 @@
+"""What every pruning method returns: the plan, and what each layer paid."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from pruning.layerwise import SubLayerReport
+from pruning.plan import PruningPlan
+
+
+class Pruned(BaseModel):
+    """Outcome of a pruning method; the model itself is in masked form until shrink_ applies the plan.
+
+    achieved_sparsity: share of decoder-layer parameters that the plan removes. split_kl: held-out KL (nats per token)
+    of each attention/FFN split that was tried, if the method chose one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan: PruningPlan
+    layers: tuple[SubLayerReport, ...] = ()
+    achieved_sparsity: float
+    split_kl: dict[str, float] = {}

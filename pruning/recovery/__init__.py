@@ -1,0 +1,40 @@
+"""Training a pruned model back to health. The file name is the recovery's name; each has VERSION, Config, recover."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class RecordData(BaseModel):
+    """Where instruction records come from and what their columns are called. `input` may be None: no such column."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str = "yahma/alpaca-cleaned"
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    instruction: str = "instruction"
+    input: str | None = "input"
+    output: str = "output"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns to read."""
+        return tuple(name for name in (self.instruction, self.input, self.output) if name is not None)
+
+
+class RecoveryReport(BaseModel):
+    """What a training run did.
+
+    losses: (optimizer step, mean loss per response token of that step's batch). num_examples: examples trained on, not
+    counting those without a response left after truncation. num_tokens: tokens of these examples, prompts included.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    losses: tuple[tuple[int, float], ...]
+    num_steps: int
+    num_examples: int
+    num_tokens: int
+    final_loss: float

@@ -1,0 +1,192 @@
+"""How much to remove where: from one asked sparsity to heads and channels per layer (SlimGPT, section 3.4).
+
+The layer curve is the paper's Incremental Pruning Ratio; its scale is solved so that the parameters really removed meet
+the asked share of all decoder-layer parameters. Pure arithmetic on integers, no tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pruning.errors import PruningError
+from pruning.families import LayerCost
+from pruning.plan import LayerShape
+
+Curve = Literal["log_increase", "linear_increase", "uniform", "log_decrease", "linear_decrease"]
+HeadUnit = Literal["kv_group", "query_head"]
+
+#: no sub-layer loses more than this share of its heads or channels
+MAX_RATIO = 0.95
+#: end points of the paper at 20 %: r_0 = 0.0625, r_31 = 0.25; the same proportion is kept at other sparsities
+START_OVER_END = 0.25
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """What to remove from one layer: head units (see HeadUnit) and FFN channels."""
+
+    head_units: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The wanted shape of the cut.
+
+    sparsity: share of all decoder-layer parameters to remove. curve: over depth. attention_ratio: ratio of attention
+    over ratio of FFN in the same layer: 1 is the paper's equal split, 0 leaves attention alone, infinity leaves the
+    FFN alone. protect_first, protect_last: layers left whole. head_unit: what goes at once (see head_unit_costs).
+    """
+
+    sparsity: float
+    curve: Curve = "log_increase"
+    start_over_end: float = START_OVER_END
+    attention_ratio: float = 1.0
+    protect_first: int = 0
+    protect_last: int = 0
+    head_unit: HeadUnit = "kv_group"
+
+
+def curve_weights(curve: Curve, num_layers: int, start_over_end: float = START_OVER_END) -> tuple[float, ...]:
+    """Relative pruning ratio of each layer, 1 at the most pruned end; first layer first.
+
+    log_increase: r_i = r_0 + (r_{n-1} - r_0) log(i + 1) / log(n), with i from 0; linear likewise with i / (n - 1).
+    """
+    if num_layers == 1 or curve == "uniform":
+        return (1.0,) * num_layers
+    if curve.startswith("log"):
+        shares = [math.log(i + 1) / math.log(num_layers) for i in range(num_layers)]
+    else:
+        shares = [i / (num_layers - 1) for i in range(num_layers)]
+    rising = [start_over_end + (1 - start_over_end) * share for share in shares]
+    return tuple(rising if curve.endswith("increase") else reversed(rising))
+
+
+def solve_budgets(
+    shapes: Sequence[LayerShape], cost: LayerCost, allocation: Allocation
+) -> tuple[LayerBudget, ...]:
+    """Head units and channels to remove from each layer, so that the parameters removed meet the asked sparsity.
+
+    Heads are rounded to whole units along the curve; channels, being fine, make up the difference, so the count is met
+    within one channel (within one head unit when only attention is pruned). Raises PruningError when the sparsity
+    cannot be reached, naming the most that can.
+    """
+    total = sum(cost.parameters(shape) for shape in shapes)
+    wanted = allocation.sparsity * total
+    weights = _protected(curve_weights(allocation.curve, len(shapes), allocation.start_over_end), allocation)
+    attention, ffn = _split(allocation.attention_ratio)
+
+    def removed(scale: float) -> float:
+        return sum(
+            _ratio(scale * weight * attention) * _attention_parameters(shape, cost, allocation.head_unit)
+            + _ratio(scale * weight * ffn) * shape.intermediate_size * cost.per_channel
+            for weight, shape in zip(weights, shapes, strict=True)
+        )
+
+    most = removed(1e6)
+    if most < wanted:
+        raise PruningError(
+            f"sparsity {allocation.sparsity:g} cannot be reached: with this split and these protected layers at most "
+            f"{most / total:.3f} of the decoder-layer parameters can go; lower sparsity, protect fewer layers or "
+            f"choose another split"
+        )
+    scale = _bisect(removed, wanted)
+    heads = _round_heads(shapes, cost, [_ratio(scale * w * attention) for w in weights], allocation.head_unit)
+    head_parameters = sum(
+        count * _unit_parameters(shape, cost, allocation.head_unit) for count, shape in zip(heads, shapes, strict=True)
+    )
+    if ffn == 0:
+        return tuple(LayerBudget(count, 0) for count in heads)
+    channels = _round_channels(shapes, cost, weights, wanted - head_parameters)
+    return tuple(LayerBudget(h, c) for h, c in zip(heads, channels, strict=True))
+
+
+def removed_parameters(
+    budgets: Sequence[LayerBudget], shapes: Sequence[LayerShape], cost: LayerCost, head_unit: HeadUnit
+) -> int:
+    """Decoder-layer parameters that these budgets take away."""
+    return sum(
+        budget.head_units * _unit_parameters(shape, cost, head_unit) + budget.channels * cost.per_channel
+        for budget, shape in zip(budgets, shapes, strict=True)
+    )
+
+
+def num_head_units(shape: LayerShape, head_unit: HeadUnit) -> int:
+    """How many units attention has: kv groups, or query heads per kv group (one goes from every group at once)."""
+    return shape.num_kv_heads if head_unit == "kv_group" else shape.num_groups
+
+
+def _unit_parameters(shape: LayerShape, cost: LayerCost, head_unit: HeadUnit) -> int:
+    if head_unit == "kv_group":
+        return cost.per_kv_head + shape.num_groups * cost.per_query_head
+    return shape.num_kv_heads * cost.per_query_head
+
+
+def _attention_parameters(shape: LayerShape, cost: LayerCost, head_unit: HeadUnit) -> int:
+    return num_head_units(shape, head_unit) * _unit_parameters(shape, cost, head_unit)
+
+
+def _protected(weights: Sequence[float], allocation: Allocation) -> tuple[float, ...]:
+    last = len(weights) - allocation.protect_last
+    return tuple(w if allocation.protect_first <= i < last else 0.0 for i, w in enumerate(weights))
+
+
+def _split(attention_ratio: float) -> tuple[float, float]:
+    if math.isinf(attention_ratio):
+        return 1.0, 0.0
+    largest = max(1.0, attention_ratio)
+    return attention_ratio / largest, 1.0 / largest
+
+
+def _ratio(value: float) -> float:
+    return min(value, MAX_RATIO)
+
+
+def _bisect(function: Callable[[float], float], wanted: float) -> float:
+    """The scale in [0, 1e6] where the increasing function reaches `wanted`."""
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) < wanted else (low, middle)
+    return high
+
+
+def _round_heads(
+    shapes: Sequence[LayerShape], cost: LayerCost, ratios: Sequence[float], head_unit: HeadUnit
+) -> list[int]:
+    """Whole units per layer: the rounding error of earlier layers is carried on, in parameters; one unit always stays."""
+    counts: list[int] = []
+    carried = 0.0
+    for shape, ratio in zip(shapes, ratios, strict=True):
+        unit, units = _unit_parameters(shape, cost, head_unit), num_head_units(shape, head_unit)
+        exact = ratio * units * unit
+        count = min(max(0, round((exact + carried) / unit)), units - 1) if ratio > 0 else 0
+        counts.append(count)
+        carried += exact - count * unit
+    return counts
+
+
+def _round_channels(
+    shapes: Sequence[LayerShape], cost: LayerCost, weights: Sequence[float], wanted: float
+) -> list[int]:
+    """Channels per layer along the curve that remove `wanted` parameters in all, to within half a channel."""
+
+    def exact(scale: float) -> list[float]:
+        return [_ratio(scale * w) * shape.intermediate_size for w, shape in zip(weights, shapes, strict=True)]
+
+    def removed(scale: float) -> float:
+        return sum(exact(scale)) * cost.per_channel
+
+    if wanted <= 0:
+        return [0] * len(shapes)
+    wanted = min(wanted, removed(1e6))  # heads may have been rounded down where the channels are at their limit
+    counts: list[int] = []
+    carried = 0.0
+    for value in exact(_bisect(removed, wanted)):
+        count = max(0, round(value + carried)) if value > 0 else 0
+        counts.append(count)
+        carried += value - count
+    return counts

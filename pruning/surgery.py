@@ -1,0 +1,173 @@
+"""Cutting a model to a plan. The only functions of the room that change a model's shapes, both in place.
+
+Row and column order: heads lie one after another in q/k/v rows and o_proj columns, head_dim wide each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pruning.errors import PruningError
+from pruning.families import ModelFamily, family_of, shapes
+from pruning.modeling import describe_
+from pruning.plan import LayerPlan, PruningPlan, describe_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def shrink_(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Remove from the model everything the plan does not keep.
+
+    Afterwards every weight is a contiguous tensor of its own, dropped layers are gone, the others renumbered, and the
+    model has the config and class that describe it: the stock class if all layers are equal, else a `Slimline...` class
+    with `per_layer_config`; `model.save_pretrained(folder)` then writes a loadable checkpoint.
+
+    Raises PruningError if the plan was made for other shapes or a linear is not a plain nn.Linear (quantised,
+    offloaded, wrapped in an adapter).
+    """
+    family = family_of(model)
+    _check_applies(model, family, plan)
+    layers = family.layers(model)
+    for kept in plan.layers:
+        _shrink_layer_(family, layers[kept.layer], kept, plan.head_dim)
+    kept_layers = tuple(kept.layer for kept in plan.layers)
+    _keep_layers_(layers, kept_layers)
+    describe_(model, kept_layers, plan.shapes)
+
+
+@torch.no_grad()
+def mask_(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Zero what the plan does not keep and leave all shapes: the masked model computes what the shrunk one does.
+
+    A dropped layer becomes the identity: its o_proj and down_proj are zeroed. Raises PruningError as `shrink_` does.
+    """
+    family = family_of(model)
+    _check_applies(model, family, plan)
+    layers = family.layers(model)
+    for kept in plan.layers:
+        _mask_layer_(family, layers[kept.layer], kept, plan.head_dim)
+    for index in plan.dropped_layers:
+        for linear in (family.o_proj(layers[index]), family.down_proj(layers[index])):
+            _zero_(linear)
+
+
+def _check_applies(model: nn.Module, family: ModelFamily, plan: PruningPlan) -> None:
+    for index, layer in enumerate(family.layers(model)):
+        for linear in _linears(family, layer):
+            if type(linear) is not nn.Linear or linear.weight.is_meta or not linear.weight.is_floating_point():
+                raise PruningError(
+                    f"layer {index} has a {type(linear).__name__} ({linear.weight.dtype} on {linear.weight.device}) "
+                    "where a plain nn.Linear is needed: load the model unquantised, not offloaded, adapters merged"
+                )
+    have, head_dim = shapes(model), family.head_dim(model)
+    if have != plan.source or head_dim != plan.head_dim:
+        raise PruningError(
+            f"the plan is for {describe_shapes(plan.source)} (head_dim {plan.head_dim}), "
+            f"the model has {describe_shapes(have)} (head_dim {head_dim}): make the plan for this model"
+        )
+
+
+def _linears(family: ModelFamily, layer: nn.Module) -> tuple[nn.Linear, ...]:
+    return (
+        family.q_proj(layer),
+        family.k_proj(layer),
+        family.v_proj(layer),
+        family.o_proj(layer),
+        family.gate_proj(layer),
+        family.up_proj(layer),
+        family.down_proj(layer),
+    )
+
+
+def _shrink_layer_(family: ModelFamily, layer: nn.Module, kept: LayerPlan, head_dim: int) -> None:
+    query, kv, channels = _features(kept, head_dim)
+    keep_rows_(family.q_proj(layer), query)
+    keep_rows_(family.k_proj(layer), kv)
+    keep_rows_(family.v_proj(layer), kv)
+    keep_columns_(family.o_proj(layer), query)
+    keep_rows_(family.gate_proj(layer), channels)
+    keep_rows_(family.up_proj(layer), channels)
+    keep_columns_(family.down_proj(layer), channels)
+    attention: Any = family.attention(layer)
+    attention.num_key_value_groups = kept.shape.num_groups
+    mlp: Any = family.mlp(layer)
+    if hasattr(mlp, "intermediate_size"):
+        mlp.intermediate_size = len(kept.kept_channels)
+
+
+def _mask_layer_(family: ModelFamily, layer: nn.Module, kept: LayerPlan, head_dim: int) -> None:
+    query, kv, channels = _features(kept, head_dim)
+    for linear, rows in (
+        (family.q_proj(layer), query),
+        (family.k_proj(layer), kv),
+        (family.v_proj(layer), kv),
+        (family.gate_proj(layer), channels),
+        (family.up_proj(layer), channels),
+    ):
+        _zero_(linear, rows=_others(rows, linear.out_features))
+    for linear, columns in ((family.o_proj(layer), query), (family.down_proj(layer), channels)):
+        linear.weight[:, _others(columns, linear.in_features)] = 0
+
+
+def _features(kept: LayerPlan, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Feature indices of the kept query heads, kv heads and channels, int64."""
+    return (
+        _expand(kept.kept_query_heads, head_dim),
+        _expand(kept.kept_kv_heads, head_dim),
+        torch.tensor(kept.kept_channels, dtype=torch.int64),
+    )
+
+
+def _expand(heads: Sequence[int], head_dim: int) -> Tensor:
+    starts = torch.tensor(heads, dtype=torch.int64)[:, None] * head_dim
+    return (starts + torch.arange(head_dim)).flatten()
+
+
+def _others(kept: Tensor, size: int) -> Tensor:
+    """The indices below `size` that are not kept."""
+    removed = torch.ones(size, dtype=torch.bool)
+    removed[kept] = False
+    return removed.nonzero().flatten()
+
+
+def _zero_(linear: nn.Linear, rows: Tensor | slice = slice(None)) -> None:
+    linear.weight[rows] = 0
+    if linear.bias is not None:
+        linear.bias[rows] = 0
+
+
+def keep_rows_(linear: nn.Linear, rows: Tensor) -> None:
+    """Keep these output features of a linear, weight and bias; rows: int64 indices."""
+    linear.weight = _take(linear.weight, 0, rows)
+    if linear.bias is not None:
+        linear.bias = _take(linear.bias, 0, rows)
+    linear.out_features = len(rows)
+
+
+def keep_columns_(linear: nn.Linear, columns: Tensor) -> None:
+    """Keep these input features of a linear; columns: int64 indices. The bias stays."""
+    linear.weight = _take(linear.weight, 1, columns)
+    linear.in_features = len(columns)
+
+
+def _take(parameter: Tensor, dim: int, indices: Tensor) -> nn.Parameter:
+    # index_select copies, so the old storage is freed with the old parameter
+    taken = parameter.detach().index_select(dim, indices.to(parameter.device))
+    return nn.Parameter(taken, requires_grad=parameter.requires_grad)
+
+
+def _keep_layers_(layers: nn.ModuleList, kept_layers: Sequence[int]) -> None:
+    kept = [layers[index] for index in kept_layers]
+    del layers[:]
+    layers.extend(kept)
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                # the KV cache finds a layer's keys by this number
+                setattr(module, "layer_idx", index)  # noqa: B010

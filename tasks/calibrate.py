@@ -1,0 +1,28 @@
+"""Stage: calibration windows of a text data set, tokenised for one model."""
+
+from __future__ import annotations
+
+from tasks.requests import CalibrateRequest
+from tasks.stage import Bench, stage
+
+
+def fill(request: CalibrateRequest, bench: Bench) -> None:
+    """Write calibration.safetensors and where it came from."""
+    from infra.models import load_tokenizer
+    from pruning.calibration import sample_windows
+
+    tokenizer = load_tokenizer(bench.store.path(request.checkpoint))
+    protocol = {"dataset": request.data.dataset, "config": request.config or "", "split": request.split}
+    sample_windows(
+        tokenizer,
+        bench.workplace.sources.texts(request.data),
+        num_samples=request.num_samples,
+        seq_len=request.seq_len,
+        seed=request.seed,
+        num_heldout=request.num_heldout,
+        join=request.join,
+        source=protocol,
+    ).save(bench.folder)
+
+
+calibrate = stage("calibrate", fill, devices="none")

@@ -1,0 +1,32 @@
+"""Stage: speed and size of one checkpoint, timed turn and turn about with the dense one."""
+
+from __future__ import annotations
+
+from evaluation.profile_config import ProfileConfig
+from tasks.requests import ProfileRequest
+from tasks.stage import Bench, stage
+
+
+def fill(request: ProfileRequest, bench: Bench) -> None:
+    """Write report.json."""
+    from evaluation.peak_memory import peak_resident_gib
+    from evaluation.profiler import profile as measure
+    from pruning.checkpoint import load_checkpoint
+
+    settings = ProfileConfig.model_validate(request.settings)
+    folder, reference = bench.store.path(request.checkpoint), request.reference
+    report = measure(
+        load_checkpoint(folder, **bench.place.load),
+        settings,
+        reference=load_checkpoint(bench.store.path(reference), **bench.place.load) if reference else None,
+        device=bench.place.device,
+        progress=bench.progress,
+    )
+    if report.peak_memory_gib is None:
+        # the folder is our own artifact, so the modelling file in it is ours too
+        peak = peak_resident_gib(folder, settings, trust_remote_code=True)
+        report = report.model_copy(update={"peak_memory_gib": peak.model_gib})
+    (bench.folder / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
+
+
+profile = stage("profile", fill, devices="one")

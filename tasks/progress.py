@@ -1,0 +1,50 @@
+"""Progress of long stages: a bar in a terminal, a progress artifact in Prefect's UI."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.context import TaskRunContext
+from tqdm import tqdm
+
+#: seconds between two updates of the artifact: each is a call to Prefect's server
+_INTERVAL = 2.0
+
+
+class Progress(Protocol):
+    """Told the share done, in [0, 1], and a few words."""
+
+    def __call__(self, share: float, message: str) -> None:
+        """Take note."""
+        ...
+
+
+@contextmanager
+def stage_progress(stage: str) -> Iterator[Progress]:
+    """A Progress for one running stage; the bar closes with the block. Outside a Prefect task only the bar is shown."""
+    bar = tqdm(total=100, desc=stage, unit="%", file=sys.stderr, disable=None, leave=False, bar_format="{l_bar}{bar}| {postfix}")
+    artifact_id = None
+    if TaskRunContext.get() is not None:
+        artifact_id = create_progress_artifact(progress=0.0, description=stage)
+    told = time.monotonic()
+
+    def tell(share: float, message: str) -> None:
+        nonlocal told
+        bar.set_postfix_str(message, refresh=False)
+        bar.n = min(100.0, 100 * share)
+        bar.refresh()
+        if artifact_id is not None and time.monotonic() - told > _INTERVAL:
+            told = time.monotonic()
+            update_progress_artifact(artifact_id, progress=min(100.0, 100 * share), description=f"{stage}: {message}")
+
+    try:
+        yield tell
+        if artifact_id is not None:
+            update_progress_artifact(artifact_id, progress=100.0, description=f"{stage}: done")
+    finally:
+        bar.close()

@@ -1,0 +1,182 @@
+"""The one stage that is never cached: what a run found, written to DuckDB and MLflow, twice as good as once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.context import TaskRunContext
+from pydantic import BaseModel, ConfigDict
+
+from evaluation.report import EvalReport, Metric, ProfileReport
+from infra.artifacts import ArtifactRef
+from infra.provenance import git_revision, versions
+from infra.results import LayerRow, MetricRow, ResultsStore, RunRow, StageRow
+from infra.tracking import MetricPoint, Tracker
+from tasks.stage import Workplace
+
+
+class Measured(BaseModel):
+    """A finished report stage: what it measured (`suite`) about which checkpoint."""
+
+    model_config = ConfigDict(frozen=True)
+
+    report: ArtifactRef
+    suite: str
+    label: str
+    checkpoint_name: str
+    checkpoint: ArtifactRef
+
+
+class RunOutcome(BaseModel):
+    """All that there is to record about a run. `checkpoints`: the finished ones by name."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_key: str
+    name: str
+    spec: dict[str, Any]
+    started_at: datetime
+    stages: tuple[StageRow, ...]
+    checkpoints: dict[str, ArtifactRef]
+    measured: tuple[Measured, ...]
+    failed: bool
+    message: str | None
+
+
+@task(name="record", task_run_name="record", cache_policy=NO_CACHE, persist_result=False)
+def record(outcome: RunOutcome, workplace: Workplace) -> tuple[MetricRow, ...]:
+    """Write the run; returns its metric rows. A run recorded again replaces its rows and continues its MLflow run."""
+    metrics = tuple(_metric_rows(outcome, workplace))
+    layers = tuple(_layer_rows(outcome, workplace))
+    mlflow_run_id = _track(outcome, workplace, metrics, layers)
+    run = RunRow(
+        run_key=outcome.run_key,
+        name=outcome.name,
+        spec=json.dumps(outcome.spec),
+        status="failed" if outcome.failed else "completed",
+        started_at=outcome.started_at,
+        finished_at=datetime.now(UTC),
+        prefect_run_id=_flow_run_id(),
+        mlflow_run_id=mlflow_run_id,
+        slimline_version=versions().get("slimline", "unknown"),
+        git_revision=git_revision(),
+        message=outcome.message,
+    )
+    ResultsStore(workplace.settings.results_path).record(run, outcome.stages, metrics, layers)
+    return metrics
+
+
+def _metric_rows(outcome: RunOutcome, workplace: Workplace) -> Iterator[MetricRow]:
+    for measured in outcome.measured:
+        metrics, protocol = _read_report(workplace.store.path(measured.report), measured.suite)
+        for metric in metrics:
+            values = metric.model_dump(include=set(MetricRow.model_fields) & set(Metric.model_fields))
+            yield MetricRow(
+                run_key=outcome.run_key,
+                checkpoint=measured.checkpoint_name,
+                checkpoint_key=measured.checkpoint.key,
+                stage_key=measured.report.key,
+                suite=measured.label,
+                protocol=protocol,
+                **values,
+            )
+
+
+def _read_report(folder: Path, suite: str) -> tuple[tuple[Metric, ...], str]:
+    text = (folder / "report.json").read_text(encoding="utf-8")
+    if suite != "profile":
+        report = EvalReport.model_validate_json(text)
+        return report.metrics, json.dumps(report.protocol)
+    profile = ProfileReport.model_validate_json(text)
+    conditions = profile.model_dump(
+        mode="json", include={"device_name", "dtype", "threads", "attn_implementation", "batch_size", "prompt_len"}
+        | {"new_tokens", "warmup", "runs"},
+    )  # fmt: skip
+    return profile.metrics(), json.dumps(conditions)
+
+
+def _layer_rows(outcome: RunOutcome, workplace: Workplace) -> Iterator[LayerRow]:
+    for ref in outcome.checkpoints.values():
+        path = workplace.store.path(ref) / "pruning.json"
+        for layer in json.loads(path.read_text(encoding="utf-8"))["layers"] if path.exists() else ():
+            energy = layer["output_energy"] or 1.0
+            heldout = layer["heldout_error"]
+            yield LayerRow(
+                run_key=outcome.run_key,
+                stage_key=ref.key,
+                layer=layer["layer"],
+                sub_layer=layer["sub_layer"],
+                kept=layer["kept"],
+                total=layer["total"],
+                sparsity=1 - layer["kept"] / layer["total"],
+                predicted_error=layer["predicted_error"] / energy,
+                measured_error=layer["measured_error"] / energy,
+                heldout_error=None if heldout is None else heldout / energy,
+                condition=layer["condition"],
+                seconds=layer["seconds"],
+                num_tokens=layer["num_tokens"],
+            )
+
+
+def _track(
+    outcome: RunOutcome, workplace: Workplace, metrics: tuple[MetricRow, ...], layers: tuple[LayerRow, ...]
+) -> str:
+    folders = {name: workplace.store.path(ref) for name, ref in outcome.checkpoints.items()}
+    names = {ref.key: name for name, ref in outcome.checkpoints.items()}
+    points = [MetricPoint(f"{row.checkpoint}/{row.suite}/{row.task}/{row.metric}", row.value) for row in metrics]
+    for row in layers:
+        if row.measured_error is not None:
+            points.append(MetricPoint(f"{names[row.stage_key]}/{row.sub_layer}_error", row.measured_error, row.layer))
+    artifacts = {"spec.json": json.dumps(outcome.spec, indent=1)}
+    for name, folder in folders.items():
+        points += [MetricPoint(f"{name}/train_loss", loss, step) for step, loss in _losses(folder)]
+        for file in ("plan.json", "pruning.json", "recovery.json"):
+            if (folder / file).exists():
+                artifacts[f"{name}/{file}"] = (folder / file).read_text(encoding="utf-8")
+    for measured in outcome.measured:
+        text = (workplace.store.path(measured.report) / "report.json").read_text(encoding="utf-8")
+        artifacts[f"{measured.checkpoint_name}/{measured.label}.json"] = text
+    return Tracker(workplace.settings.tracking_uri).record(
+        run_key=outcome.run_key,
+        name=outcome.name,
+        params=_flat(outcome.spec),
+        metrics=points,
+        tags={
+            "prefect.flow_run_id": _flow_run_id() or "",
+            **{f"stage.{stage.name}": stage.stage_key for stage in outcome.stages},
+            **{f"version.{name}": version for name, version in versions().items()},
+        },
+        artifacts=artifacts,
+        checkpoints=folders,
+        status="failed" if outcome.failed else "completed",
+    )
+
+
+def _losses(folder: Path) -> list[tuple[int, float]]:
+    path = folder / "recovery.json"
+    return json.loads(path.read_text(encoding="utf-8"))["losses"] if path.exists() else []
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """A nested spec as MLflow params: "steps.0.sparsity" -> "0.2"."""
+    if isinstance(value, dict):
+        items = [(str(key), inner) for key, inner in value.items()]
+    elif isinstance(value, list | tuple):
+        items = [(str(index), inner) for index, inner in enumerate(value)]
+    else:
+        return {prefix: str(value)}
+    flat: dict[str, str] = {}
+    for key, inner in items:
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _flow_run_id() -> str | None:
+    context = TaskRunContext.get()
+    return str(context.task_run.flow_run_id) if context and context.task_run.flow_run_id else None

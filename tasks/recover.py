@@ -1,0 +1,34 @@
+"""Stage: a checkpoint repaired by training; killed, it goes on where its last training checkpoint was."""
+
+from __future__ import annotations
+
+from infra.sources import TextData
+from tasks.requests import RecoverRequest
+from tasks.stage import Bench, stage
+
+
+def fill(request: RecoverRequest, bench: Bench) -> None:
+    """Write the repaired checkpoint and recovery.json (the loss curve)."""
+    from infra.models import load_tokenizer
+    from pruning.checkpoint import load_checkpoint, load_plan, save_checkpoint
+
+    source = bench.store.path(request.checkpoint)
+    config = request.typed_config
+    where = config.data
+    data = TextData(dataset=where.dataset, config=where.config, split=where.split, revision=where.revision)
+    records = bench.workplace.sources.records(data, where.columns)
+    model, tokenizer = load_checkpoint(source), load_tokenizer(source)
+    report = request.module.recover(
+        model,
+        tokenizer,
+        records,
+        config,
+        scratch=bench.store.scratch(bench.ref),
+        device=bench.place.device.type,
+        progress=bench.progress,
+    )
+    save_checkpoint(model.cpu(), tokenizer, bench.folder, load_plan(source))
+    (bench.folder / "recovery.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
+
+
+recover = stage("recover", fill, devices="all")

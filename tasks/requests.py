@@ -1,0 +1,181 @@
+"""The identity of every stage: a request has exactly the fields that can change the answer, and its key is their hash.
+
+References enter as their keys, so keys form a Merkle chain: every key of a run is known before anything has run. Fields
+with `exclude=True` say where or how, never what, and are not part of the key.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from infra import registry
+from infra.artifacts import ArtifactRef, Kind
+from infra.keys import stage_key
+from infra.sources import TextData
+
+#: bumped by hand when the numbers of a stage change (plug-ins carry their own VERSION)
+IMPORT_VERSION = 1
+CALIBRATE_VERSION = 1
+CAPTURE_VERSION = 1
+PROFILE_VERSION = 1
+
+
+class Request(BaseModel):
+    """Base: frozen, refuses unknown keys, knows its own artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: ClassVar[Kind]
+    LABEL: ClassVar[str]
+    VERSION: ClassVar[int]
+
+    @property
+    def label(self) -> str:
+        """First part of the key: what the stage does."""
+        return self.LABEL
+
+    @property
+    def version(self) -> int:
+        """Version of the code that answers."""
+        return self.VERSION
+
+    @property
+    def ref(self) -> ArtifactRef:
+        """The artifact that this request stands for, made or not."""
+        return ArtifactRef(kind=self.kind, key=stage_key(self.label, self.version, self.model_dump(mode="json")))
+
+    @property
+    def inputs(self) -> tuple[ArtifactRef, ...]:
+        """The artifacts it reads."""
+        values = (getattr(self, name) for name in type(self).model_fields)
+        return tuple(value for value in values if isinstance(value, ArtifactRef))
+
+
+class ImportRequest(Request):
+    """A model from the hub, a mirror or a folder as a local safetensors checkpoint."""
+
+    kind: ClassVar[Kind] = "checkpoint"
+    LABEL: ClassVar[str] = "import-model"
+    VERSION: ClassVar[int] = IMPORT_VERSION
+
+    source: dict[str, str]
+    dtype: str
+    model_id: str = Field(exclude=True)
+    revision: str | None = Field(default=None, exclude=True)
+
+
+class CalibrateRequest(Request):
+    """Token windows of a text data set."""
+
+    kind: ClassVar[Kind] = "calibration"
+    LABEL: ClassVar[str] = "calibrate"
+    VERSION: ClassVar[int] = CALIBRATE_VERSION
+
+    checkpoint: ArtifactRef
+    source: dict[str, str]
+    config: str | None
+    split: str
+    text_field: str
+    data_files: str | None
+    num_samples: int
+    seq_len: int
+    num_heldout: int
+    seed: int
+    join: str
+    data: TextData = Field(exclude=True)
+
+
+class CaptureRequest(Request):
+    """Hessians of a checkpoint as it is, for any sparsity."""
+
+    kind: ClassVar[Kind] = "statistics"
+    LABEL: ClassVar[str] = "capture"
+    VERSION: ClassVar[int] = CAPTURE_VERSION
+
+    checkpoint: ArtifactRef
+    calibration: ArtifactRef
+
+
+class _PluginRequest(Request):
+    """A request answered by a plug-in module, whose VERSION and Config are part of the key."""
+
+    package: ClassVar[str]
+    noun: ClassVar[str]
+    verb: ClassVar[str]
+
+    plugin: str
+    config: dict[str, JsonValue]
+
+    @property
+    def module(self) -> Any:
+        """The plug-in."""
+        return registry.load(self.package, self.plugin, self.noun)
+
+    @property
+    def typed_config(self) -> Any:
+        """The plug-in's own Config."""
+        return self.module.Config.model_validate(self.config)
+
+    @property
+    def label(self) -> str:
+        """E.g. "prune-slimgpt"."""
+        return f"{self.verb}-{self.plugin}".replace("_", "-")
+
+    @property
+    def version(self) -> int:
+        """The plug-in's VERSION."""
+        return int(self.module.VERSION)
+
+
+class PruneRequest(_PluginRequest):
+    """A checkpoint made smaller."""
+
+    kind: ClassVar[Kind] = "checkpoint"
+    package: ClassVar[str] = "pruning.methods"
+    noun: ClassVar[str] = "method"
+    verb: ClassVar[str] = "prune"
+
+    checkpoint: ArtifactRef
+    calibration: ArtifactRef
+    statistics: ArtifactRef | None = None
+
+
+class RecoverRequest(_PluginRequest):
+    """A checkpoint repaired by training."""
+
+    kind: ClassVar[Kind] = "checkpoint"
+    package: ClassVar[str] = "pruning.recovery"
+    noun: ClassVar[str] = "recovery"
+    verb: ClassVar[str] = "recover"
+
+    checkpoint: ArtifactRef
+    source: dict[str, str]
+
+
+class EvaluateRequest(_PluginRequest):
+    """One suite on one checkpoint."""
+
+    kind: ClassVar[Kind] = "report"
+    package: ClassVar[str] = "evaluation.suites"
+    noun: ClassVar[str] = "suite"
+    verb: ClassVar[str] = "evaluate"
+
+    checkpoint: ArtifactRef
+    sources: tuple[dict[str, str], ...]
+    """Identities of the data sets it reads, in the order in which the suite names them."""
+
+
+class ProfileRequest(Request):
+    """Speed and size of one checkpoint, beside the dense one if that is another."""
+
+    kind: ClassVar[Kind] = "report"
+    LABEL: ClassVar[str] = "profile"
+    VERSION: ClassVar[int] = PROFILE_VERSION
+
+    checkpoint: ArtifactRef
+    reference: ArtifactRef | None
+    settings: dict[str, JsonValue]
+    device_name: str
+    """The device is the answer here, so it is part of the key."""

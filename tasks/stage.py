@@ -1,0 +1,143 @@
+"""What every cached stage has in common: its Prefect task, its lock, its device, its folder in the store."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from prefect import Task
+from prefect.context import TaskRunContext
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from infra.artifacts import ArtifactRef, ArtifactStore
+from infra.provenance import versions
+from infra.settings import Settings, load_settings
+from infra.sources import Sources
+from tasks.devices import Placement, pool
+from tasks.progress import Progress, stage_progress
+from tasks.requests import Request
+
+log = logging.getLogger("slimline")
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a stage may use besides its request; none of it changes the answer, so none of it is in a key."""
+
+    settings: Settings
+    sources: Sources
+
+    @property
+    def store(self) -> ArtifactStore:
+        """Where artifacts live."""
+        return ArtifactStore(self.settings.store_root)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a running stage has on its bench: the folder to fill, a place to compute if it asked for one, and a voice."""
+
+    workplace: Workplace
+    folder: Path
+    ref: ArtifactRef
+    given_place: Placement | None
+    progress: Progress
+
+    @property
+    def store(self) -> ArtifactStore:
+        """Where artifacts live."""
+        return self.workplace.store
+
+    @property
+    def place(self) -> Placement:
+        """Where a stage that was declared with devices computes."""
+        assert self.given_place is not None, "this stage was declared without devices"
+        return self.given_place
+
+
+class Made(BaseModel):
+    """What a stage returns and Prefect caches: a reference that checks, whenever it is decoded, that the artifact is
+    still whole. If it is not, decoding fails and Prefect runs the stage again."""
+
+    model_config = ConfigDict(frozen=True)
+
+    ref: ArtifactRef
+    seconds: float
+    found: bool = False
+
+    @model_validator(mode="after")
+    def _still_there(self) -> Self:
+        if not ArtifactStore(load_settings().store_root).has(self.ref):
+            raise ValueError(f"{self.ref.kind} {self.ref.key} is no longer in the store")
+        return self
+
+
+Fill = Callable[[Any, Bench], None]
+Devices = Literal["none", "one", "all"]
+
+
+def stage(name: str, fill: Fill, *, devices: Devices) -> Task[..., Made]:
+    """A Prefect task from a function that fills a folder. `devices`: what it computes on."""
+
+    def run(request: Request, stage_name: str, workplace: Workplace) -> Made:
+        return run_stage(request, stage_name, workplace, fill, devices=devices)
+
+    return Task(
+        fn=run,
+        name=name,
+        task_run_name="{stage_name}",
+        cache_key_fn=_cache_key,
+        persist_result=True,
+        result_serializer="json",
+        retries=0,
+    )
+
+
+def run_stage(request: Request, stage_name: str, workplace: Workplace, fill: Fill, *, devices: Devices) -> Made:
+    """Make the artifact of `request` unless the store has it. One process at a time works on one key."""
+    store, ref = workplace.store, request.ref
+    with store.lock(ref):
+        if store.has(ref) and not _refreshing():
+            log.info("%s: %s found in the store, not run", stage_name, ref.key)
+            return Made(ref=ref, seconds=store.manifest(ref).seconds, found=True)
+        with _placed(workplace.settings, devices) as place:
+            reason = "refreshed" if _refreshing() else "not in the store"
+            log.info("%s: running, %s is %s", stage_name, ref.key, reason)
+            started = time.monotonic()
+            _make(request, stage_name, workplace, fill, place)
+            seconds = time.monotonic() - started
+        log.info("%s: done in %.1f s", stage_name, seconds)
+        return Made(ref=ref, seconds=seconds)
+
+
+def _make(request: Request, stage_name: str, workplace: Workplace, fill: Fill, place: Placement | None) -> None:
+    store, ref = workplace.store, request.ref
+    with (
+        stage_progress(stage_name) as progress,
+        store.writing(
+            ref, request=request.model_dump(mode="json"), versions=versions(), replace=_refreshing()
+        ) as folder,
+    ):
+        fill(request, Bench(workplace, folder, ref, place, progress))
+    store.drop_scratch(ref)
+
+
+def _placed(settings: Settings, devices: Devices) -> AbstractContextManager[Placement | None]:
+    if devices == "none":
+        return nullcontext()
+    return pool(settings.device).one() if devices == "one" else pool(settings.device).all()
+
+
+def _cache_key(context: Any, parameters: dict[str, Any]) -> str:
+    request: Request = parameters["request"]
+    return request.ref.key
+
+
+def _refreshing() -> bool:
+    context = TaskRunContext.get()
+    return bool(context and context.task.refresh_cache)

@@ -1,0 +1,143 @@
+"""Tiny random models and a real tokenizer for unit tests: nothing is downloaded, every weight carries noise."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pruning.plan import LayerPlan, LayerShape, PruningPlan
+
+FAMILIES = ("llama", "llama-mha", "mistral", "qwen2", "qwen3")
+"""Names for `tiny_model`; "llama-mha" is a Llama with as many kv heads as query heads."""
+
+VOCAB_SIZE = 320
+BOS, EOS = 0, 1
+_CONFIGS = {
+    "llama": LlamaConfig,
+    "llama-mha": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+}
+
+
+def tiny_model(
+    family: str,
+    *,
+    seed: int = 0,
+    layers: int = 3,
+    hidden: int = 32,
+    heads: int = 8,
+    kv_heads: int = 4,
+    head_dim: int | None = None,
+    intermediate: int = 48,
+    **config: Any,
+) -> PreTrainedModel:
+    """A random float32 model in eval mode; head_dim is hidden/heads, but twice that for qwen3.
+
+    config: more fields of the model's config. qwen2 has biases on q/k/v, qwen3 has q/k norms.
+    """
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads if family == "llama-mha" else kv_heads,
+        "head_dim": head_dim or hidden // heads * (2 if family == "qwen3" else 1),
+        "max_position_embeddings": 512,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": False,
+    }
+    model = AutoModelForCausalLM.from_config(_CONFIGS[family](**(values | config)))
+    add_noise_(model, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def add_noise_(model: torch.nn.Module, seed: int) -> None:
+    """Random weights, norms and biases, so that no error can hide behind a one or a zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(noise * 0.2 if parameter.dim() > 1 else parameter + 0.2 * noise)
+
+
+def random_ids(model: PreTrainedModel, batch: int = 2, length: int = 12, *, seed: int = 0) -> torch.Tensor:
+    """Token ids, shape (batch, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, int(model.config.vocab_size), (batch, length), generator=generator)
+
+
+def random_plan(source: Sequence[LayerShape], head_dim: int, *, seed: int = 0, drop: int = 1) -> PruningPlan:
+    """A valid plan that drops `drop` layers and keeps differing kv heads, query heads and channels in the others."""
+    rng = random.Random(seed)
+    kept = sorted(rng.sample(range(len(source)), len(source) - drop))
+    return PruningPlan(
+        source=tuple(source),
+        head_dim=head_dim,
+        layers=tuple(_random_layer(rng, index, source[index]) for index in kept),
+    )
+
+
+def _random_layer(rng: random.Random, index: int, shape: LayerShape) -> LayerPlan:
+    kv_heads = sorted(rng.sample(range(shape.num_kv_heads), rng.randint(1, shape.num_kv_heads)))
+    per_kv_head = rng.randint(1, shape.num_groups)
+    group = range(shape.num_groups)
+    channels = rng.sample(range(shape.intermediate_size), rng.randint(0, shape.intermediate_size))
+    return LayerPlan(
+        layer=index,
+        kept_query_heads=tuple(
+            head * shape.num_groups + member for head in kv_heads for member in sorted(rng.sample(group, per_kv_head))
+        ),
+        kept_kv_heads=tuple(kv_heads),
+        kept_channels=tuple(sorted(channels)),
+    )
+
+
+_TEXT = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Below is an instruction that describes a task. Write a response that answers the question.",
+    "What is the capital of France? The capital of France is Paris.",
+    "Pruning removes the heads and the channels that matter least, and the others learn to do their work.",
+)
+
+
+@lru_cache(maxsize=1)
+def _trained() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
+    )
+    return str(tokenizer.to_str())
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with <s> = 0 and </s> = 1, no pad token (as with Llama); encoding begins with <s>."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained()), bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
