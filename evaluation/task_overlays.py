@@ -1,6 +1,6 @@
 """Local data for lm-eval's stock tasks: per task a small YAML file that `include:`s the stock file and names another
-`dataset_path`. That is lm-eval's documented way to vary a task; prompts and metrics stay its own, and no global of lm-eval
-or of `datasets` has to be replaced to decide what is read.
+`dataset_path`. That is lm-eval's documented way to vary a task; prompts and metrics stay its own, and no global of
+lm-eval or of `datasets` has to be replaced to decide what is read.
 """
 
 from __future__ import annotations

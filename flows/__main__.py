@@ -29,7 +29,9 @@ app = typer.Typer(
 )
 
 SpecName = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped spec (slimline list specs).")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="A.B.C=VALUE", help="Override one value of the spec; repeatable.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="A.B.C=VALUE", help="Override one value of the spec; repeatable.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one last line of JSON with everything.")]
 
 
@@ -55,10 +57,10 @@ class Form(StrEnum):
 @app.command()
 def run(
     spec: SpecName,
-    set_: Overrides = [],  # noqa: B006 typer wants a list
+    set_: Overrides = [],
     refresh: Annotated[
         list[str], typer.Option(metavar="STAGE", help="Run this stage and all that follow from it again; repeatable.")
-    ] = [],  # noqa: B006
+    ] = [],
     as_json: AsJson = False,
 ) -> None:
     """Run a spec: what is in the store already is not run again."""
@@ -80,7 +82,7 @@ def run(
 
 
 @app.command()
-def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:
     """Show every stage of a spec with its key, and whether it is cached; nothing is run."""
     _prepared()
     from flows.compress import open_workplace
@@ -105,7 +107,9 @@ def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:
 
 @app.command()
 def results(
-    form: Annotated[Form, typer.Option("--format", help="table and markdown: chosen figures; json and csv: all.")] = Form.table,
+    form: Annotated[
+        Form, typer.Option("--format", help="table and markdown: chosen figures; json and csv: all.")
+    ] = Form.table,
     run_key: Annotated[str | None, typer.Option("--run", help="Run key or spec name; default: the newest run.")] = None,
 ) -> None:
     """Print what a run measured, from the results store."""
@@ -122,9 +126,10 @@ def results(
     if not wanted:
         names = sorted({row.name for row in runs})
         raise SpecError(f"no run {run_key!r}{near(str(run_key), names)}; there are: {', '.join(names)}")
-    metrics = store.metrics(wanted[-1].run_key)
+    newest = wanted[-1]
+    metrics = store.metrics(newest.run_key)
     if form is Form.table:
-        print(f"{wanted[-1].name} ({wanted[-1].run_key}, {wanted[-1].status}, {wanted[-1].finished_at:%Y-%m-%d %H:%M} UTC)")
+        print(f"{newest.name} ({newest.run_key}, {newest.status}, {newest.finished_at:%Y-%m-%d %H:%M} UTC)")
     print(render(metrics, form))
     if form is Form.table:
         print("\n" + "\n".join(protocol_lines(metrics)))
@@ -199,7 +204,8 @@ def _print_result(result: RunResult, settings: Settings, as_json: bool) -> None:
 
 
 def _as_json(result: RunResult) -> dict[str, Any]:
-    stages = [stage.model_dump(include={"name", "key", "status", "seconds", "message"}) | {"cached": stage.cached} for stage in result.stages]
+    shown = {"name", "key", "status", "seconds", "message"}
+    stages = [stage.model_dump(include=shown) | {"cached": stage.cached} for stage in result.stages]
     metrics = [row.model_dump(mode="json", exclude={"run_key"}) for row in result.metrics]
     return {"run_key": result.run_key, "stages": stages, "metrics": metrics, "checkpoint": result.checkpoint}
 

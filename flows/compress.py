@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
-from prefect.states import State
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.errors import USER_ERRORS, SpecError, StagesFailed
 from flows.outcome import RunResult, StageOutcome
@@ -20,7 +20,7 @@ from flows.report import table_rows
 from flows.spec import RunSpec
 from flows.story import Stage, Story, tell
 from infra.registry import near
-from infra.results import StageRow
+from infra.result_rows import StageRow
 from infra.settings import load_settings
 from infra.sources import sources_from
 from tasks.record import Measured, RunOutcome, record
@@ -36,7 +36,7 @@ _THREADS = 16
 @flow(
     name="compress",
     flow_run_name="{spec.name}",
-    task_runner=ThreadPoolTaskRunner(max_workers=_THREADS),
+    task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_THREADS)),
     persist_result=False,
 )
 def compress(spec: RunSpec, refresh: tuple[str, ...] = ()) -> RunResult:
@@ -52,7 +52,7 @@ def compress(spec: RunSpec, refresh: tuple[str, ...] = ()) -> RunResult:
     again = _stages_to_refresh(story, refresh)
     futures: dict[str, PrefectFuture[Made]] = {}
     for stage in story.stages:
-        task = stage.task.with_options(refresh_cache=stage.ref.key in again)
+        task = stage.task.with_options(refresh_cache=stage.ref.key in again, tags={stage.ref.key})
         after = [futures[ref.key] for ref in stage.request.inputs]
         futures[stage.ref.key] = task.submit(stage.request, stage.name, workplace, wait_for=after)
     outcomes = tuple(_outcome(stage, futures[stage.ref.key]) for stage in story.stages)
@@ -77,7 +77,7 @@ def _finish(story: Story, outcomes: Sequence[StageOutcome], workplace: Workplace
             started_at=started_at,
             stages=tuple(_row(story, outcome) for outcome in outcomes),
             checkpoints={name: ref for name, ref in story.checkpoints.items() if ref.key in done},
-            measured=tuple(_measured(stage) for stage in story.stages if stage.ref.kind == "report" and stage.ref.key in done),
+            measured=tuple(_measured(stage) for stage in story.reports if stage.ref.key in done),
             failed=bool(problems),
             message=message,
         ),
@@ -105,8 +105,6 @@ def _outcome(stage: Stage, future: PrefectFuture[Made]) -> StageOutcome:
     if state.is_completed():
         made = state.result()
         cached = state.name == "Cached" or made.found
-        if state.name == "Cached":
-            log.info("%s: cached, %s", stage.name, ref.key)
         return StageOutcome(**common, status="cached" if cached else "completed", seconds=made.seconds)
     if state.is_pending():
         log.warning("%s: skipped, a stage before it failed", stage.name)
@@ -125,7 +123,8 @@ def _row(story: Story, outcome: StageOutcome) -> StageRow:
 
 def _measured(stage: Stage) -> Measured:
     request = stage.request
-    assert isinstance(request, EvaluateRequest | ProfileRequest) and stage.checkpoint is not None
+    assert isinstance(request, EvaluateRequest | ProfileRequest)
+    assert stage.checkpoint is not None
     suite = request.plugin if isinstance(request, EvaluateRequest) else "profile"
     label = stage.name.split(":")[1] if isinstance(request, EvaluateRequest) else "profile"
     return Measured(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from infra.artifacts import ArtifactStore
-from infra.offline import OfflineDefault
+from infra.offline_repository import WHEELS, installed
 from infra.provenance import git_revision, versions
 from infra.results import ResultsStore
 from infra.settings import Settings
@@ -33,10 +33,10 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _asked("devices", lambda: _devices(settings))
     yield _asked("sources", lambda: _sources(settings))
     yield _asked("hub", _hub)
-    yield _asked("offline default", lambda: OfflineDefault(settings.offline_root).status())
+    yield _asked("offline default", _offline)
     yield _asked("artifact store", lambda: _store(settings))
-    yield _asked("results (DuckDB)", lambda: f"{settings.results_path}: {len(ResultsStore(settings.results_path).runs())} runs")
-    yield _asked("tracking (MLflow)", lambda: f"{Tracker(settings.tracking_uri).check()}")
+    yield _asked("results (DuckDB)", lambda: _results(settings))
+    yield _asked("tracking (MLflow)", Tracker(settings.tracking_uri).check)
 
 
 def _asked(topic: str, question: Callable[[], str]) -> Finding:
@@ -71,6 +71,16 @@ def _hub() -> str:
     from infra.hub import reachable
 
     return "reachable" if reachable() else "not reachable: use a mirror or the offline default (SLIMLINE_MIRROR)"
+
+
+def _results(settings: Settings) -> str:
+    return f"{settings.results_path}: {len(ResultsStore(settings.results_path).runs())} runs"
+
+
+def _offline() -> str:
+    for package in WHEELS:
+        installed(package)
+    return f"can be built: {', '.join(WHEELS.values())} are installed"
 
 
 def _store(settings: Settings) -> str:

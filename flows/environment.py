@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
+import warnings
 
 from infra.settings import Settings
 
@@ -12,9 +14,10 @@ _DEFAULTS = {
     # a first start creates Prefect's database; twenty seconds, the default, is not always enough
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # our own lines go to the terminal and, as extra logger, to the UI; Prefect's tracebacks of stages go to the UI alone
+    # our lines go to the terminal and, as extra logger, to the UI; Prefect's tracebacks of stages go to the UI alone
     "PREFECT_LOGGING_EXTRA_LOGGERS": "slimline",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -29,6 +32,17 @@ def prepare_environment(settings: Settings) -> None:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_LOCAL_STORAGE_PATH", str(settings.home / "prefect-results"))
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    atexit.register(_silence_interpreter_exit)
+
+
+def _silence_interpreter_exit() -> None:
+    """duckdb 2.0 prints a page of "leaked" types when the interpreter is torn down in a process that imported Prefect.
+
+    Registered early, so it runs after everybody else's exit handlers, which may still have something to say.
+    """
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def log_to_terminal(*, verbose: bool) -> None:

@@ -1,10 +1,10 @@
 """Which exceptions mean "the user can mend this": the command line turns them into one sentence and exit code 2.
 
-    ValueError
-    ├── flows.errors.SpecError            a spec, an override or a command-line value
-    ├── pruning.errors.PruningError       a model, a calibration set, numbers
-    ├── evaluation.errors.EvaluationError a suite, a task, a protocol
-    └── infra.errors.InfraError           data and model sources, stores, disks
+ValueError
+├── flows.errors.SpecError            a spec, an override or a command-line value
+├── pruning.errors.PruningError       a model, a calibration set, numbers
+├── evaluation.errors.EvaluationError a suite, a task, a protocol
+└── infra.errors.InfraError           data and model sources, stores, disks
 """
 
 from __future__ import annotations

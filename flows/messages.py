@@ -10,7 +10,9 @@ from pydantic import BaseModel, ValidationError
 from infra.registry import near
 
 
-def first_problem(error: ValidationError, *, also_known: Iterable[str] = (), model: type[BaseModel] | None = None) -> str:
+def first_problem(
+    error: ValidationError, *, also_known: Iterable[str] = (), model: type[BaseModel] | None = None
+) -> str:
     """The first thing wrong, e.g. "unknown key 'sparsty' in steps.0; did you mean 'sparsity'?".
 
     also_known: further keys that are allowed at the top. model: where to look up the keys that exist.

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from infra.results import MetricRow
+from infra.result_rows import MetricRow
 
 
 class StageOutcome(BaseModel):

@@ -49,10 +49,10 @@ def _check_context(card: ModelCard, spec: RunSpec) -> None:
     longest = card.max_position_embeddings
     if longest is None or spec.calibration is None:
         return
-    if spec.calibration.seq_len > longest:
+    seq_len = spec.calibration.seq_len
+    if seq_len > longest:
         raise SpecError(
-            f"calibration.seq_len {spec.calibration.seq_len} is longer than the context of {spec.model.id} ({longest}); "
-            f"lower it to at most {longest}"
+            f"calibration.seq_len {seq_len} is longer than the context of {spec.model.id}; lower it to at most {longest}"
         )
 
 

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 
-from infra.results import MetricRow
+from infra.result_rows import MetricRow
 
 #: which figure of the profile stands in the table, under which heading, divided by what
 _PROFILE_COLUMNS = {

@@ -22,8 +22,10 @@ def serve_pages(settings: Settings, *, prefect_port: int, mlflow_port: int) -> N
     scripts = os.path.dirname(sys.executable)
     commands = {
         "Prefect": [f"{scripts}/prefect", "server", "start", "--host", _HOST, "--port", str(prefect_port)],
-        "MLflow": [f"{scripts}/mlflow", "server", "--host", _HOST, "--port", str(mlflow_port)]
-        + ["--backend-store-uri", settings.tracking_uri],
+        "MLflow": [
+            *(f"{scripts}/mlflow", "server", "--host", _HOST, "--port", str(mlflow_port)),
+            *("--backend-store-uri", settings.tracking_uri),
+        ],
     }
     ports = {"Prefect": prefect_port, "MLflow": mlflow_port}
     running = {

@@ -89,7 +89,9 @@ class _Plugin(_Spec):
             return own | {"config": module.Config.model_validate(rest)}
         except ValidationError as error:
             known = [name for name in cls.model_fields if name != "config"]
-            raise ValueError(f"{own[cls.NOUN]}: {first_problem(error, model=module.Config, also_known=known)}") from error
+            raise ValueError(
+                f"{own[cls.NOUN]}: {first_problem(error, model=module.Config, also_known=known)}"
+            ) from error
 
     @model_serializer(mode="wrap")
     def _flatten(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class Story:
     checkpoints: dict[str, ArtifactRef]
 
     @property
+    def reports(self) -> tuple[Stage, ...]:
+        """The stages that measure."""
+        return tuple(stage for stage in self.stages if stage.ref.kind == "report")
+
+    @property
     def run_key(self) -> str:
         """Identity of the run: its name and the keys of its stages. The same spec on the same data is the same run."""
         return stage_key(f"run-{self.spec.name.lower()}", 1, {"stages": [stage.ref.key for stage in self.stages]})
@@ -92,9 +97,7 @@ def tell(spec: RunSpec, sources: Sources, device_setting: str) -> Story:
 def _import(spec: RunSpec, sources: Sources) -> Stage:
     model = spec.model
     located = sources.find(model.id, "model", revision=model.revision)
-    request = ImportRequest(
-        source=located.identity, dtype=model.dtype, model_id=model.id, revision=model.revision
-    )
+    request = ImportRequest(source=located.identity, dtype=model.dtype, model_id=model.id, revision=model.revision)
     return Stage("import-model", import_model, request, DENSE)
 
 

@@ -184,8 +184,7 @@ def _why_no_weights(folder: Path) -> str:
     if pickled:
         return (
             f"{folder} has only pickled weights ({pickled[0]}), which can run any code when they are loaded; "
-            "convert them to "
-            f"safetensors where you trust them, or take another copy of the model"
+            "convert them to safetensors where you trust them, or take another copy of the model"
         )
     if "adapter_model.safetensors" in names:
         return f"{folder} is a LoRA adapter and not a model; merge it into its base model first"

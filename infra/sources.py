@@ -153,10 +153,8 @@ class Sources:
         return (
             f"{repo_type} {repo_id!r} was not found: {places}{answer}. Ways out: "
             f"(1) the hub: unset SLIMLINE_MIRROR and the spec's mirror, with network; "
-            f"(2) a folder of copies: put it at <folder>/{repo_id} and set SLIMLINE_MIRROR=<folder> (or mirror: "
-            "<folder> in the spec); "
-            f"(3) the offline default: SLIMLINE_MIRROR=offline after `{OfflineDefault.INSTALL}`, and one of its "
-            f"{repo_type}s"
+            f"(2) a mirror: copy it to <folder>/{repo_id} and set SLIMLINE_MIRROR=<folder> (or the spec's mirror); "
+            f"(3) the offline default: `{OfflineDefault.INSTALL}`, SLIMLINE_MIRROR=offline and one of its {repo_type}s"
         )
 
 

@@ -92,19 +92,29 @@ class Tracker:
         artifacts: Mapping[str, str],
         checkpoints: Mapping[str, Path],
         status: Literal["completed", "failed"],
+        visit_tags: Mapping[str, str] | None = None,
     ) -> str:
         """Make the MLflow run of `run_key` hold all of this, and return its id. Raises TrackingUnusable.
 
         Recorded again: a point whose value is the one logged last at its step is not repeated; a param keeps its first
         value and the new one goes into the tag `slimline.changed_params`; tags, texts and status are replaced.
         `artifacts` maps a path in the run to a text. `checkpoints` maps a word to a folder, which is registered where
-        it lies as a version of the model `<name>-<word>`, once.
+        it lies as a version of the model `<name>-<word>`, once. `visit_tags` (whose run it was that recorded this) are
+        written when anything else is new, and alone do not make the record new.
         """
         record = _Record(run_key, name, params, metrics, tags, artifacts, checkpoints, status)
         with self._errors_named(run_key), flocked(self._lock_file()):
-            return self._recorded(record) or self._write(record)
+            return self._recorded(record) or self._write(record, visit_tags or {})
 
-    def _write(self, record: _Record) -> str:
+    def check(self) -> str:
+        """What is at the tracking URI, in words. Raises TrackingUnusable."""
+        if self._database is not None and not self._database.exists():
+            return f"{self.uri} will be made by the first run"
+        with self._errors_named("(none yet)"), flocked(self._lock_file()):
+            names = [experiment.name for experiment in self._client().search_experiments()]
+        return f"{_without_password(self.uri)} answers, experiments: {', '.join(names)}"
+
+    def _write(self, record: _Record, visit_tags: Mapping[str, str]) -> str:
         client = self._client()
         run = _find_or_create(client, self._experiment_id(client), record)
         run_id = str(run.info.run_id)
@@ -117,7 +127,7 @@ class Tracker:
         for word, folder in record.checkpoints.items():
             _register(client, run_id, record.run_key, f"{record.name}-{word}", folder)
         client.set_terminated(run_id, _MLFLOW_STATUS[record.status])
-        _log_tags(client, run_id, record.tags)
+        _log_tags(client, run_id, {**record.tags, **visit_tags})
         # Last, since it says that all of the above is there: a record that was killed in the middle is done again.
         client.set_tag(run_id, CONTENT_TAG, record.digest())
         return run_id

@@ -97,7 +97,9 @@ def device_names(setting: str) -> tuple[str, ...]:
     try:
         torch.empty(0, device=setting)
     except (RuntimeError, AssertionError) as error:
-        raise SettingsInvalid(f"SLIMLINE_DEVICE={setting}: torch has no such device here; set it to auto or cpu") from error
+        raise SettingsInvalid(
+            f"SLIMLINE_DEVICE={setting}: torch has no such device here; set it to auto or cpu"
+        ) from error
     return (setting,)
 
 

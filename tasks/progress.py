@@ -6,7 +6,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, cast
+from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
@@ -27,10 +28,11 @@ class Progress(Protocol):
 @contextmanager
 def stage_progress(stage: str) -> Iterator[Progress]:
     """A Progress for one running stage; the bar closes with the block. Outside a Prefect task only the bar is shown."""
-    bar = tqdm(total=100, desc=stage, unit="%", file=sys.stderr, disable=None, leave=False, bar_format="{l_bar}{bar}| {postfix}")
-    artifact_id = None
+    form = "{l_bar}{bar}| {postfix}"
+    bar = tqdm(total=100, desc=stage, unit="%", file=sys.stderr, disable=None, leave=False, bar_format=form)
+    artifact_id: UUID | None = None
     if TaskRunContext.get() is not None:
-        artifact_id = create_progress_artifact(progress=0.0, description=stage)
+        artifact_id = cast("UUID", create_progress_artifact(progress=0.0, description=stage))
     told = time.monotonic()
 
     def tell(share: float, message: str) -> None:

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from evaluation.report import EvalReport, Metric, ProfileReport
 from infra.artifacts import ArtifactRef
 from infra.provenance import git_revision, versions
-from infra.results import LayerRow, MetricRow, ResultsStore, RunRow, StageRow
+from infra.result_rows import LayerRow, MetricRow, RunRow, StageRow
+from infra.results import ResultsStore
 from infra.tracking import MetricPoint, Tracker
 from tasks.stage import Workplace
 
@@ -148,13 +149,13 @@ def _track(
         params=_flat(outcome.spec),
         metrics=points,
         tags={
-            "prefect.flow_run_id": _flow_run_id() or "",
             **{f"stage.{stage.name}": stage.stage_key for stage in outcome.stages},
             **{f"version.{name}": version for name, version in versions().items()},
         },
         artifacts=artifacts,
         checkpoints=folders,
         status="failed" if outcome.failed else "completed",
+        visit_tags={"prefect.flow_run_id": _flow_run_id() or ""},
     )
 
 

@@ -6,7 +6,7 @@ with `exclude=True` say where or how, never what, and are not part of the key.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -61,7 +61,7 @@ class ImportRequest(Request):
     VERSION: ClassVar[int] = IMPORT_VERSION
 
     source: dict[str, str]
-    dtype: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
     model_id: str = Field(exclude=True)
     revision: str | None = Field(default=None, exclude=True)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from prefect import Task
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -40,7 +41,7 @@ class Workplace:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a running stage has on its bench: the folder to fill, a place to compute if it asked for one, and a voice."""
+    """What a running stage has on its bench: a folder to fill, a place to compute if it asked for one, and a voice."""
 
     workplace: Workplace
     folder: Path
@@ -94,7 +95,7 @@ def stage(name: str, fill: Fill, *, devices: Devices) -> Task[..., Made]:
         cache_key_fn=_cache_key,
         persist_result=True,
         result_serializer="json",
-        retries=0,
+        on_completion=[_tell_cached],
     )
 
 
@@ -125,6 +126,12 @@ def _make(request: Request, stage_name: str, workplace: Workplace, fill: Fill, p
     ):
         fill(request, Bench(workplace, folder, ref, place, progress))
     store.drop_scratch(ref)
+
+
+def _tell_cached(task: object, task_run: TaskRun, state: State[Any]) -> None:
+    """A hook and not part of the stage: on a hit the stage itself does not run."""
+    if state.name == "Cached":
+        log.info("%s: not run, %s is cached", task_run.name, ", ".join(task_run.tags))
 
 
 def _placed(settings: Settings, devices: Devices) -> AbstractContextManager[Placement | None]:

@@ -170,6 +170,10 @@ def test_an_unknown_task_is_refused_by_evaluate_too(
         zero_shot.evaluate(model, tokenizer, data, zero_shot.Config(tasks=("piqua",)))
 
 
+def global_states() -> tuple[object, ...]:
+    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+
+
 def test_nothing_outside_is_changed(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -178,7 +182,7 @@ def test_nothing_outside_is_changed(
 ) -> None:
     model.train()
     logger = logging.getLogger("lm_eval")
-    before = random.getstate(), np.random.get_state(legacy=True)[1], torch.get_rng_state().tolist(), logger.level
+    before = global_states(), logger.level
     tqdm, bars_off = lm_eval.api.task.tqdm, lm_eval.api.task.datasets.are_progress_bars_disabled()
     capfd.readouterr()
 
@@ -188,8 +192,7 @@ def test_nothing_outside_is_changed(
 
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
-    after = random.getstate(), np.random.get_state(legacy=True)[1], torch.get_rng_state().tolist(), logger.level
-    assert after == before
+    assert (global_states(), logger.level) == before
     assert lm_eval.api.task.tqdm is tqdm
     assert lm_eval.api.task.datasets.are_progress_bars_disabled() == bars_off
     assert model.training

@@ -145,9 +145,10 @@ def test_value_too_large_for_float16(tiny: Path, out: Path) -> None:
 
 def test_pickled_weights_are_refused(tiny: Path, out: Path) -> None:
     (tiny / "model.safetensors").rename(tiny / "pytorch_model.bin")
-    for refuse in (lambda: describe(at(tiny)), lambda: import_model(at(tiny), out, "auto")):
-        with pytest.raises(SourceInvalid, match=r"only pickled weights \(pytorch_model.bin\)"):
-            refuse()
+    with pytest.raises(SourceInvalid, match=r"only pickled weights \(pytorch_model.bin\)"):
+        describe(at(tiny))
+    with pytest.raises(SourceInvalid, match=r"only pickled weights \(pytorch_model.bin\)"):
+        import_model(at(tiny), out, "auto")
 
 
 def test_folders_that_are_no_model(tiny: Path, out: Path) -> None:
@@ -165,7 +166,7 @@ def test_folders_that_are_no_model(tiny: Path, out: Path) -> None:
 def test_incomplete_models(tiny: Path, out: Path) -> None:
     shard(tiny)
     (tiny / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(SourceInvalid, match="lacks model-00002-of-00002.safetensors"):
+    with pytest.raises(SourceInvalid, match=r"lacks model-00002-of-00002\.safetensors"):
         describe(at(tiny))
     first = tiny / "model-00001-of-00002.safetensors"
     first.write_bytes(first.read_bytes()[:-100])

@@ -13,10 +13,11 @@ from infra.errors import SourceMissing
 from infra.offline import RECIPES, OfflineDefault
 from infra.offline_instructions import evaluated_grams
 from infra.offline_repository import installed, text_table, write_dataset
-from infra.offline_text import prose, word_grams
+from infra.offline_text import word_grams
 from infra.sources import Sources, TextData, fingerprint
+from infra.wikitext import prose
 
-# lm-eval's stock tasks: data set, config, the split that is evaluated, its known number of rows, columns of their prompts.
+# lm-eval's stock tasks: data set, config, the evaluated split, its known number of rows, the columns of the prompts.
 STOCK = [
     ("baber/piqa", None, "validation", 1838, {"goal", "sol1", "sol2", "label"}),
     ("Rowan/hellaswag", None, "validation", 10042, {"ctx_a", "ctx_b", "activity_label", "endings", "label"}),
@@ -60,7 +61,7 @@ def test_mmlu_has_all_subjects(offline: Sources) -> None:
 
     folder = offline.find("cais/mmlu", "dataset").folder
     assert folder is not None
-    rows = {split: 0 for split in ("test", "validation", "dev")}
+    rows = dict.fromkeys(("test", "validation", "dev"), 0)
     for file in folder.rglob("*.parquet"):
         rows[file.name.partition("-")[0]] += pyarrow.parquet.read_metadata(file).num_rows
     assert rows == {"test": 14042, "validation": 1531, "dev": 285}
@@ -90,7 +91,8 @@ def test_instructions_hold_no_evaluated_question(offline: Sources) -> None:
 
 def test_markup_becomes_prose() -> None:
     markup = """{{Infobox|name=x}}
-'''Dogs''' ({{lang-la|canis}}) are [[domestic animal|tame animals]] that weigh {{convert|10|kg|lb}}&nbsp;or more,<ref>x</ref> and they live with people in all parts of the world.
+'''Dogs''' ({{lang-la|canis}}; [[file:dog.ogg]]) are [[animal|animals]] of {{convert|10|kg|lb}}&nbsp;or \
+more,<ref>x</ref> and they live with people in all parts of the world.
 Their mass ''m'' is <math>m = 1</math> and that line has a hole, so it is dropped whole, however long it may go on.
 * A list item that is long enough to pass for a sentence of its own but is no prose, and therefore is dropped.
 [[File:Dog.jpg|thumb|A dog that is not in the text, with a caption that is long enough to be a line of its own.]]
@@ -103,7 +105,7 @@ They came with people to every continent, as guards and as hunters, and they hav
 Cats, which came later, and are mentioned here only because this section is apparatus, not to be kept at all.
 [[Category:Animals]]"""
     assert prose(markup).split("\n\n") == [
-        "Dogs (canis) are tame animals that weigh 10 kg or more, and they live with people in all parts of the world.",
+        "Dogs (canis) are animals of 10 kg or more, and they live with people in all parts of the world.",
         "They came with people to every continent, as guards and as hunters, and they have stayed there ever since.",
     ]
 

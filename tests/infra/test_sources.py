@@ -82,7 +82,7 @@ def test_missing_names_where_it_looked_and_the_three_ways_out(tmp_path: Path, se
         "pip install",
     ):
         assert part in message
-    with pytest.raises(SourceMissing, match="path ./nothing does not exist"):
+    with pytest.raises(SourceMissing, match=r"path \./nothing does not exist"):
         sources.find("./nothing", "model")
 
 
