@@ -28,7 +28,8 @@ def profile(
     device: str | torch.device = "cpu",
     progress: Progress = silent,
 ) -> ProfileReport:
-    """Time `model` on `device`, to which it (and the reference) is moved, in the dtype it has.
+    """Time `model` on `device`, to which it (and the reference) is moved, in the dtype it has; a model that was loaded
+    with a device map stays spread.
 
     With a reference the runs alternate, reference first: the machine's slow spells strike both, and the ratios of
     paired runs stay meaningful where the milliseconds do not. Raises EvaluationError if the lengths exceed the model's

@@ -204,9 +204,11 @@ def _print_result(result: RunResult, settings: Settings, as_json: bool) -> None:
 
 
 def _as_json(result: RunResult) -> dict[str, Any]:
+    from flows.report import plain
+
     shown = {"name", "key", "status", "seconds", "message"}
     stages = [stage.model_dump(include=shown) | {"cached": stage.cached} for stage in result.stages]
-    metrics = [row.model_dump(mode="json", exclude={"run_key"}) for row in result.metrics]
+    metrics = [plain(row) for row in result.metrics]
     return {"run_key": result.run_key, "stages": stages, "metrics": metrics, "checkpoint": result.checkpoint}
 
 

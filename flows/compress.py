@@ -25,7 +25,7 @@ from infra.settings import load_settings
 from infra.sources import sources_from
 from tasks.record import Measured, RunOutcome, record
 from tasks.requests import EvaluateRequest, ProfileRequest
-from tasks.stage import Made, Workplace
+from tasks.stage import Made, Workplace, cached_teller
 
 log = logging.getLogger("slimline")
 
@@ -52,7 +52,8 @@ def compress(spec: RunSpec, refresh: tuple[str, ...] = ()) -> RunResult:
     again = _stages_to_refresh(story, refresh)
     futures: dict[str, PrefectFuture[Made]] = {}
     for stage in story.stages:
-        task = stage.task.with_options(refresh_cache=stage.ref.key in again, tags={stage.ref.key})
+        # the key is no tag: Prefect takes seconds per task to ask its server for a concurrency limit on every tag
+        task = stage.task.with_options(refresh_cache=stage.ref.key in again, on_completion=[cached_teller(stage.ref)])
         after = [futures[ref.key] for ref in stage.request.inputs]
         futures[stage.ref.key] = task.submit(stage.request, stage.name, workplace, wait_for=after)
     outcomes = tuple(_outcome(stage, futures[stage.ref.key]) for stage in story.stages)

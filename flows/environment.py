@@ -32,6 +32,8 @@ def prepare_environment(settings: Settings) -> None:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_LOCAL_STORAGE_PATH", str(settings.home / "prefect-results"))
+    if not sys.stderr.isatty():  # libraries draw their bars even into log files; ours look first
+        os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     atexit.register(_silence_interpreter_exit)
 

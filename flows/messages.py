@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from infra.registry import near
+
+#: what pydantic adds to the place of an error in a union: nothing that the user wrote
+_TAG = re.compile(r"prune|recover|str|literal\[.*|`?tuple\[.*")
 
 
 def first_problem(
@@ -22,15 +26,20 @@ def first_problem(
     if problem["type"] == "extra_forbidden":
         known = [*_keys_at(model, location[:-1]), *(also_known if len(location) == 1 else ())]
         return _unknown_key(str(location[-1]), location[:-1], known)
-    # tags of discriminated unions are not something the user wrote
-    where = ".".join(str(part) for part in location if part not in ("prune", "recover"))
-    message = problem["msg"].removeprefix("Value error, ")
+    where = ".".join(str(part) for part in location if not _TAG.fullmatch(str(part)))
+    message = _in_words(problem["msg"].removeprefix("Value error, "))
     if problem["type"] in ("value_error", "step_kind"):
         return f"{where}: {message}" if where else message
     if problem["type"] == "missing":
         return f"{where} is missing"
     shown = repr(problem["input"])
     return f"{where} = {shown if len(shown) < 80 else shown[:77] + '...'}: {message[0].lower()}{message[1:]}"
+
+
+def _in_words(message: str) -> str:
+    """Names of Python's types are not what a YAML file is made of."""
+    message = re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping", message)
+    return message.replace("a valid tuple", "a list").replace("tuple should", "list should")
 
 
 def _unknown_key(key: str, inside: Sequence[Any], known: Sequence[str]) -> str:

@@ -52,7 +52,8 @@ def _check_context(card: ModelCard, spec: RunSpec) -> None:
     seq_len = spec.calibration.seq_len
     if seq_len > longest:
         raise SpecError(
-            f"calibration.seq_len {seq_len} is longer than the context of {spec.model.id}; lower it to at most {longest}"
+            f"calibration.seq_len {seq_len} is longer than the context of {spec.model.id}; "
+            f"lower it to at most {longest}"
         )
 
 

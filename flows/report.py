@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from infra.result_rows import MetricRow
 
@@ -29,8 +31,9 @@ def table_rows(metrics: Iterable[MetricRow]) -> Table:
     """One row per checkpoint in the order of their first metric; every row has the same columns."""
     shown = [row for row in metrics if _heading(row) is not None]
     shown = _one_metric_per_task(shown)
+    columns = _columns(shown)
     profile = [heading for heading, _ in _PROFILE_COLUMNS.values()]
-    headings = list(dict.fromkeys(heading for row in shown if (heading := _heading(row))))
+    headings = list(dict.fromkeys(columns.values()))
     ordered = (
         [h for h in profile[:2] if h in headings]
         + [h for h in headings if h not in profile]
@@ -38,19 +41,22 @@ def table_rows(metrics: Iterable[MetricRow]) -> Table:
     )
     rows: dict[str, dict[str, str]] = {}
     for row in shown:
-        heading = _heading(row)
-        assert heading is not None
-        rows.setdefault(row.checkpoint, {})[heading] = _cell(row)
+        rows.setdefault(row.checkpoint, {})[columns[row.suite, row.task, row.metric]] = _cell(row)
     return [{"checkpoint": name} | {h: cells.get(h, "") for h in ordered} for name, cells in rows.items()]
 
 
 def render(metrics: Sequence[MetricRow], form: str) -> str:
     """`form`: "table" (aligned text) and "markdown" show the table; "json" and "csv" every metric with its protocol."""
     if form == "json":
-        return json.dumps([row.model_dump(mode="json") | {"protocol": json.loads(row.protocol)} for row in metrics])
+        return json.dumps([plain(row) | {"protocol": json.loads(row.protocol)} for row in metrics])
     if form == "csv":
         return _csv(metrics)
     return _markdown(table_rows(metrics)) if form == "markdown" else aligned(table_rows(metrics))
+
+
+def plain(row: MetricRow) -> dict[str, Any]:
+    """The row as JSON can hold it: infinity is the word."""
+    return dict(json.loads(row.model_dump_json()))
 
 
 def aligned(rows: Table) -> str:
@@ -90,6 +96,13 @@ def _one_metric_per_task(rows: list[MetricRow]) -> list[MetricRow]:
     return [row for row in rows if id(row) in wanted]
 
 
+def _columns(rows: Iterable[MetricRow]) -> dict[tuple[str, str, str], str]:
+    """The heading of each (suite, task, metric); what two evaluations measured is told apart by their names."""
+    asked = {(row.suite, row.task, row.metric): heading for row in rows if (heading := _heading(row))}
+    count = Counter(asked.values())
+    return {key: f"{key[0]}: {heading}" if count[heading] > 1 else heading for key, heading in asked.items()}
+
+
 def _heading(row: MetricRow) -> str | None:
     if row.suite == "profile":
         return _PROFILE_COLUMNS[row.metric][0] if row.metric in _PROFILE_COLUMNS else None
@@ -115,7 +128,7 @@ def _markdown(rows: Table) -> str:
 
 def _csv(metrics: Sequence[MetricRow]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(MetricRow.model_fields))
+    writer = csv.DictWriter(text, fieldnames=list(MetricRow.model_fields), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row.model_dump(mode="json") for row in metrics)
+    writer.writerows(plain(row) for row in metrics)
     return text.getvalue().rstrip("\n")

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -26,6 +27,7 @@ from infra.sources import TextData
 
 DENSE = "dense"
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_NAME_OR_DEFAULT = rf"{_NAME}|^$"
 
 
 class _Spec(BaseModel):
@@ -82,7 +84,7 @@ class _Plugin(_Spec):
             return data
         own = {name: data[name] for name in cls.model_fields if name in data and name != "config"}
         if not isinstance(own.get(cls.NOUN), str):
-            return data
+            raise ValueError(_no_plugin_name(cls.NOUN, own))
         module = registry.load(cls.PACKAGE, own[cls.NOUN], cls.NOUN)
         rest = {key: value for key, value in data.items() if key not in own}
         try:
@@ -106,7 +108,7 @@ class PruneStep(_Plugin):
     NOUN: ClassVar[str] = "method"
 
     method: str
-    name: str = Field(default="", pattern=_NAME, validate_default=False)
+    name: str = Field(default="", pattern=_NAME_OR_DEFAULT)
     """Name of the resulting checkpoint in tables; default: method and sparsity, as in "slimgpt-20"."""
 
     @property
@@ -122,7 +124,7 @@ class RecoverStep(_Plugin):
     NOUN: ClassVar[str] = "recovery"
 
     recovery: str
-    name: str = Field(default="", pattern=_NAME, validate_default=False)
+    name: str = Field(default="", pattern=_NAME_OR_DEFAULT)
     """Name of the resulting checkpoint in tables; default: that of the checkpoint before it + the recovery."""
 
     def checkpoint_after(self, before: str) -> str:
@@ -132,6 +134,8 @@ class RecoverStep(_Plugin):
 
 def _kind_of_step(data: Any) -> str:
     keys = data if isinstance(data, dict) else {type(data).NOUN: None} if isinstance(data, _Plugin) else {}
+    if "method" in keys and "recovery" in keys:
+        return "both"
     return "prune" if "method" in keys else "recover" if "recovery" in keys else "neither"
 
 
@@ -144,7 +148,16 @@ Step = Annotated[
     ),
 ]
 
-OnCheckpoints = Literal["all"] | tuple[str, ...]
+
+def _as_tuple(on: Any) -> Any:
+    if isinstance(on, str):
+        return on if on == "all" else (on,)
+    if not isinstance(on, list | tuple) or not all(isinstance(name, str) for name in on):
+        raise ValueError(f'{on!r} names no checkpoints; give "all" or a list of names')
+    return on
+
+
+OnCheckpoints = Annotated[Literal["all"] | tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 class EvalSpec(_Plugin):
@@ -154,10 +167,10 @@ class EvalSpec(_Plugin):
     NOUN: ClassVar[str] = "suite"
 
     suite: str
-    name: str = Field(default="", pattern=_NAME, validate_default=False)
+    name: str = Field(default="", pattern=_NAME_OR_DEFAULT)
     """Name of the stage; default: the suite's. Needed when a suite is asked twice."""
     on: OnCheckpoints = "all"
-    """"all", or names of checkpoints: dense and those of the steps."""
+    """"all", or one or more names of checkpoints: dense and those of the steps."""
 
     @property
     def label(self) -> str:
@@ -212,6 +225,10 @@ class RunSpec(_Spec):
         if self.calibration is None and any(isinstance(step, PruneStep) for step in self.steps):
             raise ValueError("steps prune but there is no `calibration`; add one (data, num_samples, seq_len)")
         return self
+
+
+def _no_plugin_name(noun: str, own: dict[str, Any]) -> str:
+    return f"{noun} = {own[noun]!r}: input should be a name" if noun in own else f"{noun} is missing"
 
 
 def _refuse_twice(what: str, names: tuple[str, ...] | list[str], way_out: str) -> None:

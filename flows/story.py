@@ -5,6 +5,7 @@ Nothing runs here. Requests hold references to artifacts that need not exist yet
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,9 @@ class Story:
     @property
     def run_key(self) -> str:
         """Identity of the run: its name and the keys of its stages. The same spec on the same data is the same run."""
-        return stage_key(f"run-{self.spec.name.lower()}", 1, {"stages": [stage.ref.key for stage in self.stages]})
+        name = self.spec.name
+        slug = "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+        return stage_key(f"run-{slug}", 1, {"name": name, "stages": [stage.ref.key for stage in self.stages]})
 
 
 def tell(spec: RunSpec, sources: Sources, device_setting: str) -> Story:

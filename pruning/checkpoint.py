@@ -8,6 +8,7 @@ trust_remote_code=True. `load_checkpoint` uses the classes of this package and n
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "plan.json"
 MAX_SHARD_SIZE = "5GB"
+
+#: transformers sets process-wide state (the default dtype, progress bars) while it loads a model
+_loading = threading.Lock()
 
 
 def save_checkpoint(

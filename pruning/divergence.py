@@ -5,9 +5,12 @@ Shapes: M windows, L tokens, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from pruning.errors import PruningError
 from pruning.families import ModelFamily
 from pruning.sequential import WalkOptions, walk_layers
 
@@ -30,6 +33,7 @@ def mean_kl(
     """Mean over tokens of KL(dense ‖ pruned) in nats, of the logits that the model's own head gives both streams.
 
     Only the streams are kept, never all logits: M x L x V of a large vocabulary would not fit.
+    Raises PruningError when it is not finite: no comparison with NaN chooses anything.
     """
     norm, head = family.final_norm(model), family.head(model)
     device = head.weight.device
@@ -38,4 +42,9 @@ def mean_kl(
         log_p_LV = head(norm(dense_LC.to(device))).float().log_softmax(-1)
         log_q_LV = head(norm(pruned_LC.to(device))).float().log_softmax(-1)
         total += float((log_p_LV.exp() * (log_p_LV - log_q_LV)).sum(-1).mean())
+    if not math.isfinite(total):
+        raise PruningError(
+            "the KL to the dense logits is not finite: the model's outputs contain NaN or infinity; load it in another "
+            "dtype (float32 or bfloat16 instead of float16)"
+        )
     return total / len(dense_MLC)

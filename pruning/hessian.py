@@ -39,7 +39,7 @@ class HessianAccumulator:
 
     def add(self, inputs: Tensor) -> None:
         """Take inputs of shape (..., I), any float dtype; every leading position is one token."""
-        X_TI = inputs.reshape(-1, inputs.shape[-1]).float()
+        X_TI = inputs.reshape(inputs.shape[:-1].numel(), inputs.shape[-1]).float()
         num_inputs = X_TI.shape[1]
         for start in range(0, num_inputs, _BLOCK):
             stop = min(start + _BLOCK, num_inputs)
@@ -54,7 +54,8 @@ class HessianAccumulator:
         mean_II = (lower_II + lower_II.T - torch.diag(lower_II.diagonal())) / self._num_tokens
         if not bool(torch.isfinite(mean_II).all()):
             raise PruningError(
-                f"Hessian of {name} ({self._num_tokens} tokens) is not finite: the layer's inputs contain NaN or "
-                f"infinity; load the model in another dtype (float32 or bfloat16 instead of float16) or check its weights"
+                f"Hessian of {name} ({self._num_tokens} tokens) is not finite: the layer's inputs contain NaN "
+                "or infinity; load the model in another dtype (float32 or bfloat16 instead of float16) or check its "
+                "weights"
             )
         return Hessian(mean_II, self._num_tokens)

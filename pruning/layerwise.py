@@ -37,7 +37,7 @@ class SubLayerReport(BaseModel):
 
     predicted_error, measured_error, heldout_error: mean squared output error per token, by the OBS sum (dampened
     Hessian), on the calibration tokens and on held-out tokens; output_energy: the mean squared output itself, of the
-    weight as it was, to put the errors in proportion. condition: condition number estimate of the dampened Hessian (1-norm).
+    weight as it was, to put the errors in proportion. condition: of the dampened Hessian, estimated in the 1-norm.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -98,9 +98,7 @@ def _layer_plan(
     else:
         kv_heads = tuple(range(shape.num_kv_heads))
         query_heads = units
-    return LayerPlan(
-        layer=index, kept_query_heads=query_heads, kept_kv_heads=kv_heads, kept_channels=channels
-    )
+    return LayerPlan(layer=index, kept_query_heads=query_heads, kept_kv_heads=kv_heads, kept_channels=channels)
 
 
 def _prune_attention_(
@@ -149,7 +147,8 @@ def _prune_(
     )
     kept_N = torch.ones(len(columns_ND), dtype=torch.bool, device=columns_ND.device)
     kept_N[list(elimination.order)] = False
-    pruned_OI = problem.W_OI
+    # as it is: the problem's own copy has zeros for dead inputs, which are not written if nothing is removed
+    pruned_OI = sub_layer.linear.weight.detach().to(problem.W_OI)
     if count:
         kept_K = columns_ND[kept_N].flatten()
         pruned_OI = torch.zeros_like(problem.W_OI)

@@ -4,8 +4,8 @@ For a weight W and H = mean x xᵀ (dampened), removing the columns G jointly an
 
     err(G) = tr( W_G (H⁻¹_GG)⁻¹ W_Gᵀ )      with      dW = - W_G (H⁻¹_GG)⁻¹ H⁻¹_G,:
 
-and leaves the inverse H⁻¹ - H⁻¹_:,G (H⁻¹_GG)⁻¹ H⁻¹_G,: for the columns that remain: a rank-|G| down-date, no re-inversion.
-With H the mean over tokens the error is in units of mean squared output error per token.
+and leaves the inverse H⁻¹ - H⁻¹_:,G (H⁻¹_GG)⁻¹ H⁻¹_G,: for the columns that remain: a rank-|G| down-date, no
+re-inversion. With H the mean over tokens the error is in units of mean squared output error per token.
 
 Shapes: O outputs, I inputs, G columns of one elimination, K kept columns, N groups, D columns per group.
 """
@@ -72,10 +72,11 @@ def prepare(name: str, W_OI: Tensor, hessian: Hessian, *, dampening_frac: float)
     if int(info) != 0:
         raise PruningError(f"Hessian of {name} ({hessian.num_tokens} tokens) is not positive definite; {way_out}")
     inverse_II = torch.cholesky_inverse(L_II)
-    rcond = 1.0 / float(_one_norm(H_II) * _one_norm(inverse_II))
+    rcond = 1.0 / (_one_norm(H_II) * _one_norm(inverse_II))
     if not rcond > _MIN_RCOND:
         raise PruningError(
-            f"Hessian of {name} ({hessian.num_tokens} tokens) is too ill conditioned (1/condition {rcond:.1e}); {way_out}"
+            f"Hessian of {name} ({hessian.num_tokens} tokens) is too ill conditioned (1/condition {rcond:.1e}); "
+            f"{way_out}"
         )
     return Problem(name, W_OI, H_II, inverse_II, rcond)
 
@@ -93,7 +94,8 @@ def group_scores(W_OI: Tensor, inverse_II: Tensor, columns_ND: Tensor, *, condit
         return (W_NDO.square().sum(2) / diagonal_ND).sum(1)
     blocks_NDD = inverse_II[columns_ND.unsqueeze(2), columns_ND.unsqueeze(1)]
     L_NDD = torch.linalg.cholesky(blocks_NDD)
-    return torch.linalg.solve_triangular(L_NDD, W_NDO, upper=False).square().sum((1, 2))
+    half_NDO: Tensor = torch.linalg.solve_triangular(L_NDD, W_NDO, upper=False)
+    return half_NDO.square().sum((1, 2))
 
 
 def eliminate_(W_OI: Tensor, inverse_II: Tensor, columns_G: Tensor) -> float:
@@ -140,7 +142,7 @@ def eliminate_groups(
             order += chosen.tolist()
             rounds.append(len(order))
             errors.append((errors[-1] if errors else 0.0) + error)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in __all__
         raise PruningError(
             f"the inverse Hessian of {problem.name} lost positive definiteness after {len(order)} removals "
             f"(1/condition {problem.rcond:.1e}); raise dampening_frac or num_samples"
@@ -165,7 +167,7 @@ def output_error(W_OI: Tensor, pruned_OI: Tensor, H_II: Tensor) -> float:
 
 
 def halving_group_sizes(count: int, *, largest: int = 1024, smallest: int = 8) -> Iterator[int]:
-    """Dynamic group size (DGS, section 3.2): half of what is still to go, never above `largest` nor below `smallest`."""
+    """Dynamic group size (DGS, section 3.2): half of what is still to go, between `smallest` and `largest`."""
     while count > 0:
         size = min(count, max(smallest, min(largest, count // 2)))
         yield size
@@ -179,5 +181,6 @@ def fixed_group_sizes(count: int, size: int) -> Iterator[int]:
         count -= size
 
 
-def _one_norm(matrix_II: Tensor) -> Tensor:
-    return matrix_II.abs().sum(0).max()
+def _one_norm(matrix_II: Tensor) -> float:
+    # a linear without inputs (a plan may keep no channel of a layer) is perfectly conditioned
+    return float(matrix_II.abs().sum(0).max()) if matrix_II.numel() else 1.0

@@ -65,14 +65,12 @@ def curve_weights(curve: Curve, num_layers: int, start_over_end: float = START_O
     return tuple(rising if curve.endswith("increase") else reversed(rising))
 
 
-def solve_budgets(
-    shapes: Sequence[LayerShape], cost: LayerCost, allocation: Allocation
-) -> tuple[LayerBudget, ...]:
+def solve_budgets(shapes: Sequence[LayerShape], cost: LayerCost, allocation: Allocation) -> tuple[LayerBudget, ...]:
     """Head units and channels to remove from each layer, so that the parameters removed meet the asked sparsity.
 
     Heads are rounded to whole units along the curve; channels, being fine, make up the difference, so the count is met
-    within one channel (within one head unit when only attention is pruned). Raises PruningError when the sparsity
-    cannot be reached, naming the most that can.
+    within one channel (within one head unit when only attention is pruned or the channels are at their limit). Raises
+    PruningError when the sparsity cannot be reached, naming the most that can.
     """
     total = sum(cost.parameters(shape) for shape in shapes)
     wanted = allocation.sparsity * total
@@ -81,7 +79,8 @@ def solve_budgets(
 
     def removed(scale: float) -> float:
         return sum(
-            _ratio(scale * weight * attention) * _attention_parameters(shape, cost, allocation.head_unit)
+            _head_ratio(scale * weight * attention, shape, allocation.head_unit)
+            * _attention_parameters(shape, cost, allocation.head_unit)
             + _ratio(scale * weight * ffn) * shape.intermediate_size * cost.per_channel
             for weight, shape in zip(weights, shapes, strict=True)
         )
@@ -94,7 +93,8 @@ def solve_budgets(
             f"choose another split"
         )
     scale = _bisect(removed, wanted)
-    heads = _round_heads(shapes, cost, [_ratio(scale * w * attention) for w in weights], allocation.head_unit)
+    ratios = [_head_ratio(scale * w * attention, s, allocation.head_unit) for w, s in zip(weights, shapes, strict=True)]
+    heads = _round_heads(shapes, cost, ratios, allocation.head_unit)
     head_parameters = sum(
         count * _unit_parameters(shape, cost, allocation.head_unit) for count, shape in zip(heads, shapes, strict=True)
     )
@@ -145,6 +145,12 @@ def _ratio(value: float) -> float:
     return min(value, MAX_RATIO)
 
 
+def _head_ratio(value: float, shape: LayerShape, head_unit: HeadUnit) -> float:
+    # one unit always stays: of three kv groups at most two can go, whatever the curve says
+    units = num_head_units(shape, head_unit)
+    return min(_ratio(value), (units - 1) / units)
+
+
 def _bisect(function: Callable[[float], float], wanted: float) -> float:
     """The scale in [0, 1e6] where the increasing function reaches `wanted`."""
     low, high = 0.0, 1e6
@@ -157,7 +163,7 @@ def _bisect(function: Callable[[float], float], wanted: float) -> float:
 def _round_heads(
     shapes: Sequence[LayerShape], cost: LayerCost, ratios: Sequence[float], head_unit: HeadUnit
 ) -> list[int]:
-    """Whole units per layer: the rounding error of earlier layers is carried on, in parameters; one unit always stays."""
+    """Whole units per layer: the rounding error of earlier layers is carried on, in parameters; one always stays."""
     counts: list[int] = []
     carried = 0.0
     for shape, ratio in zip(shapes, ratios, strict=True):

@@ -1,8 +1,8 @@
 """The layer walk: the only loop over decoder layers in the project.
 
-Every sub-layer is computed once. For attention and then the MLP of each layer the walk captures the inputs of the output
-linear (o_proj, down_proj) for all calibration tokens, hands the linear and its Hessian to the caller, who may change the
-weight in place, and adds the linear's output, with whatever weight it now has, to the residual stream.
+Every sub-layer is computed once. For attention and then the MLP of each layer the walk captures the inputs of the
+output linear (o_proj, down_proj) for all calibration tokens, hands the linear and its Hessian to the caller, who may
+change the weight in place, and adds the linear's output, with whatever weight it now has, to the residual stream.
 
 Shapes: N samples, L tokens per sample, I input features of the linear.
 """
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from pruning.families import ModelFamily
 from pruning.hessian import Hessian, HessianAccumulator
-
 
 SubLayerKind = Literal["attention", "mlp"]
 
@@ -74,6 +73,14 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+def output_name(family: ModelFamily, layer: int, kind: SubLayerKind) -> str:
+    """Dotted name of a sub-layer's output linear: "model.layers.3.mlp.down_proj"."""
+    leaf = (
+        f"{family.attention_name}.{family.o_name}" if kind == "attention" else f"{family.mlp_name}.{family.down_name}"
+    )
+    return f"{family.layers_path}.{layer}.{leaf}"
+
+
 @torch.no_grad()
 def walk_layers(
     model: nn.Module, family: ModelFamily, input_ids_NL: Tensor, options: WalkOptions, *, num_heldout: int = 0
@@ -81,8 +88,9 @@ def walk_layers(
     """Walk all decoder layers over the calibration tokens, yielding attention then MLP of each (see SubLayer).
 
     input_ids_NL: (N, L) int64; the last `num_heldout` samples take part in the forward but in no Hessian. Returns
-    (as the generator's value) the residual stream after the last layer, (N, L, C), before the final norm. If the caller changes weights between the yields, later layers see the changed
-    outputs (error propagation); a caller who changes nothing gets the statistics of the model as it is.
+    (as the generator's value) the residual stream after the last layer, (N, L, C), before the final norm. If the caller
+    changes weights between the yields, later layers see the changed outputs (error propagation); a caller who changes
+    nothing gets the statistics of the model as it is.
     """
     stream_NLC, kwargs_per_layer = _embed(model, family, input_ids_NL)
     training = model.training
@@ -91,10 +99,12 @@ def walk_layers(
         for index, layer in enumerate(family.layers(model)):
             home = next(layer.parameters()).device
             layer.to(options.device)
-            kwargs = _to_device(kwargs_per_layer[index], options.device)
-            for kind in _KINDS:
-                yield from _walk_sub_layer(layer, family, index, kind, stream_NLC, kwargs, options, num_heldout)
-            layer.to(home)
+            try:
+                kwargs = _to_device(kwargs_per_layer[index], options.device)
+                for kind in _KINDS:
+                    yield from _walk_sub_layer(layer, family, index, kind, stream_NLC, kwargs, options, num_heldout)
+            finally:
+                layer.to(home)
     finally:
         model.train(training)
     return stream_NLC
@@ -113,13 +123,13 @@ def _walk_sub_layer(
     """Capture, yield, add: one forward of the sub-layer; `stream_NLC` is updated in place."""
     module, linear_name, inputs_of = _parts(layer, family, kind, kwargs)
     linear = getattr(module, linear_name)
-    name = f"{family.layers_path}.{index}.{linear_name}"
+    name = output_name(family, index, kind)
     seen = HessianAccumulator(linear.in_features, device=options.device)
     heldout = HessianAccumulator(linear.in_features, device=options.device) if num_heldout else None
     calibration_NLC, heldout_MLC = stream_NLC.tensor_split([len(stream_NLC) - num_heldout])
-    batches = [(batch, seen) for batch in calibration_NLC.split(options.batch_size)]
+    batches = [(batch, seen) for batch in torch.split(calibration_NLC, options.batch_size)]
     if heldout is not None:
-        batches += [(batch, heldout) for batch in heldout_MLC.split(options.batch_size)]
+        batches += [(batch, heldout) for batch in torch.split(heldout_MLC, options.batch_size)]
     num_bytes = stream_NLC[..., 0].numel() * linear.in_features * stream_NLC.element_size()
     keep = options.activation_budget_bytes is None or num_bytes <= options.activation_budget_bytes
     kept: list[Tensor] = []
@@ -138,7 +148,7 @@ def _walk_sub_layer(
 def _parts(
     layer: nn.Module, family: ModelFamily, kind: SubLayerKind, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, str, Callable[[Tensor], Tensor]]:
-    """The sub-layer's module, the name of its output linear, and the function from the residual stream to its inputs."""
+    """The sub-layer's module, the name of its output linear, and the function from residual stream to its inputs."""
     if kind == "attention":
         module, norm, linear_name = family.attention(layer), family.attention_norm(layer), family.o_name
 
@@ -184,7 +194,8 @@ def _embed(model: nn.Module, family: ModelFamily, input_ids_NL: Tensor) -> tuple
         for sample_L in input_ids_NL.to(device):
             decoder(input_ids=sample_L.unsqueeze(0), use_cache=False)
             first = recorders[0]
-            assert isinstance(first, _Recorder) and first.first_input is not None
+            assert isinstance(first, _Recorder)
+            assert first.first_input is not None
             stream.append(first.first_input)
     finally:
         setattr(decoder, layers_name, layers)

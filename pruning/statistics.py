@@ -12,7 +12,7 @@ from torch import nn
 from pruning.calibration import CalibrationSet
 from pruning.families import family_of
 from pruning.hessian import Hessian
-from pruning.sequential import SubLayer, WalkOptions, walk_layers
+from pruning.sequential import SubLayer, SubLayerKind, WalkOptions, output_name, walk_layers
 
 
 def capture_statistics(
@@ -40,17 +40,15 @@ def captured_sub_layers(model: nn.Module, folder: Path, device: torch.device) ->
     """What the walk would yield, with the Hessians that `capture_statistics` wrote, one at a time in memory."""
     family = family_of(model)
     for index, layer in enumerate(family.layers(model)):
-        for kind, linear, leaf in (
-            ("attention", family.o_proj(layer), family.o_name),
-            ("mlp", family.down_proj(layer), family.down_name),
-        ):
-            name = f"{family.layers_path}.{index}.{leaf}"
+        linears: dict[SubLayerKind, nn.Linear] = {"attention": family.o_proj(layer), "mlp": family.down_proj(layer)}
+        for kind, linear in linears.items():
+            name = output_name(family, index, kind)
             tensors = load_file(_file(folder, name), device=str(device))
             hessian = Hessian(tensors["matrix"], int(tensors["num_tokens"]))
             heldout = None
             if "heldout_matrix" in tensors:
                 heldout = Hessian(tensors["heldout_matrix"], int(tensors["heldout_num_tokens"]))
-            yield SubLayer(index, "attention" if kind == "attention" else "mlp", name, linear, hessian, heldout)
+            yield SubLayer(index, kind, name, linear, hessian, heldout)
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -25,4 +25,9 @@ def fill(request: CalibrateRequest, bench: Bench) -> None:
     ).save(bench.folder)
 
 
-calibrate = stage("calibrate", fill, devices="none")
+calibrate = stage(
+    "calibrate",
+    fill,
+    devices="none",
+    imports=("datasets", "pruning.calibration", "transformers.models.auto.tokenization_auto"),
+)

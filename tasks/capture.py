@@ -25,4 +25,4 @@ def fill(request: CaptureRequest, bench: Bench) -> None:
     )
 
 
-capture = stage("capture", fill, devices="one")
+capture = stage("capture", fill, devices="one", imports=("pruning.checkpoint", "pruning.statistics"))

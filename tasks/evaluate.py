@@ -45,4 +45,15 @@ def fill(request: EvaluateRequest, bench: Bench) -> None:
     (bench.folder / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
 
 
-evaluate = stage("evaluate", fill, devices="one")
+evaluate = stage(
+    "evaluate",
+    fill,
+    devices="one",
+    imports=(
+        "datasets",
+        "evaluation.perplexity",
+        "evaluation.harness",
+        "pruning.checkpoint",
+        "transformers.models.auto.tokenization_auto",
+    ),
+)

@@ -13,4 +13,9 @@ def fill(request: ImportRequest, bench: Bench) -> None:
     import_into(located, bench.folder, request.dtype, progress=bench.progress)
 
 
-import_model = stage("import-model", fill, devices="none")
+import_model = stage(
+    "import-model",
+    fill,
+    devices="none",
+    imports=("infra.models", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
+)

@@ -29,4 +29,4 @@ def fill(request: ProfileRequest, bench: Bench) -> None:
     (bench.folder / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
 
 
-profile = stage("profile", fill, devices="one")
+profile = stage("profile", fill, devices="one", imports=("evaluation.profiler", "pruning.checkpoint"))

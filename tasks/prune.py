@@ -31,4 +31,9 @@ def fill(request: PruneRequest, bench: Bench) -> None:
     (bench.folder / "pruning.json").write_text(pruned.model_dump_json(indent=1, exclude={"plan"}), encoding="utf-8")
 
 
-prune = stage("prune", fill, devices="one")
+prune = stage(
+    "prune",
+    fill,
+    devices="one",
+    imports=("pruning.checkpoint", "pruning.splits", "transformers.models.auto.tokenization_auto"),
+)

@@ -31,4 +31,15 @@ def fill(request: RecoverRequest, bench: Bench) -> None:
     (bench.folder / "recovery.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
 
 
-recover = stage("recover", fill, devices="all")
+recover = stage(
+    "recover",
+    fill,
+    devices="all",
+    imports=(
+        "datasets",
+        "peft",
+        "pruning.checkpoint",
+        "transformers.trainer",
+        "transformers.models.auto.tokenization_auto",
+    ),
+)

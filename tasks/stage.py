@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +26,8 @@ from tasks.progress import Progress, stage_progress
 from tasks.requests import Request
 
 log = logging.getLogger("slimline")
+
+_importing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,14 @@ Fill = Callable[[Any, Bench], None]
 Devices = Literal["none", "one", "all"]
 
 
-def stage(name: str, fill: Fill, *, devices: Devices) -> Task[..., Made]:
-    """A Prefect task from a function that fills a folder. `devices`: what it computes on."""
+def stage(name: str, fill: Fill, *, devices: Devices, imports: tuple[str, ...]) -> Task[..., Made]:
+    """A Prefect task from a function that fills a folder.
+
+    devices: what it computes on. imports: the heavy modules that it imports when it runs.
+    """
 
     def run(request: Request, stage_name: str, workplace: Workplace) -> Made:
-        return run_stage(request, stage_name, workplace, fill, devices=devices)
+        return run_stage(request, stage_name, workplace, fill, devices=devices, imports=imports)
 
     return Task(
         fn=run,
@@ -95,17 +102,25 @@ def stage(name: str, fill: Fill, *, devices: Devices) -> Task[..., Made]:
         cache_key_fn=_cache_key,
         persist_result=True,
         result_serializer="json",
-        on_completion=[_tell_cached],
     )
 
 
-def run_stage(request: Request, stage_name: str, workplace: Workplace, fill: Fill, *, devices: Devices) -> Made:
+def run_stage(
+    request: Request,
+    stage_name: str,
+    workplace: Workplace,
+    fill: Fill,
+    *,
+    devices: Devices,
+    imports: tuple[str, ...] = (),
+) -> Made:
     """Make the artifact of `request` unless the store has it. One process at a time works on one key."""
     store, ref = workplace.store, request.ref
     with store.lock(ref):
         if store.has(ref) and not _refreshing():
             log.info("%s: %s found in the store, not run", stage_name, ref.key)
             return Made(ref=ref, seconds=store.manifest(ref).seconds, found=True)
+        _import_in_turn(imports)
         with _placed(workplace.settings, devices) as place:
             reason = "refreshed" if _refreshing() else "not in the store"
             log.info("%s: running, %s is %s", stage_name, ref.key, reason)
@@ -128,10 +143,22 @@ def _make(request: Request, stage_name: str, workplace: Workplace, fill: Fill, p
     store.drop_scratch(ref)
 
 
-def _tell_cached(task: object, task_run: TaskRun, state: State[Any]) -> None:
-    """A hook and not part of the stage: on a hit the stage itself does not run."""
-    if state.name == "Cached":
-        log.info("%s: not run, %s is cached", task_run.name, ", ".join(task_run.tags))
+def cached_teller(ref: ArtifactRef) -> Callable[[Task[..., Made], TaskRun, State[Any]], None]:
+    """A completion hook that says when a stage was a hit: then the stage itself does not run and cannot say so."""
+
+    def tell_cached(task: Task[..., Made], task_run: TaskRun, state: State[Any]) -> None:
+        if state.name == "Cached":
+            log.info("%s: not run, %s is cached", task_run.name, ref.key)
+
+    return tell_cached
+
+
+def _import_in_turn(modules: tuple[str, ...]) -> None:
+    """Import before the stage does, one thread at a time: two that import parts of transformers at once see it half
+    initialised and fail."""
+    with _importing:
+        for module in modules:
+            importlib.import_module(module)
 
 
 def _placed(settings: Settings, devices: Devices) -> AbstractContextManager[Placement | None]:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
+from pruning.errors import PruningError
+
 if TYPE_CHECKING:
     from torch import nn
 
     from pruning.calibration import CalibrationSet
-    from pruning.layerwise import Solver
     from pruning.pruned import Pruned
     from pruning.schedule import Allocation
     from pruning.sequential import WalkOptions
@@ -41,8 +42,8 @@ class Config(BaseModel):
     """First layer's ratio over the last one's; 0.25 is the paper's 0.0625 / 0.25 at 20 %."""
     split: Literal["auto", "equal", "half", "ffn", "attention"] | None = None
     """Attention against FFN: equal ratios as in the paper; half the ratio for attention; one of the two alone; or auto:
-    equal, half and ffn are tried and the smallest KL to the dense logits on the held-out windows wins. Default: auto
-    for models with grouped kv heads, equal (the paper's) for those without."""
+    those of equal, half and ffn that reach the sparsity are tried and the smallest KL to the dense logits on the
+    held-out windows wins. Default: auto for models with grouped kv heads, equal (the paper's) for those without."""
     head_unit: Literal["kv_group", "query_head"] = "kv_group"
     """With grouped kv heads (not in the paper): whole kv groups, or the same number of query heads from every group."""
     propagate_error: bool = True
@@ -77,18 +78,28 @@ def prune(
 ) -> Pruned:
     """Prune in masked form: removed columns of o_proj and down_proj become zero, kept ones are compensated in place.
 
-    statistics: folder of a capture, if `needs_statistics(config)`. Raises PruningError when the sparsity cannot be
-    reached, a Hessian cannot be inverted, or auto has no held-out windows to judge by.
+    statistics: folder of a capture if `needs_statistics(config)`, else None. Raises PruningError when the two disagree,
+    the sparsity cannot be reached, a Hessian cannot be inverted, or auto has no held-out windows to judge by.
     """
     from pruning.layerwise import Solver
     from pruning.splits import prune_best_split_, prune_split_
 
+    _check_statistics(statistics, config)
     solver = Solver(config.dampening_frac, config.grouped_cholesky, config.group_size, config.head_unit)
     candidates = {name: _allocation(config, name) for name in _candidates(model, config)}
     if len(candidates) > 1:
         return prune_best_split_(model, calibration, candidates, solver, statistics, options, progress)
     (allocation,) = candidates.values()
     return prune_split_(model, calibration, allocation, solver, statistics, options, progress)
+
+
+def _check_statistics(statistics: Path | None, config: Config) -> None:
+    if needs_statistics(config) and statistics is None:
+        raise PruningError("propagate_error false needs statistics: the folder that capture_statistics wrote")
+    if not needs_statistics(config) and statistics is not None:
+        raise PruningError(
+            "propagate_error true takes no statistics, it walks the model itself; leave them out or set it to false"
+        )
 
 
 def _candidates(model: nn.Module, config: Config) -> tuple[str, ...]:

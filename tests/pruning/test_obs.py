@@ -23,7 +23,9 @@ CLOSE = {"rtol": 1e-8, "atol": 1e-10}
 class Case:
     """A random linear with correlated inputs, its OBS problem, and the same thing as a least-squares problem."""
 
-    def __init__(self, *, inputs: int = 12, outputs: int = 5, tokens: int = 60, seed: int = 0, dead: Sequence[int] = ()):
+    def __init__(
+        self, *, inputs: int = 12, outputs: int = 5, tokens: int = 60, seed: int = 0, dead: Sequence[int] = ()
+    ):
         generator = torch.Generator().manual_seed(seed)
 
         def randn(*shape: int) -> Tensor:
@@ -41,7 +43,7 @@ class Case:
         self.target = self.A @ self.W_OI.numpy().T
 
     def solve(self, removed: Sequence[int]) -> tuple[Tensor, float]:
-        """min over W' with the removed columns zero of |(W - W') X|²/T + penalty |W - W'|²: W' (O, I) and the minimum."""
+        """W' (O, I) and min of |(W - W') X|²/T + penalty |W - W'|² over all W' whose removed columns are zero."""
         kept = [column for column in range(self.A.shape[1]) if column not in removed]
         solution = np.linalg.lstsq(self.A[:, kept], self.target, rcond=None)[0]
         W_OI = torch.zeros_like(self.W_OI)
@@ -209,6 +211,7 @@ def test_order_and_errors_do_not_depend_on_how_inputs_are_numbered(
 def test_dead_inputs_cost_nothing_and_go_first() -> None:
     case = Case(seed=9, dead=(2, 7))
     assert not case.problem.W_OI[:, [2, 7]].any()
+    assert case.problem.H_II.diagonal()[[2, 7]].tolist() == [1.0, 1.0]
     elimination = obs.eliminate_groups(case.problem, groups(12, 1), iter(ones(3)))
     assert set(elimination.order[:2]) == {2, 7}
     assert elimination.errors[:2] == (0.0, 0.0)

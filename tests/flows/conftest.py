@@ -1,0 +1,45 @@
+"""Homes for flows. One smoke run is shared by every test that only looks at it or starts from a copy of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows.outcome import RunResult
+from tests.flows.home import Home
+
+
+@pytest.fixture
+def home(tmp_path: Path, offline_root: Path, prefect_server: str) -> Home:
+    """An empty home."""
+    return Home.create(tmp_path / "home", offline_root, prefect_server)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory, offline_root: Path, prefect_server: str) -> tuple[Home, RunResult]:
+    """A home in which the smoke spec, all of it, has been run once. To be looked at only: `copy` it to change it."""
+    home = Home.create(tmp_path_factory.mktemp("smoke") / "home", offline_root, prefect_server)
+    return home, home.run("smoke")
+
+
+@pytest.fixture
+def smoke_copy(smoke: tuple[Home, RunResult], tmp_path: Path) -> Home:
+    """A copy of that home, to be changed."""
+    return smoke[0].copy(tmp_path / "home")
+
+
+@pytest.fixture
+def filled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the stages whose artifacts were really made in this process while the test ran."""
+    from tasks import stage
+
+    names: list[str] = []
+    make = stage._make
+
+    def noted(request: object, stage_name: str, *rest: object) -> None:
+        names.append(stage_name)
+        make(request, stage_name, *rest)
+
+    monkeypatch.setattr(stage, "_make", noted)
+    return names

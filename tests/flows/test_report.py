@@ -1,0 +1,137 @@
+"""Results as tables and as data."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+
+import pytest
+
+from flows.report import aligned, protocol_lines, render, table_rows
+from infra.result_rows import MetricRow
+
+
+def row(checkpoint: str, suite: str, task: str, metric: str, value: float, **more: object) -> MetricRow:
+    values = {"run_key": "run-x-v1-0", "checkpoint_key": "c", "stage_key": "s", "protocol": '{"limit": 10}'} | more
+    return MetricRow(checkpoint=checkpoint, suite=suite, task=task, metric=metric, value=value, **values)
+
+
+ROWS = [
+    row("dense", "perplexity", "wikitext", "ppl@128", 27.8041, stderr=0.5, protocol='{"bos": "once", "join": "a,b"}'),
+    row("pruned", "perplexity", "wikitext", "ppl@128", 1234.5, protocol='{"bos": "once", "join": "a,b"}'),
+    row("dense", "zero_shot", "piqa", "acc_norm", 0.71, stderr=0.011),
+    row("dense", "zero_shot", "piqa", "acc", 0.7, stderr=0.01),
+    row("dense", "zero_shot", "drop", "f1", 0.25),
+    row("dense", "profile", "profile", "num_parameters", 134_515_008, protocol='{"runs": 5}'),
+    row("dense", "profile", "profile", "num_decoder_parameters", 106_203_456),
+    row("dense", "profile", "profile", "prefill_ms_p50", 12.345),
+    row("dense", "profile", "profile", "prefill_ms_p90", 99.0),
+    row("pruned", "profile", "profile", "tokens_per_s", 4321.7),
+    row("pruned", "profile", "profile", "decode_ratio", 0.875),
+]
+
+
+def test_one_row_per_checkpoint_and_the_size_first() -> None:
+    rows = table_rows(ROWS)
+    assert [cells["checkpoint"] for cells in rows] == ["dense", "pruned"]
+    assert list(rows[0]) == [
+        "checkpoint",
+        "parameters (M)",
+        "decoder (M)",
+        "wikitext ppl@128",
+        "piqa acc",
+        "drop f1",
+        "prefill ms",
+        "tokens/s",
+        "decode / dense",
+    ]
+    assert list(rows[0]) == list(rows[1])
+
+
+def test_cells_have_digits_and_errors() -> None:
+    dense, pruned = table_rows(ROWS)
+    assert dense["wikitext ppl@128"] == "27.80 ± 0.50"
+    assert pruned["wikitext ppl@128"] == "1234.50"
+    assert dense["piqa acc"] == "0.700 ± 0.010"
+    assert dense["parameters (M)"] == "134.52"
+    assert dense["prefill ms"] == "12.35" or dense["prefill ms"] == "12.34"
+    assert pruned["tokens/s"] == "4322"
+    assert pruned["decode / dense"] == "0.88"
+    assert pruned["piqa acc"] == ""
+
+
+@pytest.mark.parametrize(
+    "metrics, shown", [(("acc_norm", "acc"), "acc"), (("f1", "exact_match"), "exact_match"), (("score",), "score")]
+)
+def test_one_metric_of_a_task_is_shown(metrics: tuple[str, ...], shown: str) -> None:
+    rows = table_rows([row("dense", "suite", "task", metric, 0.5) for metric in metrics])
+    assert list(rows[0]) == ["checkpoint", f"task {shown}"]
+
+
+def test_a_metric_nobody_knows_is_shown_too() -> None:
+    rows = table_rows([row("dense", "suite", "task", "rouge_l", 0.5), row("dense", "suite", "task", "acc", 0.25)])
+    assert rows == [{"checkpoint": "dense", "task rouge_l": "0.500", "task acc": "0.250"}]
+
+
+def test_one_task_asked_by_two_suites_keeps_both_figures() -> None:
+    rows = table_rows(
+        [row("dense", "few", "piqa", "acc", 0.5), row("dense", "many", "piqa", "acc", 0.75)],
+    )
+    shown = [value for cells in rows for value in cells.values()]
+    assert "0.500" in shown
+    assert "0.750" in shown
+
+
+def test_the_text_table_is_aligned() -> None:
+    lines = aligned(table_rows(ROWS)).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split() == ["dense", "pruned"]
+    assert lines[4].split() == ["piqa", "acc", "0.700", "±", "0.010", "-"]
+
+
+def test_markdown_has_a_rectangle() -> None:
+    lines = render(ROWS, "markdown").splitlines()
+    assert len(lines) == 2 + 2
+    assert {line.count("|") for line in lines} == {10}
+    assert lines[0].startswith("| checkpoint | parameters (M) |")
+
+
+def test_json_is_everything_with_its_protocol() -> None:
+    data = json.loads(render(ROWS, "json"))
+    assert len(data) == len(ROWS)
+    assert data[0]["protocol"] == {"bos": "once", "join": "a,b"}
+    assert data[0]["value"] == 27.8041
+
+
+def test_json_of_a_broken_model_is_json() -> None:
+    text = render([row("pruned", "perplexity", "wikitext", "ppl@128", math.inf)], "json")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads(text, parse_constant=refuse)[0]["value"] == "Infinity"
+
+
+def test_csv_can_be_read_back() -> None:
+    data = list(csv.DictReader(io.StringIO(render(ROWS, "csv"))))
+    assert len(data) == len(ROWS)
+    assert json.loads(data[0]["protocol"]) == {"bos": "once", "join": "a,b"}
+    assert float(data[1]["value"]) == 1234.5
+    assert data[1]["stderr"] == ""
+
+
+@pytest.mark.parametrize("form", ["table", "markdown", "json", "csv"])
+def test_nothing_measured_is_said(form: str) -> None:
+    text = render([], form)
+    assert {"json": "[]", "csv": ",".join(MetricRow.model_fields)}.get(form, "no results yet") == text
+
+
+def test_a_perplexity_beyond_all_numbers_is_shown() -> None:
+    assert table_rows([row("pruned", "perplexity", "text", "ppl@64", math.inf)])[0]["text ppl@64"] == "inf"
+
+
+def test_each_suite_says_how_it_measured() -> None:
+    lines = protocol_lines(ROWS[:3] + ROWS[5:6])
+    assert lines == ['perplexity: bos "once", join "a,b"', "zero_shot: limit 10", "profile: runs 5"]

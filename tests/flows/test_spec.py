@@ -1,0 +1,246 @@
+"""What a spec may say, and the one sentence that answers what it may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.errors import SpecError
+from flows.loading import dump_spec, load_spec, parse_spec, shipped_specs
+
+
+def refused(*overrides: str, spec: str = "smoke") -> str:
+    """The sentence with which the spec is refused."""
+    with pytest.raises(SpecError) as caught:
+        load_spec(spec, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def written(folder: Path, content: Any) -> str:
+    path = folder / "spec.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("name", shipped_specs())
+def test_a_shipped_spec_survives_yaml(name: str) -> None:
+    spec = load_spec(name)
+    assert spec.name == name
+    assert spec.description
+    assert parse_spec(yaml.safe_load(dump_spec(spec)), source="dump") == spec
+
+
+def test_the_dump_writes_every_default_out() -> None:
+    dumped = yaml.safe_load(dump_spec(load_spec("smoke")))
+    assert dumped["steps"][0]["propagate_error"] is True
+    assert dumped["steps"][1]["rank"] == 8
+    assert dumped["evals"][1]["num_fewshot"] == 0
+    assert dumped["model"]["dtype"] == "auto"
+
+
+@pytest.mark.parametrize(
+    "override, where, near",
+    [
+        ("stepz=1", "'stepz'", "'steps'"),
+        ("model.idd=x", "'idd' in model", "'id'"),
+        ("calibration.num_sampels=3", "'num_sampels' in calibration", "'num_samples'"),
+        ("calibration.data.datset=x", "'datset' in calibration.data", "'dataset'"),
+        ("steps.0.sparsty=0.3", "steps.0: slimgpt: unknown key 'sparsty'", "'sparsity'"),
+        ("steps.0.nam=x", "steps.0: slimgpt: unknown key 'nam'", "'name'"),
+        ("steps.1.rnak=4", "steps.1: lora: unknown key 'rnak'", "'rank'"),
+        ("steps.1.data.datset=x", "'datset' in data", "'dataset'"),
+        ("evals.0.windoes=[3]", "evals.0: perplexity: unknown key 'windoes'", "'windows'"),
+        ("evals.1.onn=all", "evals.1: zero_shot: unknown key 'onn'", "'on'"),
+        ("profile.sttings={}", "'sttings' in profile", "'settings'"),
+        ("profile.settings.prompt_length=3", "'prompt_length' in profile.settings", "'prompt_len'"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_one(override: str, where: str, near: str) -> None:
+    message = refused(override)
+    assert "unknown key" in message
+    assert where in message
+    assert f"did you mean {near}?" in message
+
+
+@pytest.mark.parametrize(
+    "override, near, available",
+    [
+        ("steps.0.method=slimgtp", "unknown method 'slimgtp'; did you mean 'slimgpt'?", "slimgpt"),
+        ("steps.1.recovery=Lora-", "unknown recovery 'Lora-'; did you mean 'lora'?", "lora"),
+        ("evals.0.suite=perplexitty", "unknown suite 'perplexitty'; did you mean 'perplexity'?", "zero_shot"),
+    ],
+)
+def test_an_unknown_plugin_is_named_with_the_nearest_one(override: str, near: str, available: str) -> None:
+    message = refused(override)
+    assert near in message
+    assert available in message.partition("available: ")[2]
+
+
+@pytest.mark.parametrize("value", ["0", "1", "1.5", "-0.1", "abc", "null", ".nan", ".inf", "[0.2]", "{}"])
+def test_sparsity_lies_between_zero_and_one(value: str) -> None:
+    message = refused(f"steps.0.sparsity={value}")
+    assert message.startswith("smoke: steps.0: slimgpt: sparsity = ")
+    assert repr(yaml.safe_load(value)) in message
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "{sparsity: 0.2}",
+        "slimgpt",
+        "{method: slimgpt, recovery: lora, sparsity: 0.2}",
+        "{method: slimgpt, recovery: x}",
+    ],
+)
+def test_a_step_prunes_or_recovers(step: str) -> None:
+    message = refused(f"steps.0={step}")
+    assert message == "smoke: steps.0: a step names either a `method` (to prune) or a `recovery` (to train)"
+
+
+@pytest.mark.parametrize("value", ["3", "null", "[slimgpt]"])
+def test_the_name_of_a_plugin_is_a_word(value: str) -> None:
+    message = refused(f"steps.0.method={value}")
+    assert "steps.0" in message
+    assert f"method = {yaml.safe_load(value)!r}" in message
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("steps=[{method: slimgpt, sparsity: 0.2}, {method: slimgpt, sparsity: 0.2}]", "two checkpoints are called"),
+        ("steps.0.name=dense", "two checkpoints are called 'dense'"),
+        ("evals.1={suite: perplexity}", "two evaluations are called 'perplexity'; give one of them a `name`"),
+        ("evals.1.on=[dens]", "on: unknown checkpoint 'dens'; did you mean 'dense'?; this run has: dense, slimgpt-20,"),
+        ("profile.on=[nothing]", "on: unknown checkpoint 'nothing'"),
+        ("evals.1.on=nothing", "on: unknown checkpoint 'nothing'"),
+        ("evals.1.on=[3]", "evals.1.on: [3] names no checkpoints"),
+        ("calibration=null", "steps prune but there is no `calibration`"),
+        ("model=null", "model = None: input should be a mapping"),
+        ("evals={}", "evals = {}: input should be a list"),
+        ("mirror=3", "mirror = 3: input should be a valid string"),
+        ("model.dtype=float23", "model.dtype = 'float23': input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+        ("calibration.num_samples=0", "calibration.num_samples = 0: input should be greater than 0"),
+        ("steps.0.name=two words", "steps.0.name = 'two words'"),
+        ("steps.0={method: slimgpt}", "steps.0: slimgpt: sparsity is missing"),
+        ("steps.1.batch_size=3", "batch_size 3 is not a multiple of micro_batch_size 4"),
+        ("name=null", "name = None: input should be a valid string"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(override: str, sentence: str) -> None:
+    assert sentence in refused(override)
+
+
+def test_a_recovery_alone_needs_no_calibration() -> None:
+    spec = load_spec("smoke", ["steps=[{recovery: lora}]", "calibration=null"])
+    assert spec.checkpoints == ("dense", "dense+lora")
+
+
+def test_one_checkpoint_may_be_named_without_a_list() -> None:
+    assert load_spec("smoke", ["evals.0.on=dense"]).evals[0].on == ("dense",)
+    assert load_spec("smoke", ["evals.0.on=all"]).evals[0].on == "all"
+
+
+def test_checkpoints_are_named_after_their_steps() -> None:
+    steps = "steps=[{method: slimgpt, sparsity: 0.125}, {recovery: lora}, {recovery: lora, name: again}]"
+    assert load_spec("smoke", [steps]).checkpoints == ("dense", "slimgpt-12.5", "slimgpt-12.5+lora", "again")
+
+
+def test_set_reaches_every_depth() -> None:
+    spec = load_spec(
+        "smoke",
+        [
+            "name=other",
+            "model.dtype=bfloat16",
+            "calibration.data.dataset=slimline/wikipedia",
+            "steps.1.data.split=train",
+            "evals.0.windows=[32, 64]",
+            "profile=null",
+            "description=a=b",
+            "calibration.join=' '",
+        ],
+    )
+    assert (spec.name, spec.model.dtype, spec.profile, spec.description) == ("other", "bfloat16", None, "a=b")
+    assert spec.calibration is not None
+    assert (spec.calibration.data.dataset, spec.calibration.join) == ("slimline/wikipedia", " ")
+    assert spec.evals[0].config.windows == (32, 64)
+
+
+def test_set_makes_the_mappings_on_its_way(tmp_path: Path) -> None:
+    path = written(tmp_path, {"name": "bare", "model": {"id": "a/b"}})
+    spec = load_spec(path, ["profile.settings.runs=3", "calibration.data.dataset=a/c"])
+    assert spec.profile is not None
+    assert spec.profile.settings.runs == 3
+
+
+def test_the_last_set_wins() -> None:
+    assert load_spec("smoke", ["steps.0.sparsity=0.3", "steps.0.sparsity=0.4"]).steps[0].config.sparsity == 0.4
+
+
+@pytest.mark.parametrize("override", ["foo", "=3", "a..b=1", ".a=1", "a.=1", ""])
+def test_set_has_a_form(override: str) -> None:
+    assert "is not of the form a.b.c=value" in refused(override)
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("steps.7.sparsity=1", "'7' is not an entry of a list of 2; count from 0"),
+        ("steps.x.sparsity=1", "'x' is not an entry of a list of 2"),
+        ("steps.-1.sparsity=1", "'-1' is not an entry of a list of 2"),
+        ("steps.2={}", "'2' is not an entry of a list of 2"),
+        ("steps.0.sparsity.x=1", "there is nothing under 'x', its parent is a plain value"),
+        ("steps.0.sparsity={a: ]", "the value is not valid YAML"),
+    ],
+)
+def test_set_into_nowhere_is_refused(override: str, sentence: str) -> None:
+    message = refused(override)
+    assert repr(override) in message
+    assert sentence in message
+
+
+def test_a_missing_file_is_named_with_the_nearest_spec(tmp_path: Path) -> None:
+    assert "there is no spec file 'smokee'; did you mean 'smoke'?" in refused(spec="smokee")
+    assert "shipped specs: demo, " in refused(spec=str(tmp_path / "nothing.yaml"))
+
+
+def test_a_folder_is_no_spec(tmp_path: Path) -> None:
+    assert "there is no spec file" in refused(spec=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ("name: x\nmodel: {id: a\nsteps: [", "(line 3) is not valid YAML"),
+        ("name: x\n\tmodel: y", "(line 2) is not valid YAML"),
+        ("", "holds no mapping"),
+        ("- a\n- b", "holds no mapping"),
+        ("just words", "holds no mapping"),
+        ("name: x", "model is missing"),
+        ("name: x\nmodel: {}", "model.id is missing"),
+        ("name: x\nmodel: {id: a}\n1: 2", "keys"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_name(content: str, sentence: str, tmp_path: Path) -> None:
+    path = written(tmp_path, content)
+    message = refused(spec=path)
+    assert path in message
+    assert sentence in message
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_bytes(b"name: \xff\xfe")
+    assert f"{path} cannot be read" in refused(spec=str(path))
+
+
+def test_specs_are_frozen() -> None:
+    spec = load_spec("smoke")
+    with pytest.raises(ValueError, match="frozen"):
+        spec.name = "other"
+    with pytest.raises(ValueError, match="frozen"):
+        spec.steps[0].config.sparsity = 0.5

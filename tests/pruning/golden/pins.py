@@ -1,0 +1,81 @@
+"""What each method does to tiny models, in numbers few and coarse enough to outlive another CPU's last digits."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infra import registry
+from pruning.statistics import capture_statistics
+from tests.pruning.captured import CPU, logits, windows
+from tests.tiny import random_ids, tiny_model
+
+FOLDER = Path(__file__).parent
+FAMILIES = ("llama", "qwen3")
+#: further configs by method; the default config is always pinned
+CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "slimgpt": (
+        {"split": "equal", "curve": "linear_increase", "head_unit": "query_head"},
+        {"split": "half", "propagate_error": False, "group_size": 5},
+        {"split": "attention", "sparsity": 0.2, "grouped_cholesky": False, "dampening_frac": 0.1},
+    ),
+}
+
+
+def path(method: str) -> Path:
+    return FOLDER / f"{method}.json"
+
+
+def write(method: str) -> Path:
+    cases = {name: outcome(method, *case) for name, case in cases_of(method).items()}
+    pinned = {"version": registry.load("pruning.methods", method, "method").VERSION, "cases": cases}
+    path(method).write_text(json.dumps(pinned, indent=1) + "\n", encoding="utf-8")
+    return path(method)
+
+
+def cases_of(method: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    return {
+        f"{family} {json.dumps(config)}": (family, config)
+        for family in FAMILIES
+        for config in ({}, *CONFIGS.get(method, ()))
+    }
+
+
+def outcome(method: str, family: str, config: dict[str, Any]) -> dict[str, Any]:
+    module = registry.load("pruning.methods", method, "method")
+    model = tiny_model(family)
+    calibration = windows(model, num_samples=8, seq_len=32)
+    typed = module.Config(**({"sparsity": 0.3} | config))
+    with tempfile.TemporaryDirectory() as folder:
+        statistics = None
+        if module.needs_statistics(typed):
+            statistics = Path(folder)
+            capture_statistics(model, calibration, statistics, CPU)
+        pruned = module.prune(model, calibration, typed, statistics=statistics, options=CPU)
+    with torch.no_grad():
+        some_logits = logits(model, random_ids(model))[0, -1, :4]
+    return {
+        # one line per layer, so that a diff shows which layer changed
+        "kept": [
+            f"{kept.layer}: q {kept.kept_query_heads} kv {kept.kept_kv_heads} ffn {kept.kept_channels}"
+            for kept in pruned.plan.layers
+        ],
+        "numbers": [
+            _rounded(value)
+            for value in (
+                pruned.achieved_sparsity,
+                *(report.measured_error for report in pruned.layers),
+                *(report.predicted_error for report in pruned.layers),
+                *pruned.split_kl.values(),
+                *some_logits.tolist(),
+            )
+        ],
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")

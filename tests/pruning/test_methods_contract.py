@@ -1,0 +1,187 @@
+"""The contract of every method in pruning/methods with every family: a new file is tested the day it appears."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from infra import registry
+from pruning.calibration import CalibrationSet
+from pruning.checkpoint import load_checkpoint, load_plan, save_checkpoint
+from pruning.families import decoder_parameters, family_of, layer_cost, shapes
+from pruning.pruned import Pruned
+from pruning.sequential import WalkOptions
+from pruning.statistics import capture_statistics
+from pruning.surgery import mask_, shrink_
+from tests.pruning.captured import CPU, logits, windows
+from tests.tiny import FAMILIES, random_ids, tiny_model
+
+METHODS = registry.available("pruning.methods")
+SPARSITY = 0.35
+CASES = list(product(METHODS, FAMILIES))
+
+
+def load(method: str) -> ModuleType:
+    return registry.load("pruning.methods", method, "method")
+
+
+def run(
+    method: str, model: PreTrainedModel, calibration: CalibrationSet, folder: Path, options: WalkOptions = CPU
+) -> Pruned:
+    module = load(method)
+    config = module.Config(sparsity=SPARSITY)
+    statistics = None
+    if module.needs_statistics(config):
+        statistics = folder / "statistics"
+        statistics.mkdir()
+        capture_statistics(model, calibration, statistics, options)
+    pruned = module.prune(model, calibration, config, statistics=statistics, options=options)
+    assert isinstance(pruned, Pruned)
+    return pruned
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method on one family: computed once, read by all contract tests."""
+
+    dense: PreTrainedModel
+    masked: PreTrainedModel
+    shrunk: PreTrainedModel
+    pruned: Pruned
+    calibration: CalibrationSet
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @cache
+    def outcome(method: str, family: str) -> Outcome:
+        dense = tiny_model(family)
+        masked, calibration = copy.deepcopy(dense), windows(dense)
+        pruned = run(method, masked, calibration, tmp_path_factory.mktemp(method))
+        shrunk = copy.deepcopy(masked)
+        shrink_(shrunk, pruned.plan)
+        return Outcome(dense, masked, shrunk, pruned, calibration)
+
+    return outcome
+
+
+def probe(model: PreTrainedModel) -> Tensor:
+    return logits(model, random_ids(model, 2, 14, seed=3))
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_asked_sparsity_is_met(method: str, family: str, outcomes: Any) -> None:
+    result: Outcome = outcomes(method, family)
+    before, after = decoder_parameters(result.dense), decoder_parameters(result.shrunk)
+    assert result.pruned.achieved_sparsity == pytest.approx(1 - after / before)
+    cost, shape = layer_cost(result.dense), shapes(result.dense)[0]
+    if result.pruned.plan.dropped_layers:
+        unit = cost.parameters(shape)
+    else:
+        unit = max(cost.per_channel, cost.per_kv_head + shape.num_groups * cost.per_query_head)
+    assert abs(result.pruned.achieved_sparsity - SPARSITY) <= unit / before
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_masked_equals_shrunk(method: str, family: str, outcomes: Any) -> None:
+    result: Outcome = outcomes(method, family)
+    assert shapes(result.masked) == shapes(result.dense) == result.pruned.plan.source
+    assert shapes(result.shrunk) == result.pruned.plan.shapes
+    assert (probe(result.dense) - probe(result.masked)).abs().max() > 1e-3
+    torch.testing.assert_close(probe(result.shrunk), probe(result.masked), atol=1e-5, rtol=1e-5)
+    # the method has masked already: surgery's own mask finds nothing that counts
+    again = copy.deepcopy(result.masked)
+    mask_(again, result.pruned.plan)
+    torch.testing.assert_close(probe(again), probe(result.masked), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_save_load_equal_logits(method: str, family: str, outcomes: Any, tmp_path: Path) -> None:
+    result: Outcome = outcomes(method, family)
+    save_checkpoint(result.shrunk, None, tmp_path, result.pruned.plan)
+    assert load_plan(tmp_path) == result.pruned.plan
+    assert torch.equal(probe(load_checkpoint(tmp_path)), probe(result.shrunk))
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_generating_with_cache_equals_without(method: str, family: str, outcomes: Any) -> None:
+    model = outcomes(method, family).shrunk
+    options: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    ids = random_ids(model, 2, 7)
+    with_cache, without = (model.generate(ids, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert with_cache.shape == (2, 15)
+    assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_same_calibration_same_plan(method: str, family: str, outcomes: Any, tmp_path: Path) -> None:
+    result: Outcome = outcomes(method, family)
+    again = copy.deepcopy(result.dense)
+    torch.manual_seed(12345)  # what the world did before does not matter
+    pruned = run(method, again, result.calibration, tmp_path)
+    assert pruned.plan == result.pruned.plan
+    state = again.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in result.masked.state_dict().items())
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_inputs_are_untouched(method: str, family: str, outcomes: Any) -> None:
+    result: Outcome = outcomes(method, family)
+    fresh = windows(result.dense)
+    assert torch.equal(result.calibration.input_ids_NL, fresh.input_ids_NL)
+    assert torch.equal(result.calibration.heldout_ids_ML, fresh.heldout_ids_ML)
+    assert result.calibration.source == fresh.source
+    # outside the decoder layers nothing changes
+    family_row, dense = family_of(result.dense), result.dense.state_dict()
+    for name, value in result.masked.state_dict().items():
+        if not name.startswith(family_row.layers_path):
+            assert torch.equal(value, dense[name])
+    assert not result.masked.training
+    assert all(parameter.grad is None for parameter in result.masked.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_reports_and_outcome_survive_json(method: str, outcomes: Any) -> None:
+    pruned: Pruned = outcomes(method, "llama").pruned
+    assert Pruned.model_validate_json(pruned.model_dump_json()) == pruned
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_config_is_strict(method: str) -> None:
+    config_class = load(method).Config
+    config = config_class(sparsity=SPARSITY)
+    with pytest.raises(ValidationError):
+        config_class(sparsity=SPARSITY, sparsty=0.1)
+    with pytest.raises(ValidationError):
+        config.sparsity = 0.5
+    for wrong in (0.0, 1.0, -0.1):
+        with pytest.raises(ValidationError):
+            config_class(sparsity=wrong)
+    assert config_class.model_validate(config.model_dump(mode="json")) == config
+    assert isinstance(load(method).VERSION, int)
+
+
+def test_importing_the_methods_needs_no_torch() -> None:
+    imports = "; ".join(f"import pruning.methods.{method}" for method in METHODS)
+    heavy = "{'torch', 'transformers', 'datasets', 'safetensors'} & set(sys.modules)"
+    code = f"import sys; {imports}; found = {heavy}; sys.exit(str(found) if found else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
