@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from enum import StrEnum
@@ -13,6 +14,7 @@ import typer
 
 from flows.environment import log_to_terminal, prepare_environment
 from flows.errors import USER_ERRORS, SpecError, StagesFailed
+from flows.orphans import end_orphaned_servers
 from infra.settings import load_settings
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ def run(
 
     loaded = load_spec(spec, set_)
     started = time.monotonic()
+    end_orphaned_servers(os.environ["PREFECT_LOCAL_STORAGE_PATH"])
     from flows.compress import compress
 
     ready = time.monotonic()

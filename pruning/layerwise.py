@@ -51,7 +51,7 @@ class SubLayerReport(BaseModel):
     measured_error: float
     output_energy: float
     heldout_error: float | None
-    condition: float
+    condition: float | None
     num_tokens: int
     seconds: float
 
@@ -138,49 +138,45 @@ def _prune_(
 ) -> tuple[tuple[int, ...], SubLayerReport]:
     """Choose, refit and write back; returns the kept groups (sorted) and the report."""
     start = time.perf_counter()
-    problem = obs.prepare(
-        sub_layer.name, sub_layer.linear.weight.detach(), sub_layer.hessian, dampening_frac=solver.dampening_frac
-    )
+    weight_OI = sub_layer.linear.weight.detach()
+    if not count:  # nothing to choose: the Hessian need not even have an inverse
+        return tuple(range(len(columns_ND))), _report(sub_layer, weight_OI, len(columns_ND), len(columns_ND), start)
+    problem = obs.prepare(sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac)
     columns_ND = columns_ND.to(problem.W_OI.device)
     elimination = obs.eliminate_groups(
         problem, columns_ND, iter(group_sizes()), conditional=solver.grouped_cholesky, eligible=eligible
     )
     kept_N = torch.ones(len(columns_ND), dtype=torch.bool, device=columns_ND.device)
     kept_N[list(elimination.order)] = False
-    # as it is: the problem's own copy has zeros for dead inputs, which are not written if nothing is removed
-    pruned_OI = sub_layer.linear.weight.detach().to(problem.W_OI)
-    if count:
-        kept_K = columns_ND[kept_N].flatten()
-        pruned_OI = torch.zeros_like(problem.W_OI)
-        pruned_OI[:, kept_K] = obs.refit(problem, kept_K)
-    report = _report(sub_layer, problem, pruned_OI, elimination, int(kept_N.sum()), len(columns_ND))
-    if count:
-        _write_(sub_layer.linear, pruned_OI)
-    seconds = time.perf_counter() - start
-    return tuple(kept_N.nonzero().flatten().tolist()), report.model_copy(update={"seconds": seconds})
+    kept_K = columns_ND[kept_N].flatten()
+    pruned_OI = torch.zeros_like(problem.W_OI)
+    pruned_OI[:, kept_K] = obs.refit(problem, kept_K)
+    kept = tuple(kept_N.nonzero().flatten().tolist())
+    report = _report(sub_layer, pruned_OI, len(kept), len(columns_ND), start).model_copy(
+        update={"predicted_error": elimination.errors[-1], "condition": 1.0 / problem.rcond}
+    )
+    _write_(sub_layer.linear, pruned_OI)
+    return kept, report
 
 
-def _report(
-    sub_layer: SubLayer, problem: obs.Problem, pruned_OI: Tensor, elimination: obs.Elimination, kept: int, total: int
-) -> SubLayerReport:
-    W_OI = sub_layer.linear.weight.detach().to(problem.W_OI)
-    H_II = sub_layer.hessian.matrix_II.to(problem.W_OI)
-    measured = obs.output_error(W_OI, pruned_OI, H_II)
-    energy = obs.output_error(W_OI, torch.zeros_like(W_OI), H_II)
-    heldout = sub_layer.heldout
+def _report(sub_layer: SubLayer, pruned_OI: Tensor, kept: int, total: int, start: float) -> SubLayerReport:
+    """The report of a linear before its weight is replaced by `pruned_OI`, in float32: these figures decide nothing."""
+    H_II, heldout = sub_layer.hessian.matrix_II, sub_layer.heldout
+    W_OI = sub_layer.linear.weight.detach().to(H_II)
+    pruned_OI = pruned_OI.to(H_II)
     return SubLayerReport(
         layer=sub_layer.layer,
         sub_layer=sub_layer.kind,
         name=sub_layer.name,
         kept=kept,
         total=total,
-        predicted_error=elimination.errors[-1] if elimination.errors else 0.0,
-        measured_error=measured,
-        output_energy=energy,
-        heldout_error=obs.output_error(W_OI, pruned_OI, heldout.matrix_II.to(W_OI)) if heldout else None,
-        condition=1.0 / problem.rcond,
+        predicted_error=0.0,
+        measured_error=obs.output_error(W_OI, pruned_OI, H_II),
+        output_energy=obs.output_error(W_OI, torch.zeros_like(W_OI), H_II),
+        heldout_error=obs.output_error(W_OI, pruned_OI, heldout.matrix_II.to(H_II)) if heldout else None,
+        condition=None,
         num_tokens=sub_layer.hessian.num_tokens,
-        seconds=0.0,
+        seconds=time.perf_counter() - start,
     )
 
 

@@ -81,8 +81,10 @@ def prune_best_split_(
             "or more, or choose a split: equal, half, ffn, attention"
         )
     candidates = _reachable(model, candidates)
-    scouting = calibration if statistics is not None else _scouting_set(calibration, shapes(model))
     family = family_of(model)
+    scouting = calibration
+    if statistics is None:
+        scouting = _scouting_set(calibration, shapes(model), family.head_dim(model))
     dense_MLC = final_stream(model, family, calibration.heldout_ids_ML, options)
     dense = _output_weights(model)
     rounds = len(candidates) + (scouting is not calibration)
@@ -107,13 +109,13 @@ def prune_best_split_(
     return pruned.model_copy(update={"split_kl": tried})
 
 
-def _scouting_set(calibration: CalibrationSet, widths: Sequence[LayerShape]) -> CalibrationSet:
+def _scouting_set(calibration: CalibrationSet, widths: Sequence[LayerShape], head_dim: int) -> CalibrationSet:
     """The first eighth of the windows, or as many as the widest Hessian needs; all of them if that saves no time.
 
     Choosing needs less precision than pruning: the splits differ by far more than the windows do.
     """
     num_samples, seq_len = calibration.input_ids_NL.shape
-    widest = max(width.intermediate_size for width in widths)
+    widest = max(max(width.intermediate_size, width.num_heads * head_dim) for width in widths)
     enough = max(math.ceil(num_samples / 8), math.ceil(_SCOUTING_TOKENS_PER_INPUT * widest / seq_len))
     if 3 * enough >= 2 * num_samples:
         return calibration

@@ -85,6 +85,7 @@ def prune(
     from pruning.splits import prune_best_split_, prune_split_
 
     _check_statistics(statistics, config)
+    _check_head_unit(model, config)
     solver = Solver(config.dampening_frac, config.grouped_cholesky, config.group_size, config.head_unit)
     candidates = {name: _allocation(config, name) for name in _candidates(model, config)}
     if len(candidates) > 1:
@@ -99,6 +100,16 @@ def _check_statistics(statistics: Path | None, config: Config) -> None:
     if not needs_statistics(config) and statistics is not None:
         raise PruningError(
             "propagate_error true takes no statistics, it walks the model itself; leave them out or set it to false"
+        )
+
+
+def _check_head_unit(model: nn.Module, config: Config) -> None:
+    from pruning.families import shapes
+
+    if config.head_unit == "query_head" and any(shape.num_groups == 1 for shape in shapes(model)):
+        raise PruningError(
+            "head_unit 'query_head' takes query heads from groups that share a kv head, and a layer of this model has "
+            "one query head per kv head; use kv_group, which there means single heads"
         )
 
 

@@ -10,10 +10,20 @@ from flows.outcome import RunResult
 from tests.flows.home import Home
 
 
+@pytest.fixture(scope="session")
+def blank_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database in which nothing is recorded: making one takes five seconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+    return path
+
+
 @pytest.fixture
-def home(tmp_path: Path, offline_root: Path, prefect_server: str) -> Home:
+def home(tmp_path: Path, offline_root: Path, prefect_server: str, blank_mlflow: Path) -> Home:
     """An empty home."""
-    return Home.create(tmp_path / "home", offline_root, prefect_server)
+    return Home.create(tmp_path / "home", offline_root, prefect_server, blank_mlflow)
 
 
 @pytest.fixture(scope="session")

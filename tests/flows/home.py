@@ -29,10 +29,12 @@ class Home:
     variables: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, folder: Path, offline_root: Path, api_url: str = "") -> Home:
-        """An empty home that borrows the offline default of the session."""
+    def create(cls, folder: Path, offline_root: Path, api_url: str = "", blank_mlflow: Path | None = None) -> Home:
+        """An empty home that borrows the offline default of the session, and perhaps a database with empty tables."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "offline").symlink_to(offline_root)
+        if blank_mlflow is not None:
+            shutil.copyfile(blank_mlflow, folder / "mlflow.db")
         return cls(folder, api_url)
 
     def copy(self, folder: Path) -> Home:

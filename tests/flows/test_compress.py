@@ -191,7 +191,8 @@ def test_a_second_run_adds_no_point_to_mlflow(home: Home) -> None:
     assert second.run_key == first.run_key
     assert set(statuses(second).values()) == {"cached"}
     assert points(home, second) == before
-    assert before["dense+lora/train_loss"] == [(1, pytest.approx(7, abs=2)), (2, pytest.approx(7, abs=2))]
+    (loss,) = [history for key, history in before.items() if key.endswith("train_loss")]
+    assert [step for step, _ in loss] == [1, 2]
     client = mlflow_client(home)
     assert len(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])) == 1
 

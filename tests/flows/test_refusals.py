@@ -1,0 +1,94 @@
+"""What only a running stage can find out: one sentence, the user's to mend, and what was finished stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows.errors import StagesFailed
+from flows.outcome import RunResult
+from tests.flows.home import Home
+from tests.flows.models import overflowing, with_nan
+
+ONLY_PRUNE = ("evals=[]", "profile=null", "steps=[{method: slimgpt, sparsity: 0.2}]")
+
+
+def failed(home: Home, *overrides: str) -> tuple[str, RunResult]:
+    """The message of a run that fails for a reason that the user can mend, and what became of its stages."""
+    with pytest.raises(StagesFailed) as caught:
+        home.run("smoke", [*ONLY_PRUNE, *overrides])
+    assert caught.value.by_user, caught.value
+    assert "\n" not in str(caught.value)
+    return str(caught.value), caught.value.result
+
+
+def test_too_few_tokens(smoke_copy: Home) -> None:
+    message, result = failed(smoke_copy, "calibration.num_samples=100000")
+    assert message.startswith("calibrate: the calibration text of slimline/news has ")
+    assert "100000" in message
+    assert "lower num_samples or seq_len" in message
+    assert [stage.status for stage in result.stages] == ["cached", "failed", "skipped"]
+
+
+def test_weights_that_are_not_numbers(smoke_copy: Home, offline_root: Path, tmp_path: Path) -> None:
+    model = with_nan(offline_root / "slimline/tiny-random-llama", tmp_path / "model")
+    message, result = failed(smoke_copy, f"model.id={model}")
+    assert "model.layers.2.mlp.down_proj.weight" in message
+    assert [stage.status for stage in result.stages] == ["failed", "skipped", "skipped"]
+    again, _ = failed(smoke_copy, f"model.id={model}")
+    assert again == message
+
+
+@pytest.mark.parametrize("propagate_error", ["true", "false"])
+def test_hessians_that_are_not_numbers(
+    propagate_error: str, smoke_copy: Home, offline_root: Path, tmp_path: Path
+) -> None:
+    """Every weight is finite, so it is imported, but what the model computes overflows."""
+    model = overflowing(offline_root / "slimline/tiny-random-llama", tmp_path / "model")
+    message, result = failed(smoke_copy, f"model.id={model}", f"steps.0.propagate_error={propagate_error}")
+    assert "layers.1" in message
+    assert "finite" in message
+    assert {stage.name: stage.status for stage in result.stages}["calibrate"] == "completed"
+    assert result.checkpoint is None
+
+
+def test_a_sparsity_that_cannot_be_reached(smoke_copy: Home) -> None:
+    message, _ = failed(smoke_copy, "steps.0.sparsity=0.999")
+    assert "prune:slimgpt-99.9: " in message
+    assert "0.999" in message
+
+
+def test_a_column_that_does_not_exist(smoke_copy: Home) -> None:
+    message, _ = failed(smoke_copy, "calibration.data.text_field=body")
+    assert "body" in message
+    assert "text" in message
+
+
+def test_a_split_that_does_not_exist(smoke_copy: Home) -> None:
+    message, _ = failed(smoke_copy, "calibration.data.split=training")
+    assert "training" in message
+    assert "train" in message
+
+
+def test_no_training_records(smoke_copy: Home) -> None:
+    message, result = failed(
+        smoke_copy, "steps=[{recovery: lora, data: {dataset: slimline/instructions, output: answers}}]"
+    )
+    assert "answers" in message
+    assert "output" in message
+    assert [stage.status for stage in result.stages] == ["cached", "failed"]
+
+
+def test_results_that_cannot_be_written_leave_the_stages_done(smoke_copy: Home, filled: list[str]) -> None:
+    """The figures could not be recorded; nothing of the work is lost."""
+    from infra.errors import ResultsUnusable
+
+    good = smoke_copy.settings.results_path.read_bytes()
+    smoke_copy.settings.results_path.write_bytes(b"no database " * 1000)
+    with pytest.raises(ResultsUnusable):
+        smoke_copy.run("smoke", [*ONLY_PRUNE, "steps.0.sparsity=0.3"])
+    assert filled == ["prune:slimgpt-30"]
+    smoke_copy.settings.results_path.write_bytes(good)
+    smoke_copy.run("smoke", [*ONLY_PRUNE, "steps.0.sparsity=0.3"])
+    assert filled == ["prune:slimgpt-30"]
