@@ -1,4 +1,4 @@
-"""The rules of the house, checked on the syntax trees: who may import whom, what planning may cost, how long files are."""
+"""The rules of the house, checked on the syntax trees: who may import whom, what planning may cost, what is small."""
 
 from __future__ import annotations
 

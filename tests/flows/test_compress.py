@@ -42,12 +42,15 @@ def not_cached(result: RunResult) -> set[str]:
     return {stage.name for stage in result.stages if not stage.cached}
 
 
-def prefect_tasks(home: Home, result: RunResult) -> list[TaskRun]:
-    """What Prefect's server knows about the newest flow run of a result."""
+def only_run_of(home: Home, result: RunResult) -> FlowRunFilter:
+    """Selects the newest flow run of a result on Prefect's server."""
     (run,) = [row for row in home.results.runs() if row.run_key == result.run_key]
+    return FlowRunFilter(id=FlowRunFilterId(any_=[run.prefect_run_id]))
+
+
+def prefect_tasks(home: Home, result: RunResult) -> list[TaskRun]:
     with get_client(sync_client=True) as client:
-        only = FlowRunFilter(id=FlowRunFilterId(any_=[run.prefect_run_id]))
-        return client.read_task_runs(flow_run_filter=only)
+        return client.read_task_runs(flow_run_filter=only_run_of(home, result))
 
 
 def prefect_states(home: Home, result: RunResult) -> dict[str, str | None]:
@@ -159,13 +162,15 @@ def test_checkpoints_are_registered_by_reference(smoke: tuple[Home, RunResult]) 
 
 
 def test_prefect_shows_every_stage_and_a_table(smoke: tuple[Home, RunResult]) -> None:
-    from prefect.artifacts import Artifact
-
     home, result = smoke
     assert prefect_states(home, result) == dict.fromkeys([*STAGES, "record"], "Completed")
-    table = Artifact.get("slimline-results")
-    assert table is not None
+    with get_client(sync_client=True) as client:
+        shown = client.read_artifacts(flow_run_filter=only_run_of(home, result))
+    (table,) = [artifact for artifact in shown if artifact.key == "slimline-results"]
     assert all(name in str(table.data) for name in CHECKPOINTS)
+    progress = [artifact for artifact in shown if artifact.type == "progress"]
+    assert len(progress) == len(STAGES)
+    assert {float(artifact.data) for artifact in progress} == {100.0}
 
 
 def test_the_second_run_runs_nothing_but_record(smoke_copy: Home, filled: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,30 @@ def test_results_that_cannot_be_written_leave_the_stages_done(smoke_copy: Home, 
     smoke_copy.settings.results_path.write_bytes(good)
     smoke_copy.run("smoke", [*ONLY_PRUNE, "steps.0.sparsity=0.3"])
     assert filled == ["prune:slimgpt-30"]
+
+
+def test_a_full_disk(smoke_copy: Home, small_disk: Path, tmp_path: Path, blank_mlflow: Path) -> None:
+    """Only the store is on the small disk: databases and caches have room, as they would on a cluster."""
+    home = Home.create(small_disk / "home", smoke_copy.folder / "offline", smoke_copy.api_url)
+    shutil.copyfile(blank_mlflow, tmp_path / "mlflow.db")
+    home.variables.update(
+        SLIMLINE_MLFLOW_URI=f"sqlite:///{tmp_path / 'mlflow.db'}",
+        SLIMLINE_RESULTS_DB=str(tmp_path / "results.duckdb"),
+    )
+    nothing_else = ["evals=[]", "profile=null"]
+    home.run("smoke", ["steps=[]", "calibration=null", *nothing_else])
+    free = os.statvfs(small_disk)
+    (small_disk / "ballast").write_bytes(b"x" * (free.f_bavail * free.f_bsize - 1_550_000))
+    # 1.5 MB suffice for the pruned checkpoint, the preflight thinks, but 0.7 MB of windows come first
+    spec = ["steps=[{method: slimgpt, sparsity: 0.2, split: equal}]", "calibration.num_samples=1300", *nothing_else]
+    message, _ = failed(home, *spec)
+    assert message.startswith("prune:slimgpt-20: ")
+    assert str(small_disk) in message
+    assert "full" in message or "space" in message
+    (small_disk / "ballast").unlink()
+    again = home.run("smoke", spec)
+    assert {stage.name: stage.status for stage in again.stages} == {
+        "import-model": "cached",
+        "calibrate": "cached",
+        "prune:slimgpt-20": "completed",
+    }

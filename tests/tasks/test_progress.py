@@ -1,0 +1,44 @@
+"""Progress outside of Prefect: a bar in a terminal, nothing in a log file. (Inside: tests/flows/test_compress.py.)"""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from tasks.progress import stage_progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with stage_progress("prune:x") as tell:
+        tell(0.5, "layer 2 of 4")
+        tell(1.7, "more than all")
+    shown = terminal.getvalue()
+    assert "prune:x" in shown
+    assert " 50%" in shown
+    assert "layer 2 of 4" in shown
+    assert "100%" in shown
+    assert "170%" not in shown
+
+
+def test_a_file_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", file)
+    with stage_progress("prune:x") as tell:
+        tell(0.5, "half")
+    assert file.getvalue() == ""
+
+
+def test_a_failure_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with pytest.raises(RuntimeError, match="inside"), stage_progress("prune:x"):
+        raise RuntimeError("inside")

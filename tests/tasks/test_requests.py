@@ -1,0 +1,91 @@
+"""What is and what is not in the identity of a stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from infra.artifacts import ArtifactRef
+from infra.sources import TextData
+from tasks.requests import CalibrateRequest, EvaluateRequest, ImportRequest, ProfileRequest, PruneRequest, Request
+
+CHECKPOINT = ArtifactRef(kind="checkpoint", key="import-model-v1-0")
+CALIBRATION = ArtifactRef(kind="calibration", key="calibrate-v1-0")
+IMPORT = ImportRequest(source={"content": "a"}, dtype="auto", model_id="a/b", revision=None)
+CALIBRATE = CalibrateRequest(
+    checkpoint=CHECKPOINT,
+    source={"content": "a"},
+    config=None,
+    split="train",
+    text_field="text",
+    data_files=None,
+    num_samples=1,
+    seq_len=2,
+    num_heldout=0,
+    seed=0,
+    join=" ",
+    data=TextData(dataset="a/b"),
+)
+PRUNE = PruneRequest(plugin="slimgpt", config={"sparsity": 0.2}, checkpoint=CHECKPOINT, calibration=CALIBRATION)
+PROFILE = ProfileRequest(checkpoint=CHECKPOINT, reference=None, settings={}, device_name="a")
+
+
+@pytest.mark.parametrize(
+    "request_, change",
+    [
+        (IMPORT, {"source": {"content": "b"}}),
+        (IMPORT, {"dtype": "float32"}),
+        (CALIBRATE, {"checkpoint": ArtifactRef(kind="checkpoint", key="import-model-v1-1")}),
+        (CALIBRATE, {"source": {"content": "b"}}),
+        (CALIBRATE, {"config": "x"}),
+        (CALIBRATE, {"split": "test"}),
+        (CALIBRATE, {"text_field": "x"}),
+        (CALIBRATE, {"data_files": "x"}),
+        (CALIBRATE, {"num_samples": 2}),
+        (CALIBRATE, {"seq_len": 3}),
+        (CALIBRATE, {"num_heldout": 1}),
+        (CALIBRATE, {"seed": 1}),
+        (CALIBRATE, {"join": ""}),
+        (PRUNE, {"config": {"sparsity": 0.3}}),
+        (PRUNE, {"statistics": ArtifactRef(kind="statistics", key="capture-v1-0")}),
+        (PROFILE, {"reference": CHECKPOINT}),
+        (PROFILE, {"settings": {"runs": 2}}),
+        (PROFILE, {"device_name": "b"}),
+    ],
+)
+def test_what_changes_the_answer_changes_the_key(request_: Request, change: dict[str, Any]) -> None:
+    assert request_.model_copy(update=change).ref != request_.ref
+
+
+@pytest.mark.parametrize(
+    "request_, change",
+    [
+        (IMPORT, {"model_id": "/elsewhere/b"}),
+        (IMPORT, {"revision": "main"}),
+        (CALIBRATE, {"data": TextData(dataset="/elsewhere")}),
+    ],
+)
+def test_where_it_is_found_does_not(request_: Request, change: dict[str, Any]) -> None:
+    assert request_.model_copy(update=change).ref == request_.ref
+
+
+def test_a_request_names_what_it_reads() -> None:
+    assert IMPORT.inputs == ()
+    assert CALIBRATE.inputs == (CHECKPOINT,)
+    assert PRUNE.inputs == (CHECKPOINT, CALIBRATION)
+    assert PROFILE.inputs == (CHECKPOINT,)
+
+
+def test_a_request_survives_json_and_refuses_the_unknown() -> None:
+    assert PruneRequest.model_validate_json(PRUNE.model_dump_json()) == PRUNE
+    with pytest.raises(ValidationError, match="surprise"):
+        PruneRequest.model_validate(PRUNE.model_dump() | {"surprise": 1})
+
+
+def test_a_plugin_gets_its_own_config_back() -> None:
+    assert PRUNE.typed_config.sparsity == 0.2
+    request = EvaluateRequest(plugin="zero_shot", config={"tasks": ["piqa"]}, checkpoint=CHECKPOINT, sources=())
+    assert request.typed_config.tasks == ("piqa",)
+    assert request.ref.key.startswith(f"evaluate-zero-shot-v{request.module.VERSION}-")

@@ -1,0 +1,160 @@
+"""A stage makes its artifact once, whoever asks at the same time, and never hands on one that is gone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from infra.artifacts import ArtifactRef
+from infra.settings import Settings
+from infra.sources import Sources
+from tasks.devices import Placement
+from tasks.requests import CaptureRequest
+from tasks.stage import Bench, Made, Workplace, run_stage
+
+PROJECT = Path(__file__).parents[2]
+REQUEST = CaptureRequest(
+    checkpoint=ArtifactRef(kind="checkpoint", key="import-model-v1-0"),
+    calibration=ArtifactRef(kind="calibration", key="calibrate-v1-0"),
+)
+#: what a second process runs: the same request, with a fill that notes that it ran and takes its time
+_CHILD = """
+import sys, time
+from pathlib import Path
+from infra.settings import load_settings
+from infra.sources import Sources
+from tasks.stage import Workplace, run_stage
+from tests.tasks.test_stage import REQUEST
+
+def fill(request, bench):
+    with open(sys.argv[1], "a") as notes:
+        notes.write("x")
+    time.sleep(0.5)
+    (bench.folder / "answer.txt").write_text("42")
+
+settings = load_settings()
+print("ready", flush=True)
+sys.stdin.readline()
+run_stage(REQUEST, "child", Workplace(settings, Sources((), None, False, home=settings.home)), fill, devices="none")
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    monkeypatch.setenv("SLIMLINE_HOME", str(tmp_path / "home"))
+    settings = Settings(device="cpu")
+    return Workplace(settings, Sources((), None, False, home=settings.home))
+
+
+def answer(request: CaptureRequest, bench: Bench) -> None:
+    (bench.folder / "answer.txt").write_text("42", encoding="utf-8")
+
+
+def test_a_stage_makes_what_its_request_names(workplace: Workplace) -> None:
+    made = run_stage(REQUEST, "capture", workplace, answer, devices="none")
+    assert (made.ref, made.found) == (REQUEST.ref, False)
+    manifest = workplace.store.manifest(made.ref)
+    assert manifest.request == REQUEST.model_dump(mode="json")
+    assert set(manifest.files) == {"answer.txt"}
+    assert "torch" in manifest.versions
+
+
+def test_what_the_store_has_is_found(workplace: Workplace) -> None:
+    first = run_stage(REQUEST, "capture", workplace, answer, devices="none")
+    second = run_stage(REQUEST, "capture", workplace, None, devices="none")
+    assert (first.found, second.found) == (False, True)
+    assert second.seconds == pytest.approx(first.seconds, abs=0.1)
+
+
+def test_two_threads_make_it_once(workplace: Workplace) -> None:
+    calls = []
+
+    def slow(request: CaptureRequest, bench: Bench) -> None:
+        calls.append(threading.get_ident())
+        time.sleep(0.2)
+        answer(request, bench)
+
+    with ThreadPoolExecutor(4) as threads:
+        tries = [threads.submit(run_stage, REQUEST, "capture", workplace, slow, devices="none") for _ in range(4)]
+    assert sorted(one.result().found for one in tries) == [False, True, True, True]
+    assert len(calls) == 1
+
+
+def test_two_processes_make_it_once(workplace: Workplace, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", _CHILD, notes], cwd=PROJECT, env=os.environ, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        child.communicate("go\n", timeout=60)
+    assert [child.returncode for child in children] == [0, 0]
+    assert notes.read_text() == "x"
+    assert workplace.store.has(REQUEST.ref)
+
+
+def test_what_fails_leaves_nothing(workplace: Workplace) -> None:
+    def half(request: CaptureRequest, bench: Bench) -> None:
+        answer(request, bench)
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        run_stage(REQUEST, "capture", workplace, half, devices="none")
+    assert not workplace.store.has(REQUEST.ref)
+    assert not list(workplace.store.root.glob(".writing/*"))
+    assert run_stage(REQUEST, "capture", workplace, answer, devices="none").found is False
+
+
+def test_scratch_outlives_a_failure_and_not_a_success(workplace: Workplace) -> None:
+    def resumable(request: CaptureRequest, bench: Bench) -> None:
+        progress = bench.store.scratch(bench.ref) / "step"
+        if not progress.exists():
+            progress.touch()
+            raise RuntimeError("killed")
+        answer(request, bench)
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run_stage(REQUEST, "capture", workplace, resumable, devices="none")
+    run_stage(REQUEST, "capture", workplace, resumable, devices="none")
+    assert not (workplace.store.root / ".scratch" / REQUEST.ref.key).exists()
+
+
+def test_a_stage_has_a_place_if_it_asked_for_one(workplace: Workplace) -> None:
+    places: list[Placement] = []
+
+    def placed(request: CaptureRequest, bench: Bench) -> None:
+        places.append(bench.place)
+        answer(request, bench)
+
+    with pytest.raises(AssertionError, match="without devices"):
+        run_stage(REQUEST, "capture", workplace, placed, devices="none")
+    run_stage(REQUEST, "capture", workplace, placed, devices="one")
+    assert places[0].device.type == "cpu"
+
+
+def test_a_reference_to_nothing_cannot_be_decoded(workplace: Workplace) -> None:
+    """Prefect keeps a record of a stage; decoding it must fail when the artifact is gone, or it would be handed on."""
+    record = run_stage(REQUEST, "capture", workplace, answer, devices="none").model_dump_json()
+    assert Made.model_validate_json(record).ref == REQUEST.ref
+    answer_file = workplace.store.path(REQUEST.ref) / "answer.txt"
+    answer_file.write_text("4", encoding="utf-8")
+    with pytest.raises(ValidationError, match="no longer in the store"):
+        Made.model_validate_json(record)
+    shutil.rmtree(answer_file.parent)
+    with pytest.raises(ValidationError, match="no longer in the store"):
+        Made.model_validate_json(record)
