@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.families import ModelFamily
-from pruning.sequential import WalkOptions, walk_layers
+from pruning.sequential import WalkOptions, moved, walk_layers
 
 
 def final_stream(model: nn.Module, family: ModelFamily, input_ids_ML: Tensor, options: WalkOptions) -> Tensor:
@@ -36,12 +36,12 @@ def mean_kl(
     Raises PruningError when it is not finite: no comparison with NaN chooses anything.
     """
     norm, head = family.final_norm(model), family.head(model)
-    device = head.weight.device
     total = 0.0
-    for dense_LC, pruned_LC in zip(dense_MLC, pruned_MLC, strict=True):
-        log_p_LV = head(norm(dense_LC.to(device))).float().log_softmax(-1)
-        log_q_LV = head(norm(pruned_LC.to(device))).float().log_softmax(-1)
-        total += float((log_p_LV.exp() * (log_p_LV - log_q_LV)).sum(-1).mean())
+    with moved(norm, options.device), moved(head, options.device):
+        for dense_LC, pruned_LC in zip(dense_MLC, pruned_MLC, strict=True):
+            log_p_LV = head(norm(dense_LC.to(options.device))).float().log_softmax(-1)
+            log_q_LV = head(norm(pruned_LC.to(options.device))).float().log_softmax(-1)
+            total += float((log_p_LV.exp() * (log_p_LV - log_q_LV)).sum(-1).mean())
     if not math.isfinite(total):
         raise PruningError(
             "the KL to the dense logits is not finite: the model's outputs contain NaN or infinity; load it in another "

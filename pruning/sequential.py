@@ -97,14 +97,10 @@ def walk_layers(
     model.eval()
     try:
         for index, layer in enumerate(family.layers(model)):
-            home = next(layer.parameters()).device
-            layer.to(options.device)
-            try:
+            with moved(layer, options.device):
                 kwargs = _to_device(kwargs_per_layer[index], options.device)
                 for kind in _KINDS:
                     yield from _walk_sub_layer(layer, family, index, kind, stream_NLC, kwargs, options, num_heldout)
-            finally:
-                layer.to(home)
     finally:
         model.train(training)
     return stream_NLC
@@ -165,6 +161,17 @@ def _parts(
                 return inputs_BLI
 
     return module, linear_name, inputs_of
+
+
+@contextmanager
+def moved(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The module on `device` for the length of the block, then back where it was."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
 
 
 @contextmanager
