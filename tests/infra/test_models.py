@@ -251,3 +251,21 @@ def test_smollm2_from_gguf(offline: Sources, out: Path) -> None:
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0][inputs["input_ids"].shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
+
+
+def test_a_tokenizer_beside_foreign_code_loads_without_a_question(
+    offline: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our uneven checkpoints name a modelling file in auto_map: transformers would ask whether to run it."""
+    source = offline.find("slimline/tiny-random-llama", "model").folder
+    assert source is not None
+    shutil.copytree(source, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    foreign = {"AutoConfig": "modeling_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    values = json.loads(config.read_bytes()) | {"model_type": "slimline-x", "auto_map": foreign}
+    config.write_text(json.dumps(values))
+    (tmp_path / "model" / "modeling_x.py").write_text("raise SystemExit('foreign code was run')")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "n")
+    assert load_tokenizer(tmp_path / "model").encode("a")
+    assert asked == []
