@@ -18,6 +18,7 @@ _PROFILE_COLUMNS = {
     "prefill_ms_p50": ("prefill ms", 1.0),
     "decode_ms_per_token_p50": ("decode ms/token", 1.0),
     "tokens_per_s": ("tokens/s", 1.0),
+    "prefill_ratio": ("prefill / dense", 1.0),
     "decode_ratio": ("decode / dense", 1.0),
     "peak_memory_gib": ("peak memory GiB", 1.0),
 }
