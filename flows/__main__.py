@@ -135,7 +135,7 @@ def results(
         print(f"{newest.name} ({newest.run_key}, {newest.status}, {newest.finished_at:%Y-%m-%d %H:%M} UTC)")
     print(render(metrics, form))
     if form is Form.table:
-        print("\n" + "\n".join(protocol_lines(metrics)))
+        print("\n" + "\n".join(protocol_lines(metrics, json.loads(newest.spec))))
 
 
 @app.command(name="list")

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from infra.result_rows import MetricRow
@@ -73,13 +73,14 @@ def aligned(rows: Table) -> str:
     )
 
 
-def protocol_lines(metrics: Iterable[MetricRow]) -> list[str]:
-    """One line per suite that says how its figures were taken."""
-    seen = {row.suite: row.protocol for row in metrics}
-    return [f"{suite}: {_words(json.loads(protocol))}" for suite, protocol in seen.items()]
+def protocol_lines(metrics: Iterable[MetricRow], spec: Mapping[str, Any]) -> list[str]:
+    """One line each that says what was pruned, on which calibration text, and how each suite took its figures."""
+    asked = {name: spec[name] for name in ("model", "calibration") if spec.get(name)}
+    seen = {row.suite: json.loads(row.protocol) for row in metrics}
+    return [f"{topic}: {_words(protocol)}" for topic, protocol in (asked | seen).items()]
 
 
-def _words(protocol: dict[str, object]) -> str:
+def _words(protocol: Mapping[str, object]) -> str:
     return ", ".join(f"{key} {json.dumps(value)}" for key, value in protocol.items() if value not in (None, [], {}))
 
 

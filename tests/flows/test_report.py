@@ -133,5 +133,8 @@ def test_a_perplexity_beyond_all_numbers_is_shown() -> None:
 
 
 def test_each_suite_says_how_it_measured() -> None:
-    lines = protocol_lines(ROWS[:3] + ROWS[5:6])
+    spec = {"model": {"id": "a/b"}, "calibration": {"num_samples": 8, "seed": 0}, "profile": None}
+    told, calibration, *lines = protocol_lines(ROWS[:3] + ROWS[5:6], spec)
+    assert told == 'model: id "a/b"'
+    assert calibration == "calibration: num_samples 8, seed 0"
     assert lines == ['perplexity: bos "once", join "a,b"', "zero_shot: limit 10", "profile: runs 5"]
