@@ -14,6 +14,7 @@ import typer
 
 from flows.environment import log_to_terminal, prepare_environment
 from flows.errors import USER_ERRORS, SpecError, StagesFailed
+from flows.interrupt import take_interrupts
 from flows.orphans import end_orphaned_servers
 from infra.settings import load_settings
 
@@ -71,6 +72,7 @@ def run(
 
     loaded = load_spec(spec, set_)
     started = time.monotonic()
+    take_interrupts()
     end_orphaned_servers(os.environ["PREFECT_LOCAL_STORAGE_PATH"])
     from flows.compress import compress
 
@@ -80,6 +82,8 @@ def run(
     except StagesFailed as failed:
         _print_result(failed.result, settings, as_json)
         raise
+    except KeyboardInterrupt:
+        raise typer.Exit(1) from None
     log.info("done in %.1f s (imports %.1f s)", time.monotonic() - started, ready - started)
     _print_result(result, settings, as_json)
 
@@ -226,9 +230,6 @@ def main() -> None:
         _fail(error, 2, verbose)
     except StagesFailed as error:
         _fail(error, 2 if error.by_user else 1, verbose)
-    except KeyboardInterrupt:
-        print("slimline: interrupted; finished stages are kept, the same command goes on from there", file=sys.stderr)
-        sys.exit(1)
     except Exception as error:  # the last resort: an unforeseen error still gets one line and a way to see more
         log.debug("traceback", exc_info=True)
         _fail(error, 1, verbose)

@@ -1,0 +1,29 @@
+"""Ctrl-C: the first lets running stages finish, the second ends the process; the same command goes on either way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+_interrupted = False
+
+
+def take_interrupts() -> None:
+    """Handle SIGINT in two steps. A stage in a thread cannot be stopped half-way, only waited for or dropped."""
+    signal.signal(signal.SIGINT, _on_interrupt)
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    global _interrupted
+    if _interrupted:
+        os._exit(1)  # as safe as kill -9, which the store is built for
+    _interrupted = True
+    print(
+        "slimline: interrupted; running stages are finished first (Ctrl-C again drops them), finished ones are kept, "
+        "the same command goes on from there",
+        file=sys.stderr,
+        flush=True,
+    )
+    raise KeyboardInterrupt

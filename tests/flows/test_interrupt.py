@@ -1,0 +1,42 @@
+"""Ctrl-C once finishes what runs, twice drops it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+_CHILD = """
+import time
+from flows.interrupt import take_interrupts
+take_interrupts()
+print("ready", flush=True)
+try:
+    time.sleep(30)
+except KeyboardInterrupt:
+    print("finishing", flush=True)
+    time.sleep({seconds})
+    print("finished", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "again", "told"), [(0, False, "finished\n"), (30, True, "")])
+def test_first_waits_second_drops(seconds: int, again: bool, told: str) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", _CHILD.format(seconds=seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGINT)
+    assert child.stdout.readline() == "finishing\n"
+    if again:
+        child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=20)
+    assert out == told
+    assert "the same command goes on from there" in err
+    assert child.returncode == (1 if again else 0)
