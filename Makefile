@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := infra/constraints.txt
 STAMP := $(VENV)/.slimline-installed
 
-.PHONY: help install demo test lint ui clean
+.PHONY: help install demo test bench lint ui clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
@@ -29,6 +29,9 @@ demo: $(STAMP)  ## calibrate, prune, repair and measure a real model offline; ab
 
 test: $(STAMP)  ## all tests, with real Prefect, MLflow and DuckDB
 	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## benchmarks into build/bench.md, some in `make bench PARTS="speed stream"`; hours on two cores
+	$(BIN)/python -m tests.bench $(PARTS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -48,7 +48,7 @@ def profile(
         decode_ms_per_token=decode,
         tokens_per_s=1000 * config.batch_size / decode.p50,
         num_parameters=_count(model),
-        num_decoder_parameters=_count(model.base_model.get_submodule("layers")),
+        num_decoder_parameters=_count(model.get_decoder().get_submodule("layers")),
         linear_macs_per_token=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)),
         weights_gib=_weight_bytes(model) / GIB,
         kv_cache_bytes_per_token=own[0].kv_cache_bytes_per_token,

@@ -94,6 +94,7 @@ def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:
     _prepared()
     from flows.compress import open_workplace
     from flows.loading import load_spec
+    from flows.outline import outline
     from flows.preflight import check
     from flows.story import tell
 
@@ -104,10 +105,14 @@ def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:
     stages = [
         {"name": stage.name, "key": stage.ref.key, "cached": workplace.store.has(stage.ref)} for stage in story.stages
     ]
-    width = max(len(stage.name) for stage in story.stages)
-    for entry in stages:
-        print(f"{'cached' if entry['cached'] else 'to run':7} {entry['name']:{width}}  {entry['key']}")
+    cached = {entry["key"] for entry in stages if entry["cached"]}
+    lines = [("  " * depth + stage.name, stage.ref.key) for depth, stage in outline(story)]
+    width = max(len(name) for name, _ in lines)
+    for name, key in lines:
+        print(f"{'cached' if key in cached else 'to run':7} {name:{width}}  {key}")
     print(f"{'to run':7} {'record':{width}}  (never cached)")
+    for name, first in story.twins.items():
+        print(f"{'same':7} {name} is {first} under another name")
     if as_json:
         print(json.dumps({"run_key": story.run_key, "stages": stages}))
 
@@ -140,6 +145,8 @@ def results(
     print(render(metrics, form))
     if form is Form.table:
         print("\n" + "\n".join(protocol_lines(metrics, json.loads(newest.spec))))
+        if newest.message:
+            print(f"failed: {newest.message}")
 
 
 @app.command(name="list")
@@ -204,7 +211,9 @@ def _print_result(result: RunResult, settings: Settings, as_json: bool) -> None:
     from flows.report import aligned, table_rows
 
     print(aligned(table_rows(result.metrics)))
-    print(f"\nrun {result.run_key}; checkpoint: {result.checkpoint or 'not made'}")
+    print(f"\nrun {result.run_key}")
+    for name, folder in result.checkpoints.items():
+        print(f"checkpoint {name}: {folder or 'not made'}")
     print("all figures with their protocol: slimline results; dashboards: see `make ui`")
     if as_json:
         print(json.dumps(_as_json(result)))
@@ -216,7 +225,8 @@ def _as_json(result: RunResult) -> dict[str, Any]:
     shown = {"name", "key", "status", "seconds", "message"}
     stages = [stage.model_dump(include=shown) | {"cached": stage.cached} for stage in result.stages]
     metrics = [plain(row) for row in result.metrics]
-    return {"run_key": result.run_key, "stages": stages, "metrics": metrics, "checkpoint": result.checkpoint}
+    made = {"checkpoint": result.checkpoint, "checkpoints": result.checkpoints}
+    return {"run_key": result.run_key, "stages": stages, "metrics": metrics} | made
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
+from flows.branches import ends
 from flows.errors import USER_ERRORS, SpecError, StagesFailed
 from flows.outcome import RunResult, StageOutcome
 from flows.preflight import check
@@ -70,6 +71,7 @@ def _finish(story: Story, outcomes: Sequence[StageOutcome], workplace: Workplace
     done = {stage.key for stage in outcomes if stage.status in ("completed", "cached")}
     problems = [f"{stage.name}: {stage.message}" for stage in outcomes if stage.status == "failed"]
     message = "; ".join(problems) or None
+    finished = {name: ref for name, ref in story.checkpoints.items() if ref.key in done}
     metrics = record(
         RunOutcome(
             run_key=story.run_key,
@@ -77,7 +79,7 @@ def _finish(story: Story, outcomes: Sequence[StageOutcome], workplace: Workplace
             spec=story.spec.model_dump(mode="json"),
             started_at=started_at,
             stages=tuple(_row(story, outcome) for outcome in outcomes),
-            checkpoints={name: ref for name, ref in story.checkpoints.items() if ref.key in done},
+            checkpoints=finished,
             measured=tuple(_measured(stage) for stage in story.reports if stage.ref.key in done),
             failed=bool(problems),
             message=message,
@@ -85,13 +87,13 @@ def _finish(story: Story, outcomes: Sequence[StageOutcome], workplace: Workplace
         workplace,
     )
     create_table_artifact(table=table_rows(metrics), key="slimline-results", description=f"{story.spec.name}: results")
-    last = list(story.checkpoints.values())[-1]
+    last = ends(story.spec.derivations)
     result = RunResult(
         run_key=story.run_key,
         name=story.spec.name,
         stages=tuple(outcomes),
         metrics=metrics,
-        checkpoint=str(workplace.store.path(last)) if last.key in done else None,
+        checkpoints={name: str(workplace.store.path(finished[name])) if name in finished else None for name in last},
     )
     if message is not None:
         raise StagesFailed(message, result=result, by_user=all(stage.by_user for stage in result.failures))

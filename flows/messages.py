@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from infra.registry import near
 
 #: what pydantic adds to the place of an error in a union: nothing that the user wrote
-_TAG = re.compile(r"prune|recover|str|literal\[.*|`?tuple\[.*")
+_TAG = re.compile(r"prune|recover|str|literal\[.*|`?tuple\[.*|\[key\]")
 
 
 def first_problem(

@@ -29,7 +29,7 @@ class StageOutcome(BaseModel):
 
 
 class RunResult(BaseModel):
-    """What the flow returns. checkpoint: folder of the last checkpoint of the run."""
+    """What the flow returns. checkpoints: for each branch, the name of its last checkpoint and the folder, if made."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -37,7 +37,12 @@ class RunResult(BaseModel):
     name: str
     stages: tuple[StageOutcome, ...]
     metrics: tuple[MetricRow, ...]
-    checkpoint: str | None
+    checkpoints: dict[str, str | None]
+
+    @property
+    def checkpoint(self) -> str | None:
+        """Folder of the last checkpoint of the run, that of the last branch if there are several."""
+        return list(self.checkpoints.values())[-1]
 
     @property
     def failures(self) -> tuple[StageOutcome, ...]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from flows.errors import SpecError
 from flows.spec import RunSpec
 from flows.story import Story
+from infra.errors import SettingsInvalid
 from infra.models import ModelCard, describe
 from infra.settings import Settings
 from infra.sources import Sources
 from pruning.errors import PruningError
 from pruning.families import FAMILIES
 from tasks.devices import device_names
+from tasks.requests import CalibrateRequest
 from tasks.stage import Workplace
 
 #: a pruned checkpoint is written beside the dense one, and training keeps optimizer state and two checkpoints
@@ -19,7 +21,7 @@ _CHECKPOINTS_PER_MISSING_STAGE = 1.2
 
 def check(story: Story, workplace: Workplace) -> None:
     """Raise the error of the first thing that cannot work: an unwritable store, a missing device, an unsupported
-    model, windows longer than the model's context, too little disk."""
+    model, windows longer than the model's context, calibration data without the columns, too little disk."""
     store, settings = workplace.store, workplace.settings
     store.preflight()
     missing = [stage for stage in story.stages if not store.has(stage.ref)]
@@ -29,6 +31,9 @@ def check(story: Story, workplace: Workplace) -> None:
     _check_family(card, story.spec)
     _check_context(card, story.spec)
     _check_device(settings)
+    for request in (stage.request for stage in missing):
+        if isinstance(request, CalibrateRequest):
+            workplace.sources.check_columns(request.data, request.data.columns)
     checkpoints = sum(stage.ref.kind == "checkpoint" for stage in missing)
     store.preflight(int(_CHECKPOINTS_PER_MISSING_STAGE * checkpoints * card.bytes))
 
@@ -47,16 +52,22 @@ def _check_family(card: ModelCard, spec: RunSpec) -> None:
 
 def _check_context(card: ModelCard, spec: RunSpec) -> None:
     longest = card.max_position_embeddings
-    if longest is None or spec.calibration is None:
-        return
-    seq_len = spec.calibration.seq_len
-    if seq_len > longest:
-        raise SpecError(
-            f"calibration.seq_len {seq_len} is longer than the context of {spec.model.id}; "
-            f"lower it to at most {longest}"
-        )
+    asked = {made.variant: spec.calibration_of(made) for made in spec.derivations if made.calibration}
+    for variant, calibration in ({"": spec.calibration} | asked).items():
+        if longest is not None and calibration is not None and calibration.seq_len > longest:
+            of_variant = f" of variant {variant}" if variant else ""
+            raise SpecError(
+                f"calibration.seq_len {calibration.seq_len}{of_variant} is longer than the context of {spec.model.id}; "
+                f"lower it to at most {longest}"
+            )
 
 
 def _check_device(settings: Settings) -> None:
-    if settings.device not in ("auto", "cpu"):
-        device_names(settings.device)
+    if settings.device in ("auto", "cpu") and settings.walk_processes == 1:
+        return  # nothing to ask, and torch takes seconds to import
+    names = device_names(settings.device)
+    if names[0].startswith("cuda") and settings.walk_processes > len(names):
+        raise SettingsInvalid(
+            f"SLIMLINE_WALK_PROCESSES={settings.walk_processes}: each process needs a CUDA device of its own and there "
+            f"are {len(names)}; set it to at most that"
+        )

@@ -60,28 +60,54 @@ def plain(row: MetricRow) -> dict[str, Any]:
     return dict(json.loads(row.model_dump_json()))
 
 
-def aligned(rows: Table) -> str:
-    """The table turned on its side, figures down and checkpoints across: it fits a terminal however many figures."""
+def aligned(rows: Table, width: int = 120) -> str:
+    """The table turned on its side, figures down and checkpoints across, however many figures.
+
+    Checkpoints that do not fit into `width` characters come in further tables below.
+    """
     if not rows:
         return "no results yet"
-    lines = [[""] + [row["checkpoint"] for row in rows]]
-    lines += [[heading] + [row[heading] or "-" for row in rows] for heading in rows[0] if heading != "checkpoint"]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)])
-        for line in lines
-    )
+    headings = ["", *(heading for heading in rows[0] if heading != "checkpoint")]
+    columns = [[row["checkpoint"], *(row[heading] or "-" for heading in headings[1:])] for row in rows]
+    margin = max(map(len, headings))
+    tables: list[list[list[str]]] = [[]]
+    room = width - margin
+    for column in columns:
+        needed = 2 + max(map(len, column))
+        if tables[-1] and needed > room:
+            tables.append([])
+            room = width - margin
+        tables[-1].append([cell.rjust(needed) for cell in column])
+        room -= needed
+    sides = [heading.ljust(margin) for heading in headings]
+    return "\n\n".join("\n".join("".join(line) for line in zip(sides, *table, strict=True)) for table in tables)
 
 
 def protocol_lines(metrics: Iterable[MetricRow], spec: Mapping[str, Any]) -> list[str]:
-    """One line each that says what was pruned, on which calibration text, and how each suite took its figures."""
+    """One line each that says what was pruned, on which calibration text, what variants change, and how each suite took
+    its figures."""
     asked = {name: spec[name] for name in ("model", "calibration") if spec.get(name)}
+    variants = {
+        f"variant {name}": changes
+        for step in spec.get("steps", ())
+        for name, changes in step.get("variants", {}).items()
+    }
     seen = {row.suite: json.loads(row.protocol) for row in metrics}
-    return [f"{topic}: {_words(protocol)}" for topic, protocol in (asked | seen).items()]
+    topics = asked | variants | seen
+    return [f"{topic}: {_words(protocol) or 'changes nothing'}" for topic, protocol in topics.items()]
 
 
 def _words(protocol: Mapping[str, object]) -> str:
-    return ", ".join(f"{key} {json.dumps(value)}" for key, value in protocol.items() if value not in (None, [], {}))
+    said = _said(protocol)
+    assert isinstance(said, Mapping)
+    return ", ".join(f"{key} {json.dumps(value)}" for key, value in said.items() if value not in ([], {}))
+
+
+def _said(value: object) -> object:
+    """The value without what was left unsaid: a data set has options of which most are None."""
+    if isinstance(value, Mapping):
+        return {key: _said(inner) for key, inner in value.items() if inner is not None}
+    return value
 
 
 def _one_metric_per_task(rows: list[MetricRow]) -> list[MetricRow]:

@@ -6,11 +6,13 @@ Nothing runs here. Requests hold references to artifacts that need not exist yet
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from evaluation.profile_config import ProfileConfig
-from flows.spec import DENSE, CalibrationSpec, EvalSpec, PruneStep, RecoverStep, RunSpec
+from flows.branches import DENSE, Derivation
+from flows.spec import CalibrationSpec, EvalSpec, RunSpec
+from flows.steps import PruneStep, RecoverStep
 from infra.artifacts import ArtifactRef
 from infra.keys import stage_key
 from infra.sources import Sources
@@ -19,6 +21,7 @@ from tasks.capture import capture
 from tasks.devices import device_label
 from tasks.evaluate import evaluate
 from tasks.import_model import import_model
+from tasks.order import order
 from tasks.profile import profile
 from tasks.prune import prune
 from tasks.recover import recover
@@ -27,6 +30,7 @@ from tasks.requests import (
     CaptureRequest,
     EvaluateRequest,
     ImportRequest,
+    OrderRequest,
     ProfileRequest,
     PruneRequest,
     RecoverRequest,
@@ -56,16 +60,24 @@ class Stage:
 
 @dataclass(frozen=True)
 class Story:
-    """All cached stages of a run in an order in which each comes after its inputs."""
+    """All cached stages of a run in an order in which each comes after its inputs.
+
+    checkpoints: by name; two names that ask for the same stand for one artifact. reports: what is measured, under every
+    name, also where that is one stage.
+    """
 
     spec: RunSpec
     stages: tuple[Stage, ...]
     checkpoints: dict[str, ArtifactRef]
+    reports: tuple[Stage, ...]
 
     @property
-    def reports(self) -> tuple[Stage, ...]:
-        """The stages that measure."""
-        return tuple(stage for stage in self.stages if stage.ref.kind == "report")
+    def twins(self) -> dict[str, str]:
+        """Names of checkpoints that are the same as an earlier one, with that one's name."""
+        first: dict[str, str] = {}
+        for name, ref in self.checkpoints.items():
+            first.setdefault(ref.key, name)
+        return {name: first[ref.key] for name, ref in self.checkpoints.items() if first[ref.key] != name}
 
     @property
     def run_key(self) -> str:
@@ -79,22 +91,28 @@ def tell(spec: RunSpec, sources: Sources, device_setting: str) -> Story:
     """The story of a run. Raises SourceMissing if a model or data set cannot be found."""
     dense = _import(spec, sources)
     stages, checkpoints = [dense], {DENSE: dense.ref}
-    current = dense.ref
-    for step, name in zip(spec.steps, spec.checkpoints[1:], strict=True):
-        if isinstance(step, PruneStep):
-            added = _prune(step, name, current, _calibrate(spec.calibration, dense.ref, sources))
+    for made in spec.derivations:
+        before = checkpoints[made.source]
+        if isinstance(made.step, PruneStep):
+            added = _prune(made.step, made, before, _calibration_for(made, spec, dense.ref, sources))
         else:
-            added = [_recover(step, name, current, sources)]
+            added = [_recover(made.step, made.name, before, sources)]
         stages += added
-        current = checkpoints[name] = added[-1].ref
+        checkpoints[made.name] = added[-1].ref
+    reports = []
     for entry in spec.evals:
-        stages += [_evaluate(entry, name, checkpoints[name], sources) for name in spec.measured(entry.on)]
+        reports += [_evaluate(entry, name, checkpoints[name], sources) for name in spec.measured(entry.on)]
     if spec.profile:
         label = device_label(device_setting)
         for name in spec.measured(spec.profile.on):
-            stages.append(_profile(spec.profile.settings, name, checkpoints, label))
-    unique = {stage.ref.key: stage for stage in reversed(stages)}
-    return Story(spec, tuple(stage for stage in stages if unique[stage.ref.key] is stage), checkpoints)
+            reports.append(_profile(spec.profile.settings, name, checkpoints, label))
+    return Story(spec, _once(stages + reports), checkpoints, tuple(reports))
+
+
+def _once(stages: list[Stage]) -> tuple[Stage, ...]:
+    """Each key once: what several branches ask for has the name of the first."""
+    first = {stage.ref.key: stage for stage in reversed(stages)}
+    return tuple(stage for stage in stages if first[stage.ref.key] is stage)
 
 
 def _import(spec: RunSpec, sources: Sources) -> Stage:
@@ -119,25 +137,44 @@ def _calibrate(asked: CalibrationSpec | None, checkpoint: ArtifactRef, sources: 
         num_heldout=asked.num_heldout,
         seed=asked.seed,
         join=asked.join,
+        template=asked.data.template,
+        rows=asked.data.rows,
         data=asked.data,
     )
     return Stage("calibrate", calibrate, request)
 
 
-def _prune(step: PruneStep, name: str, checkpoint: ArtifactRef, calibration: Stage) -> list[Stage]:
-    """Calibration, a capture if the method wants one, and the pruning itself."""
-    statistics = None
+def _calibration_for(made: Derivation, spec: RunSpec, checkpoint: ArtifactRef, sources: Sources) -> Stage:
+    asked = spec.calibration_of(made)
+    stage = _calibrate(asked, checkpoint, sources)
+    return stage if asked == spec.calibration else replace(stage, name=f"{stage.name}:{made.variant}")
+
+
+def _prune(step: PruneStep, made: Derivation, checkpoint: ArtifactRef, calibration: Stage) -> list[Stage]:
+    """Calibration, a capture and an order if the method wants them, and the pruning itself."""
+    needed: list[Stage] = [calibration]
+    statistics = orders = None
     if step.module.needs_statistics(step.config):
         request = CaptureRequest(checkpoint=checkpoint, calibration=calibration.ref)
-        statistics = Stage(f"capture:{name}", capture, request)
+        # a capture serves every sparsity, so it is named after what it looks at: "capture:dense"
+        name = calibration.name.replace("calibrate", f"capture:{made.source}", 1)
+        needed.append(Stage(name, capture, request))
+        statistics = request.ref
+        if (asked := step.module.order_config(step.config)) is not None:
+            ordering = OrderRequest(
+                plugin=step.method, config=_plain(asked), checkpoint=checkpoint, statistics=statistics
+            )
+            needed.append(Stage(name.replace("capture", "order", 1), order, ordering))
+            orders = ordering.ref
     pruning = PruneRequest(
         plugin=step.method,
         config=_plain(step.config),
         checkpoint=checkpoint,
         calibration=calibration.ref,
-        statistics=statistics.ref if statistics else None,
+        statistics=statistics,
+        orders=orders,
     )
-    return [calibration, *([statistics] if statistics else []), Stage(f"prune:{name}", prune, pruning, name)]
+    return [*needed, Stage(f"prune:{made.name}", prune, pruning, made.name)]
 
 
 def _recover(step: RecoverStep, name: str, checkpoint: ArtifactRef, sources: Sources) -> Stage:

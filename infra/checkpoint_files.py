@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from infra.baichuan import is_baichuan, llama_config
 from infra.errors import SourceInvalid
 from infra.gguf_header import read_gguf_header
 
@@ -72,7 +73,11 @@ def card_of_folder(folder: Path) -> ModelCard:
 def card_of_config(
     config: Mapping[str, Any], where: str, *, num_parameters: int | None, size: int, dtype: str | None
 ) -> ModelCard:
-    """The card from a config.json and what is known of the weights. Raises SourceInvalid if it describes no decoder."""
+    """The card from a config.json and what is known of the weights; a Baichuan's is that of the Llama it becomes.
+
+    Raises SourceInvalid if it describes no decoder.
+    """
+    config = llama_config(config, where) if is_baichuan(config) else config
     layers = next((config[key] for key in _LAYER_KEYS if key in config), None)
     hidden = next((config[key] for key in _HIDDEN_KEYS if key in config), None)
     if "model_type" not in config or not isinstance(layers, int) or not isinstance(hidden, int):

@@ -10,7 +10,7 @@ from typing import Any, cast
 import datasets
 from datasets import Dataset, VerificationMode
 
-from infra.errors import SourceInvalid, SourceMissing
+from infra.errors import InfraError, SourceInvalid, SourceMissing
 from infra.registry import near
 from infra.sources import Located, named_by_content
 
@@ -40,6 +40,22 @@ def records(
     return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
 
 
+def check_columns(
+    located: Located, config: str | None, split: str, data_files: str | None, columns: Sequence[str], *, home: Path
+) -> None:
+    """Raise what `texts` and `records` would raise about data and columns, by the first row and without the others."""
+    if located.folder is not None and located.folder.suffix == ".txt":
+        _check_file_split(located, config, split)
+        return
+    whole = split.partition("[")[0]  # a stream has no slices, and its first row has the same columns
+    with _explained(located, config, whole, home):
+        rows = _load(located, config, whole, data_files, home, streaming=True)
+        row: dict[str, Any] = next(iter(rows), {})
+    for column in columns if row else ():
+        _check_column(located, column, list(row))
+        _check_text(located, column, 0, row[column])
+
+
 def splits(located: Located, config: str | None, *, home: Path) -> tuple[str, ...]:
     """Names of the splits under `config` (None: the default one)."""
     if located.folder is not None and located.folder.is_file():
@@ -53,20 +69,30 @@ def load(located: Located, config: str | None, split: str, data_files: str | Non
 
     Raises SourceInvalid naming the configs or splits that exist, SourceMissing if the hub is silent.
     """
+    return cast(Dataset, _load(located, config, split, data_files, home, streaming=False))
+
+
+def _load(
+    located: Located, config: str | None, split: str, data_files: str | None, home: Path, *, streaming: bool
+) -> Any:
     datasets.disable_progress_bars()
     if located.folder is not None and located.folder.is_file():
         _check_file_split(located, config, split)
-        return _load_files(located, _path(located, home), split, home)
+        return _load_files(located, _path(located, home), split, home, streaming)
     if data_files is not None:
-        return _load_files(located, _pattern(located, data_files, home), split, home)
+        return _load_files(located, _pattern(located, data_files, home), split, home, streaming)
     with _explained(located, config, split, home):
-        loaded = datasets.load_dataset(
-            _path(located, home), config, split=split, revision=located.revision, cache_dir=_cache(located, home)
+        return datasets.load_dataset(
+            _path(located, home),
+            config,
+            split=split,
+            revision=located.revision,
+            cache_dir=_cache(located, home),
+            streaming=streaming,
         )
-    return cast(Dataset, loaded)
 
 
-def _load_files(located: Located, pattern: str, split: str, home: Path) -> Dataset:
+def _load_files(located: Located, pattern: str, split: str, home: Path, streaming: bool) -> Any:
     name = pattern.removesuffix(".gz")
     builder = _BUILDERS.get(Path(name).suffix)
     if builder is None:
@@ -75,18 +101,18 @@ def _load_files(located: Located, pattern: str, split: str, home: Path) -> Datas
         )
     # The bare builder, not the repository: a README that promises other splits makes `datasets` refuse a single shard.
     try:
-        loaded = datasets.load_dataset(
+        return datasets.load_dataset(
             builder,
             data_files={split.partition("[")[0]: pattern},
             split=split,
             verification_mode=VerificationMode.NO_CHECKS,
             cache_dir=_cache(located, home),
+            streaming=streaming,
         )
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         raise SourceInvalid(
             f"{located.repo_id}: {pattern} cannot be read as {builder}: {error.__cause__ or error}"
         ) from error
-    return cast(Dataset, loaded)
 
 
 def _pattern(located: Located, data_files: str, home: Path) -> str:
@@ -122,6 +148,8 @@ def _explained(located: Located, config: str | None, split: str, home: Path) -> 
     """Turn the many ways `datasets` refuses into one sentence that names what exists."""
     try:
         yield
+    except InfraError:  # explained already
+        raise
     except datasets.exceptions.DatasetNotFoundError as error:
         raise SourceInvalid(f"{located.repo_id} in {located.mirror} holds no data files that can be read") from error
     except ConnectionError as error:
@@ -148,15 +176,20 @@ def _diagnosis(located: Located, config: str | None, split: str, home: Path) -> 
 
 
 def _column(located: Located, rows: Dataset, column: str) -> list[str]:
-    if column not in rows.column_names:
-        names = rows.column_names
+    _check_column(located, column, rows.column_names)
+    values: list[Any] = list(rows[column])
+    for index, value in enumerate(values):
+        _check_text(located, column, index, value)
+    return ["" if value is None else value for value in values]
+
+
+def _check_column(located: Located, column: str, names: Sequence[str]) -> None:
+    if column not in names:
         raise SourceInvalid(
             f"{located.repo_id} has no column {column!r}{near(column, names)}; it has {', '.join(names)}"
         )
-    values: list[Any] = list(rows[column])
-    for index, value in enumerate(values):
-        if not isinstance(value, str | None):
-            raise SourceInvalid(
-                f"{located.repo_id}: column {column!r} is not text (row {index} is {type(value).__name__})"
-            )
-    return ["" if value is None else value for value in values]
+
+
+def _check_text(located: Located, column: str, index: int, value: Any) -> None:
+    if not isinstance(value, str | None):
+        raise SourceInvalid(f"{located.repo_id}: column {column!r} is not text (row {index} is {type(value).__name__})")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from infra import hub
+from infra import baichuan, hub
 from infra.checkpoint_files import (
     INDEX,
     NOT_COPIED,
@@ -33,6 +34,8 @@ __all__ = ["Dtype", "ModelCard", "Progress", "describe", "import_model", "load_t
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Progress = Callable[[float, str], None]
+#: from a tensor's name and the tensor to what is stored instead
+Unpack = Callable[[str, "torch.Tensor"], "dict[str, torch.Tensor]"]
 
 
 def _silent(_share: float, _message: str) -> None: ...
@@ -62,8 +65,10 @@ def import_model(located: Located, out: Path, dtype: Dtype, *, progress: Progres
 
     dtype "auto" keeps every tensor as it is stored; for GGUF it means float32, which holds the dequantised values
     exactly. safetensors are read one shard at a time. Every other top-level file that is no weight comes along
-    (tokenizer, plan.json, modelling code: copied, never run). Raises SourceInvalid for pickled or quantised weights,
-    NaN or infinity (naming the tensor), a missing tokenizer; hub.Unreachable; DiskFull.
+    (tokenizer, plan.json, modelling code: copied, never run). A Baichuan-7B becomes the Llama that it is.
+
+    Raises SourceInvalid for pickled or quantised weights, NaN or infinity (naming the tensor), a missing tokenizer, a
+    Baichuan-13B; hub.Unreachable; DiskFull.
     """
     folder = located.folder
     if folder is None:
@@ -145,33 +150,42 @@ def _import_safetensors(folder: Path, out: Path, dtype: Dtype, progress: Progres
     for file in sorted(folder.iterdir()):
         if file.is_file() and not file.name.startswith(".") and file.suffix not in NOT_COPIED:
             shutil.copyfile(file, out / file.name)
+    unpack: Unpack | None = None
+    if baichuan.is_baichuan(config):
+        config = baichuan.llama_config(config, str(folder))
+        unpack = partial(baichuan.llama_tensors, vocab_size=config["vocab_size"])
+        baichuan.make_llama_tokenizer_(out)
+        baichuan.check_llama_tokenizer(out, load_tokenizer(out))
     total, done = sum(file.stat().st_size for file in files), 0
     for file in files:
         progress(done / total, f"reading {file.name}")
-        _cast_shard(file, out / file.name, dtype)
+        _cast_shard(file, out / file.name, dtype, unpack)
         done += file.stat().st_size
-    _write_index_size(out)
+    _write_index(out)
     # "torch_dtype" is what transformers before 4.56 wrote; both at once could disagree.
     config.pop("torch_dtype", None)
     config["dtype"] = card_of_folder(out).dtype
     _write_json(out / "config.json", config)
 
 
-def _cast_shard(source: Path, target: Path, dtype: Dtype) -> None:
+def _cast_shard(source: Path, target: Path, dtype: Dtype, unpack: Unpack | None) -> None:
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     tensor_header(source)  # says in a sentence that a file is cut off; safe_open does not
+    as_stored = dtype == "auto" and unpack is None
     tensors: dict[str, torch.Tensor] = {}
     with safe_open(source, framework="pt") as shard:
         for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
             tensor = shard.get_tensor(name)
             _check_finite(name, tensor, source, "auto")
             if dtype != "auto":
-                tensors[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
-                _check_finite(name, tensors[name], source, dtype)
-    if dtype == "auto":
+                tensor = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+                _check_finite(name, tensor, source, dtype)
+            if not as_stored:
+                tensors |= {name: tensor} if unpack is None else unpack(name, tensor)
+    if as_stored:
         shutil.copyfile(source, target)
     else:
         save_file(tensors, target, metadata={"format": "pt"})
@@ -201,17 +215,15 @@ def _refuse_quantised(config: Mapping[str, Any], where: str) -> None:
         raise SourceInvalid(f"{where} is quantised ({method}); pruning needs plain weights: take the unquantised model")
 
 
-def _write_index_size(out: Path) -> None:
+def _write_index(out: Path) -> None:
+    """Bring the index of a sharded model up to date with its shards."""
     index = out / INDEX
     if index.is_file():
         content = json.loads(index.read_bytes())
-        files = weight_files(out)
-        size = sum(
-            entry["data_offsets"][1] - entry["data_offsets"][0]
-            for file in files
-            for entry in tensor_header(file).values()
-        )
-        content["metadata"] = {**content.get("metadata", {}), "total_size": size}
+        headers = {file.name: tensor_header(file) for file in weight_files(out)}
+        spans = [entry["data_offsets"] for header in headers.values() for entry in header.values()]
+        content["metadata"] = {**content.get("metadata", {}), "total_size": sum(end - start for start, end in spans)}
+        content["weight_map"] = {name: file for file, header in headers.items() for name in header}
         _write_json(index, content)
 
 

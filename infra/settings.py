@@ -31,6 +31,8 @@ class Settings(BaseSettings):
     results_db: Path | None = None
     eval_batch_size: int = Field(default=8, ge=1)
     walk_batch_size: int = Field(default=8, ge=1)
+    walk_processes: int = Field(default=1, ge=1)
+    """Processes that share the calibration samples of a capture or a pruning; on CUDA each has a device of its own."""
     activation_budget_gib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
     @field_validator("home", "results_db")

@@ -106,6 +106,13 @@ class Sources:
         located = self.find(data.dataset, "dataset", revision=data.revision)
         return datasets.records(located, data.config, data.split, data.data_files, columns, home=self.home)
 
+    def check_columns(self, data: TextData, columns: Sequence[str]) -> None:
+        """Raise what `records` would raise about these columns; reads one row, so it is quick before expensive work."""
+        from infra import datasets
+
+        located = self.find(data.dataset, "dataset", revision=data.revision)
+        datasets.check_columns(located, data.config, data.split, data.data_files, columns, home=self.home)
+
     def folder(self, repo_id: str) -> Path | None:
         """A data set's folder for `datasets.load_dataset`, under a name made of its content; None for the hub.
 

@@ -7,7 +7,6 @@ trust_remote_code=True. `load_checkpoint` uses the classes of this package and n
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from pruning.errors import PruningError
 from pruning.families import shapes
-from pruning.modeling import class_of, config_shapes
+from pruning.folders import class_of_folder
+from pruning.modeling import config_shapes
 from pruning.plan import PruningPlan, describe_shapes
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def load_checkpoint(
     if device is not None and device_map is not None:
         raise PruningError(f"give device ({device}) or device_map ({device_map}), not both")
     folder = Path(folder)
-    model_class = class_of(_model_type(folder))
-    _check_weights(folder)
+    model_class = class_of_folder(folder)
     try:
         with _no_progress_bars():
             loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
@@ -101,28 +100,6 @@ def load_plan(folder: Path | str) -> PruningPlan | None:
     """The plan beside a checkpoint, None if it was saved without one."""
     path = Path(folder) / PLAN_FILE
     return PruningPlan.model_validate_json(path.read_bytes()) if path.is_file() else None
-
-
-def _model_type(folder: Path) -> str:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise PruningError(f"{folder} is not a checkpoint folder: it has no config.json")
-    try:
-        return str(json.loads(path.read_bytes()).get("model_type"))
-    except (ValueError, AttributeError) as error:
-        raise PruningError(f"{path} is not a model config: {error}") from error
-
-
-def _check_weights(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickled:
-        raise PruningError(
-            f"{folder} has only pickled weights ({pickled[0]}), which can run code when read: "
-            "convert them to safetensors"
-        )
-    raise PruningError(f"{folder} has no weights: no .safetensors file")
 
 
 @contextmanager

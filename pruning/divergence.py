@@ -1,50 +1,61 @@
-"""How far a pruned model's next-token distribution is from the dense one's, on held-out windows.
+"""How far a model's predictions moved: KL to the dense logits, without ever holding all logits.
 
-Shapes: M windows, L tokens, C hidden size, V vocabulary.
+Shapes: M samples, L tokens, C residual stream, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
 from torch import Tensor, nn
 
+from pruning.decoder import Decoder
 from pruning.errors import PruningError
-from pruning.families import ModelFamily
-from pruning.sequential import WalkOptions, moved, walk_layers
+from pruning.sequential import WalkOptions, walk_layers
+
+#: tokens whose logits are in memory at once
+_TOKENS = 256
 
 
-def final_stream(model: nn.Module, family: ModelFamily, input_ids_ML: Tensor, options: WalkOptions) -> Tensor:
-    """The residual stream after the last layer (M, L, C), computed layer by layer on options.device."""
-    walk = walk_layers(model, family, input_ids_ML, options)
+def final_stream(decoder: Decoder, input_ids_ML: Tensor, options: WalkOptions) -> Tensor:
+    """The residual stream after the last layer (M, L, C) of this process's samples, computed layer by layer."""
+    walk = walk_layers(decoder, input_ids_ML, options, num_heldout=len(input_ids_ML), wanted=lambda layer, kind: False)
     while True:
         try:
             next(walk)
         except StopIteration as finished:
-            stream: Tensor = finished.value
-            return stream
+            stream_MLC: Tensor = finished.value
+            return stream_MLC
 
 
 @torch.no_grad()
-def mean_kl(
-    model: nn.Module, family: ModelFamily, dense_MLC: Tensor, pruned_MLC: Tensor, options: WalkOptions
-) -> float:
+def mean_kl(decoder: Decoder, dense_MLC: Tensor, pruned_MLC: Tensor, options: WalkOptions) -> float:
     """Mean over tokens of KL(dense ‖ pruned) in nats, of the logits that the model's own head gives both streams.
 
-    Only the streams are kept, never all logits: M x L x V of a large vocabulary would not fit.
-    Raises PruningError when it is not finite: no comparison with NaN chooses anything.
+    Streams of one process; the mean is over the samples of the whole team. Only the streams are kept, never all logits:
+    M x L x V of a large vocabulary would not fit. Raises PruningError when it is not finite: no comparison with NaN
+    chooses anything.
     """
-    norm, head = family.final_norm(model), family.head(model)
+    family, model, device = decoder.family, decoder.skeleton, options.device
+    norm, head = _on(family.final_norm(model), device), _on(family.head(model), device)
     total = 0.0
-    with moved(norm, options.device), moved(head, options.device):
-        for dense_LC, pruned_LC in zip(dense_MLC, pruned_MLC, strict=True):
-            log_p_LV = head(norm(dense_LC.to(options.device))).float().log_softmax(-1)
-            log_q_LV = head(norm(pruned_LC.to(options.device))).float().log_softmax(-1)
-            total += float((log_p_LV.exp() * (log_p_LV - log_q_LV)).sum(-1).mean())
+    for dense_LC, pruned_LC in zip(dense_MLC, pruned_MLC, strict=True):
+        for dense_TC, pruned_TC in zip(dense_LC.split(_TOKENS), pruned_LC.split(_TOKENS), strict=True):
+            log_p_TV = head(norm(dense_TC.to(device))).float().log_softmax(-1)
+            log_q_TV = head(norm(pruned_TC.to(device))).float().log_softmax(-1)
+            total += float(((log_p_TV - log_q_TV) * log_p_TV.exp()).sum()) / len(dense_LC)
+    total, count = options.team.sum_of(total, len(dense_MLC))
     if not math.isfinite(total):
         raise PruningError(
             "the KL to the dense logits is not finite: the model's outputs contain NaN or infinity; load it in another "
             "dtype (float32 or bfloat16 instead of float16)"
         )
-    return total / len(dense_MLC)
+    return total / count
+
+
+def _on(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module itself if it is there, else a copy: the decoder's own parts stay where they are."""
+    at_home = all(parameter.device == device for parameter in module.parameters())
+    return module if at_home else copy.deepcopy(module).to(device)

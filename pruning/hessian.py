@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pruning.errors import PruningError
+from pruning.team import Team
 
-_BLOCK = 512
+_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,28 @@ class HessianAccumulator:
             self._sum_II[start:stop, :stop].addmm_(X_TI[:, start:stop].T, X_TI[:, :stop])
         self._num_tokens += X_TI.shape[0]
 
-    def finish(self, name: str) -> Hessian:
-        """The mean. `name` (e.g. "layers.3.mlp.down_proj") goes into the error when it is not finite."""
-        if self._num_tokens == 0:
+    def finish(self, name: str, team: Team | None = None) -> Hessian:
+        """The mean, over the tokens of all processes of the team; the accumulator is used up.
+
+        `name` (e.g. "layers.3.mlp.down_proj") goes into the errors.
+        """
+        team = team or Team()
+        num_tokens = int(team.sum_of(self._num_tokens)[0])
+        if num_tokens == 0:
             raise PruningError(f"Hessian of {name} has seen no tokens; raise num_samples")
-        lower_II = self._sum_II.tril_()
-        mean_II = (lower_II + lower_II.T - torch.diag(lower_II.diagonal())) / self._num_tokens
+        mean_II = self._sum_II
+        team.sum_(mean_II)
+        for start in range(0, len(mean_II), _BLOCK):  # mirrored block by block: no second matrix
+            stop = min(start + _BLOCK, len(mean_II))
+            mean_II[:start, start:stop] = mean_II[start:stop, :start].T
+            block = mean_II[start:stop, start:stop]
+            block.tril_()
+            block += block.tril(-1).T
+        mean_II /= num_tokens
         if not bool(torch.isfinite(mean_II).all()):
             raise PruningError(
-                f"Hessian of {name} ({self._num_tokens} tokens) is not finite: the layer's inputs contain NaN "
+                f"Hessian of {name} ({num_tokens} tokens) is not finite: the layer's inputs contain NaN "
                 "or infinity; load the model in another dtype (float32 or bfloat16 instead of float16) or check its "
                 "weights"
             )
-        return Hessian(mean_II, self._num_tokens)
+        return Hessian(mean_II, num_tokens)

@@ -7,7 +7,11 @@ For a weight W and H = mean x xᵀ (dampened), removing the columns G jointly an
 and leaves the inverse H⁻¹ - H⁻¹_:,G (H⁻¹_GG)⁻¹ H⁻¹_G,: for the columns that remain: a rank-|G| down-date, no
 re-inversion. With H the mean over tokens the error is in units of mean squared output error per token.
 
-Shapes: O outputs, I inputs, G columns of one elimination, K kept columns, N groups, D columns per group.
+Down-dates drift: after each the inverse is probed against the Hessian, and computed afresh when it has lost digits.
+Columns that have gone are dropped from the matrices from time to time, so that later rounds are cheaper.
+
+Shapes: O outputs, I inputs, A columns still in the matrices, G columns of one elimination, K kept columns, N groups,
+D columns per group.
 """
 
 from __future__ import annotations
@@ -23,19 +27,28 @@ from pruning.hessian import Hessian
 
 #: rcond below which float64 solutions lose the digits that float32 weights keep
 _MIN_RCOND = 1e-13
+#: relative error of the down-dated inverse above which it is computed afresh
+_MAX_DRIFT = 1e-6
+#: share of the columns that must have gone before the matrices are copied without them
+_COMPACT_SHARE = 0.125
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One linear ready for elimination: everything in float64 on one device.
+class System:
+    """One linear and the dampened Hessian of its inputs, in float64 on one device.
 
-    W_OI: weight with dead inputs zeroed. H_II: dampened Hessian. inverse_II: its inverse. rcond: reciprocal condition
-    estimate (1-norm) of H_II. name: for error messages.
+    W_OI: weight with dead inputs zeroed. H_II: dampened Hessian. name: for error messages.
     """
 
     name: str
     W_OI: Tensor
     H_II: Tensor
+
+
+@dataclass(frozen=True)
+class Problem(System):
+    """A system ready for elimination. inverse_II: of H_II. rcond: reciprocal condition estimate (1-norm) of H_II."""
+
     inverse_II: Tensor
     rcond: float
 
@@ -45,40 +58,49 @@ class Elimination:
     """The greedy order of removed groups and the error after each round.
 
     order: group indices in the order they went. rounds: number of groups gone after each round.
-    errors: cumulative predicted error after each round, same length as `rounds`.
+    errors: cumulative predicted error after each round, same length as `rounds`. refactorisations: how often the
+    inverse had drifted and was computed afresh.
     """
 
     order: tuple[int, ...]
     rounds: tuple[int, ...]
     errors: tuple[float, ...]
+    refactorisations: int = 0
 
 
-def prepare(name: str, W_OI: Tensor, hessian: Hessian, *, dampening_frac: float) -> Problem:
-    """Dampen and invert the Hessian of one linear.
+def dampen(name: str, W_OI: Tensor, hessian: Hessian, *, dampening_frac: float) -> System:
+    """Add `dampening_frac` of the mean diagonal to the Hessian's diagonal.
 
     Dead inputs (H_ii = 0) get H_ii = 1 and a zero weight column, so that they go first and cost nothing.
-    Raises PruningError when H is not positive definite or too ill conditioned to trust, with the way out.
     """
     H_II = hessian.matrix_II.to(torch.float64, copy=True)
     W_OI = W_OI.to(H_II.device, torch.float64, copy=True)
     diagonal_I = H_II.diagonal()
     dead_I = diagonal_I == 0
     W_OI[:, dead_I] = 0
-    mean_diagonal = diagonal_I.mean()
-    diagonal_I += dampening_frac * mean_diagonal
+    diagonal_I += dampening_frac * diagonal_I.mean()
     diagonal_I[dead_I] = 1.0
+    return System(name, W_OI, H_II)
+
+
+def prepare(name: str, W_OI: Tensor, hessian: Hessian, *, dampening_frac: float) -> Problem:
+    """Dampen and invert the Hessian of one linear.
+
+    Raises PruningError when H is not positive definite or too ill conditioned to trust, with the way out.
+    """
+    system = dampen(name, W_OI, hessian, dampening_frac=dampening_frac)
     way_out = f"raise dampening_frac (now {dampening_frac:g}) or num_samples"
-    L_II, info = torch.linalg.cholesky_ex(H_II)
+    L_II, info = torch.linalg.cholesky_ex(system.H_II)
     if int(info) != 0:
         raise PruningError(f"Hessian of {name} ({hessian.num_tokens} tokens) is not positive definite; {way_out}")
     inverse_II = torch.cholesky_inverse(L_II)
-    rcond = 1.0 / (_one_norm(H_II) * _one_norm(inverse_II))
+    rcond = 1.0 / (_one_norm(system.H_II) * _one_norm(inverse_II))
     if not rcond > _MIN_RCOND:
         raise PruningError(
             f"Hessian of {name} ({hessian.num_tokens} tokens) is too ill conditioned (1/condition {rcond:.1e}); "
             f"{way_out}"
         )
-    return Problem(name, W_OI, H_II, inverse_II, rcond)
+    return Problem(name, system.W_OI, system.H_II, inverse_II, rcond)
 
 
 def group_scores(W_OI: Tensor, inverse_II: Tensor, columns_ND: Tensor, *, conditional: bool = True) -> Tensor:
@@ -126,8 +148,8 @@ def eliminate_groups(
     eligible: from the mask of live groups (N,) to the mask of those that may go now (default: all live ones).
     Does not change the problem. Raises PruningError when a down-date loses positive definiteness.
     """
-    W_OI, inverse_II = problem.W_OI.clone(), problem.inverse_II.clone()
-    live_N = torch.ones(len(columns_ND), dtype=torch.bool, device=W_OI.device)
+    matrices = _Matrices(problem, columns_ND)
+    live_N = torch.ones(len(columns_ND), dtype=torch.bool, device=columns_ND.device)
     order: list[int] = []
     rounds: list[int] = []
     errors: list[float] = []
@@ -135,9 +157,8 @@ def eliminate_groups(
         for size in group_sizes:
             may_go_N = (eligible(live_N) if eligible else live_N).nonzero().squeeze(1)
             assert size <= len(may_go_N), (problem.name, size, len(may_go_N))
-            scores = group_scores(W_OI, inverse_II, columns_ND[may_go_N], conditional=conditional)
-            chosen = may_go_N[scores.topk(size, largest=False, sorted=True).indices]
-            error = eliminate_(W_OI, inverse_II, columns_ND[chosen].flatten())
+            chosen = matrices.cheapest(may_go_N, size, conditional=conditional)
+            error = matrices.eliminate_(chosen)
             live_N[chosen] = False
             order += chosen.tolist()
             rounds.append(len(order))
@@ -147,17 +168,81 @@ def eliminate_groups(
             f"the inverse Hessian of {problem.name} lost positive definiteness after {len(order)} removals "
             f"(1/condition {problem.rcond:.1e}); raise dampening_frac or num_samples"
         ) from error
-    return Elimination(tuple(order), tuple(rounds), tuple(errors))
+    return Elimination(tuple(order), tuple(rounds), tuple(errors), matrices.refactorisations)
 
 
-def refit(problem: Problem, kept_K: Tensor) -> Tensor:
+class _Matrices:
+    """Weight and inverse of the columns that are left, and of some that have gone (zero in both)."""
+
+    def __init__(self, problem: Problem, columns_ND: Tensor) -> None:
+        self._problem, self._columns_ND = problem, columns_ND
+        self._W_OA, self._inverse_AA = problem.W_OI.clone(), problem.inverse_II.clone()
+        num_inputs = problem.H_II.shape[0]
+        self._active_A = torch.arange(num_inputs, device=columns_ND.device)
+        self._place_I = self._active_A.clone()  # where a column of the linear stands in the matrices
+        self._gone_I = torch.zeros(num_inputs, dtype=torch.bool, device=columns_ND.device)
+        self._probe_I = torch.randn(
+            num_inputs, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        ).to(problem.H_II.device)  # fmt: skip
+        self.refactorisations = 0
+        self._limit = self._acceptable_drift()
+
+    def cheapest(self, groups_M: Tensor, size: int, *, conditional: bool) -> Tensor:
+        """Those `size` of the groups whose removal costs least, cheapest first."""
+        places_MD = self._place_I[self._columns_ND[groups_M]]
+        scores_M = group_scores(self._W_OA, self._inverse_AA, places_MD, conditional=conditional)
+        return groups_M[scores_M.topk(size, largest=False, sorted=True).indices]
+
+    def eliminate_(self, groups_M: Tensor) -> float:
+        """Remove groups of columns jointly; returns the error it cost."""
+        columns_G = self._columns_ND[groups_M].flatten()
+        error = eliminate_(self._W_OA, self._inverse_AA, self._place_I[columns_G])
+        self._gone_I[columns_G] = True
+        gone = int(self._gone_I[self._active_A].sum())
+        if gone > _COMPACT_SHARE * len(self._active_A):
+            self._compact_()
+        if self._drift() > self._limit:
+            self._refactorise_()
+        return error
+
+    def _compact_(self) -> None:
+        stay_A = (~self._gone_I[self._active_A]).nonzero().squeeze(1)
+        self._active_A = self._active_A[stay_A]
+        self._W_OA = self._W_OA[:, stay_A]
+        self._inverse_AA = self._inverse_AA[stay_A][:, stay_A]
+        self._place_I[self._active_A] = torch.arange(len(stay_A), device=stay_A.device)
+
+    def _drift(self) -> float:
+        """Relative error of H (H⁻¹ v) = v for a fixed random v on the columns that are left."""
+        left_A = ~self._gone_I[self._active_A]
+        probe_A = self._probe_I[self._active_A] * left_A
+        solved_I = torch.zeros_like(self._probe_I)
+        solved_I[self._active_A] = self._inverse_AA @ probe_A
+        back_A = (self._problem.H_II @ solved_I)[self._active_A] * left_A
+        return float((back_A - probe_A).norm() / probe_A.norm().clamp_min(1e-300))
+
+    def _refactorise_(self) -> None:
+        """Inverse and weight of the columns that are left, from the Hessian itself."""
+        self._compact_()
+        left_K = self._active_A
+        self._inverse_AA = torch.cholesky_inverse(torch.linalg.cholesky(self._problem.H_II[left_K][:, left_K]))
+        self._W_OA = refit(self._problem, left_K)
+        self.refactorisations += 1
+        self._limit = self._acceptable_drift()
+
+    def _acceptable_drift(self) -> float:
+        # of an ill conditioned Hessian even a fresh inverse is no better than this: it must not be made every round
+        return max(_MAX_DRIFT, 10 * self._drift())
+
+
+def refit(system: System, kept_K: Tensor) -> Tensor:
     """Least-squares weight on the kept columns, (O, K): W H_:,K (H_KK)⁻¹.
 
     What the eliminations converge to, solved afresh from H so that no rounding of the down-dates reaches the weights.
     """
-    H_IK = problem.H_II[:, kept_K]
+    H_IK = system.H_II[:, kept_K]
     L_KK = torch.linalg.cholesky(H_IK[kept_K])
-    return torch.cholesky_solve((problem.W_OI @ H_IK).T, L_KK).T
+    return torch.cholesky_solve((system.W_OI @ H_IK).T, L_KK).T
 
 
 def output_error(W_OI: Tensor, pruned_OI: Tensor, H_II: Tensor) -> float:
@@ -172,6 +257,18 @@ def halving_group_sizes(count: int, *, largest: int = 1024, smallest: int = 8) -
         size = min(count, max(smallest, min(largest, count // 2)))
         yield size
         count -= size
+
+
+def nested_group_sizes(count: int, total: int, *, largest: int = 1024, smallest: int = 8) -> Iterator[int]:
+    """Dynamic group size without a target: a sixteenth of what is left of `total`, until `count` have gone.
+
+    The order that comes of it holds for every number of removals: one pass serves all sparsities.
+    """
+    gone = 0
+    while gone < count:
+        size = min(count - gone, max(smallest, min(largest, (total - gone) // 16)))
+        yield size
+        gone += size
 
 
 def fixed_group_sizes(count: int, size: int) -> Iterator[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from pruning.layerwise import SubLayerReport
+from pruning.ledger import SubLayerReport
 from pruning.plan import PruningPlan
 
 

@@ -22,6 +22,8 @@ HeadUnit = Literal["kv_group", "query_head"]
 MAX_RATIO = 0.95
 #: end points of the paper at 20 %: r_0 = 0.0625, r_31 = 0.25; the same proportion is kept at other sparsities
 START_OVER_END = 0.25
+#: how far the share that given end points remove may lie from the asked one
+END_POINT_TOLERANCE = 0.002
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Allocation:
     sparsity: share of all decoder-layer parameters to remove. curve: over depth. attention_ratio: ratio of attention
     over ratio of FFN in the same layer: 1 is the paper's equal split, 0 leaves attention alone, infinity leaves the
     FFN alone. protect_first, protect_last: layers left whole. head_unit: what goes at once (see head_unit_costs).
+    end_points: ratios of the first and the last layer, taken as they are instead of solved from the sparsity, which
+    they must then meet; start_over_end plays no part.
     """
 
     sparsity: float
@@ -48,6 +52,7 @@ class Allocation:
     protect_first: int = 0
     protect_last: int = 0
     head_unit: HeadUnit = "kv_group"
+    end_points: tuple[float, float] | None = None
 
 
 def curve_weights(curve: Curve, num_layers: int, start_over_end: float = START_OVER_END) -> tuple[float, ...]:
@@ -57,21 +62,43 @@ def curve_weights(curve: Curve, num_layers: int, start_over_end: float = START_O
     """
     if num_layers == 1 or curve == "uniform":
         return (1.0,) * num_layers
-    if curve.startswith("log"):
-        shares = [math.log(i + 1) / math.log(num_layers) for i in range(num_layers)]
-    else:
-        shares = [i / (num_layers - 1) for i in range(num_layers)]
-    rising = [start_over_end + (1 - start_over_end) * share for share in shares]
+    rising = [start_over_end + (1 - start_over_end) * share for share in _shares(curve, num_layers)]
     return tuple(rising if curve.endswith("increase") else reversed(rising))
+
+
+def curve_ratios(curve: Curve, num_layers: int, end_points: tuple[float, float]) -> tuple[float, ...]:
+    """Pruning ratio of each layer between given ratios of the first and of the last one (section 3.4).
+
+    A decreasing curve is the increasing one seen from the other end. Raises PruningError for ratios outside
+    [0, MAX_RATIO] or a curve that does not lead from the first to the last.
+    """
+    first, last = end_points
+    if not (0 <= first <= MAX_RATIO and 0 <= last <= MAX_RATIO):
+        raise PruningError(f"end_points {end_points} are not ratios between 0 and {MAX_RATIO}; give two such ratios")
+    if num_layers == 1 or curve == "uniform":
+        if first != last:
+            where = "a uniform curve" if num_layers > 1 else "a model of one layer"
+            raise PruningError(f"end_points {end_points} differ, but {where} has one ratio; give it twice")
+        return (first,) * num_layers
+    rises = curve.endswith("increase")
+    if first > last if rises else first < last:
+        other = curve.replace("increase", "decrease") if rises else curve.replace("decrease", "increase")
+        raise PruningError(f"curve {curve} does not lead from {first} to {last}; swap the end_points or take {other}")
+    low, high = min(end_points), max(end_points)
+    rising = [low + (high - low) * share for share in _shares(curve, num_layers)]
+    return tuple(rising if rises else reversed(rising))
 
 
 def solve_budgets(shapes: Sequence[LayerShape], cost: LayerCost, allocation: Allocation) -> tuple[LayerBudget, ...]:
     """Head units and channels to remove from each layer, so that the parameters removed meet the asked sparsity.
 
     Heads are rounded to whole units along the curve; channels, being fine, make up the difference, so the count is met
-    within one channel (within one head unit when only attention is pruned or the channels are at their limit). Raises
-    PruningError when the sparsity cannot be reached, naming the most that can.
+    within one channel (within one head unit when only attention is pruned or the channels are at their limit). Given
+    end points are rounded layer by layer and met as they are. Raises PruningError when the sparsity cannot be reached,
+    naming the most that can, or is not what the end points amount to, naming what is.
     """
+    if allocation.end_points is not None:
+        return _given_budgets(shapes, cost, allocation, allocation.end_points)
     total = sum(cost.parameters(shape) for shape in shapes)
     wanted = allocation.sparsity * total
     weights = _protected(curve_weights(allocation.curve, len(shapes), allocation.start_over_end), allocation)
@@ -117,6 +144,38 @@ def removed_parameters(
 def num_head_units(shape: LayerShape, head_unit: HeadUnit) -> int:
     """How many units attention has: kv groups, or query heads per kv group (one goes from every group at once)."""
     return shape.num_kv_heads if head_unit == "kv_group" else shape.num_groups
+
+
+def _shares(curve: Curve, num_layers: int) -> list[float]:
+    """How far a rising curve has come at each layer: 0 at the first, 1 at the last; two layers at least."""
+    if curve.startswith("log"):
+        return [math.log(i + 1) / math.log(num_layers) for i in range(num_layers)]
+    return [i / (num_layers - 1) for i in range(num_layers)]
+
+
+def _given_budgets(
+    shapes: Sequence[LayerShape], cost: LayerCost, allocation: Allocation, end_points: tuple[float, float]
+) -> tuple[LayerBudget, ...]:
+    """Each layer's own ratio of its head units and channels; nothing is carried from layer to layer."""
+    ratios = _protected(curve_ratios(allocation.curve, len(shapes), end_points), allocation)
+    attention, ffn = _split(allocation.attention_ratio)
+    unit = allocation.head_unit
+    budgets = tuple(
+        LayerBudget(
+            round(_head_ratio(ratio * attention, shape, unit) * num_head_units(shape, unit)),
+            round(ratio * ffn * shape.intermediate_size),
+        )
+        for ratio, shape in zip(ratios, shapes, strict=True)
+    )
+    total = sum(cost.parameters(shape) for shape in shapes)
+    achieved = removed_parameters(budgets, shapes, cost, unit) / total
+    if abs(achieved - allocation.sparsity) > END_POINT_TOLERANCE:
+        raise PruningError(
+            f"end_points {end_points} with curve {allocation.curve} and this split remove {achieved:.4f} of the "
+            f"decoder-layer parameters, not sparsity {allocation.sparsity:g}; set sparsity to {achieved:.4f}, or leave "
+            "end_points out so that they are solved"
+        )
+    return budgets
 
 
 def _unit_parameters(shape: LayerShape, cost: LayerCost, head_unit: HeadUnit) -> int:

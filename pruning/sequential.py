@@ -4,23 +4,28 @@ Every sub-layer is computed once. For attention and then the MLP of each layer t
 output linear (o_proj, down_proj) for all calibration tokens, hands the linear and its Hessian to the caller, who may
 change the weight in place, and adds the linear's output, with whatever weight it now has, to the residual stream.
 
-Shapes: N samples, L tokens per sample, I input features of the linear.
+Shapes: N samples, M held-out samples, B samples of one batch, L tokens per sample, I input features of the linear.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pruning.families import ModelFamily
+from pruning.activations import Activations, Shelf
+from pruning.families.forward import KINDS, SubLayerKind, output_inputs, output_linear
 from pruning.hessian import Hessian, HessianAccumulator
+from pruning.ledger import Ledger, WalkedLayer
+from pruning.team import Team
 
-SubLayerKind = Literal["attention", "mlp"]
+if TYPE_CHECKING:
+    from pruning.decoder import Decoder
+    from pruning.families import ModelFamily
+    from pruning.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -28,32 +33,202 @@ class SubLayer:
     """What the walk yields: change `linear.weight` in place before the walk goes on, or leave it.
 
     layer: index. kind: which half of the layer. name: dotted name of the linear. hessian: of the linear's inputs,
-    as the layers before it now give them. heldout: the same over the held-out samples, if there are any.
+    as the layers before it now give them, None if not wanted. heldout: the same over the held-out samples, if any.
     """
 
     layer: int
     kind: SubLayerKind
     name: str
     linear: nn.Linear
-    hessian: Hessian
+    hessian: Hessian | None
     heldout: Hessian | None = None
-
-
-_KINDS: tuple[SubLayerKind, ...] = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
 class WalkOptions:
     """How to run the walk; nothing here changes the answer beyond rounding.
 
-    device: where a layer computes; layers are moved there one at a time and back. batch_size: samples per forward.
-    activation_budget_bytes: host or device memory the captured inputs of one linear may take; above it they are
-    computed a second time instead of kept. None: always kept.
+    device: where a layer computes; one layer at a time is there. batch_size: samples per forward.
+    activation_budget_bytes: host memory that the activations of all samples may take; what goes beyond it lies in
+    files. None: no limit. team: the processes that share the samples.
     """
 
     device: torch.device
     batch_size: int = 8
     activation_budget_bytes: int | None = None
+    team: Team = field(default_factory=Team)
+
+
+def output_name(family: ModelFamily, layer: int, kind: SubLayerKind) -> str:
+    """Dotted name of a sub-layer's output linear: "model.layers.3.mlp.down_proj"."""
+    block, leaf = (family.attention_name, family.o_name) if kind == "attention" else (family.mlp_name, family.down_name)
+    return ".".join(part for part in (family.layers_path, str(layer), block, leaf) if part)
+
+
+@torch.no_grad()
+def walk_layers(
+    decoder: Decoder,
+    input_ids_NL: Tensor,
+    options: WalkOptions,
+    *,
+    num_heldout: int = 0,
+    wanted: Callable[[int, SubLayerKind], bool] = lambda layer, kind: True,
+    statistics: Statistics | None = None,
+    ledger: Ledger | None = None,
+) -> Generator[SubLayer, None, Tensor]:
+    """Walk all decoder layers over the calibration tokens, yielding attention then MLP of each (see SubLayer).
+
+    input_ids_NL: (N, L) int64; the last `num_heldout` samples take part in the forward but in no Hessian. The weights
+    of the model itself never change: `linear` belongs to a copy of the layer. If the caller changes it, later layers
+    see the changed outputs (error propagation).
+
+    wanted: the sub-layers whose Hessian is needed; the others are yielded without. statistics: Hessians captured
+    earlier, given instead of the ones that the stream would give; only the held-out samples are then walked. ledger: is
+    told when a layer is done, and says where an interrupted walk goes on.
+
+    Returns (as the generator's value) the residual stream of this process's held-out samples after the last layer,
+    (M, L, C), before the final norm.
+    """
+    calibration_NL, heldout_ML = input_ids_NL.tensor_split([len(input_ids_NL) - num_heldout])
+    if statistics is not None:
+        calibration_NL = calibration_NL[:0]
+    calibration_NL, heldout_ML = options.team.share(calibration_NL), options.team.share(heldout_ML)
+    with Shelf(options.activation_budget_bytes, ledger.folder if ledger else None) as shelf:
+        walk = _Walk(decoder, options, shelf, calibration_NL, heldout_ML, sees_heldout=num_heldout > 0)
+        walk.start(ledger)
+        for index in range(ledger.layers_done if ledger else 0, decoder.num_layers):
+            layer = decoder.layer(index, options.device)
+            for kind in KINDS:
+                if statistics is not None and wanted(index, kind):
+                    yield from walk.show(layer, index, kind, statistics)
+                elif wanted(index, kind):
+                    yield from walk.visit(layer, index, kind)
+                else:
+                    yield from walk.show(layer, index, kind, None)
+            walk.finish_layer()
+            if ledger:
+                ledger.layer_done(WalkedLayer(index, layer, decoder.family, walk.stream, walk.spans))
+        return walk.heldout_stream()
+
+
+class _Walk:
+    """The state between sub-layers: the residual stream, and the stream before the layer while some still read it."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        options: WalkOptions,
+        shelf: Shelf,
+        calibration_NL: Tensor,
+        heldout_ML: Tensor,
+        *,
+        sees_heldout: bool,
+    ) -> None:
+        self._sees_heldout = sees_heldout
+        self._family, self._model, self._options, self._shelf = decoder.family, decoder.skeleton, options, shelf
+        self._ids_NL = torch.cat([calibration_NL, heldout_ML])
+        self._num_calibration = len(calibration_NL)
+        self.spans = _spans(0, self._num_calibration, options.batch_size)
+        self.spans += _spans(self._num_calibration, len(self._ids_NL), options.batch_size)
+        self.stream: Activations
+        self._next: Activations
+        self._before: Activations | None = None
+        self._kwargs: list[dict[str, Any]] = []
+
+    def start(self, ledger: Ledger | None) -> None:
+        """The stream before the first layer that is not done yet, and the layers' keyword arguments."""
+        self.stream = self._new_stream()
+        for start, stop in self.spans:
+            if ledger and ledger.layers_done:
+                self.stream.put(start, ledger.resumed(start, stop))
+            else:
+                samples = [embed(self._model, self._family, self._ids_NL[n : n + 1])[0] for n in range(start, stop)]
+                self.stream.put(start, torch.cat(samples))
+        if self.spans:
+            _, kwargs = embed(self._model, self._family, self._ids_NL[:1])
+            self._kwargs = [_to_device(layer_kwargs, self._options.device) for layer_kwargs in kwargs]
+
+    def visit(self, layer: nn.Module, index: int, kind: SubLayerKind) -> Iterator[SubLayer]:
+        """Capture, yield, add: one forward of the sub-layer."""
+        linear, name = output_linear(self._family, layer, kind), output_name(self._family, index, kind)
+        device, team = self._options.device, self._options.team
+        seen = HessianAccumulator(linear.in_features, device=device)
+        held = HessianAccumulator(linear.in_features, device=device) if self._sees_heldout else None
+        kept = self._room(linear.in_features, linear.weight.dtype)
+        for start, stop in self.spans:
+            inputs_BLI = self._inputs(layer, index, kind, start, stop)
+            accumulator = seen if start < self._num_calibration else held
+            if accumulator:
+                accumulator.add(inputs_BLI)
+            kept.put(start, inputs_BLI)
+        hessians = seen.finish(name, team), held.finish(name, team) if held else None
+        del seen, held
+        yield SubLayer(index, kind, name, linear, *hessians)
+        del hessians
+        self._begin_next()
+        for start, stop in self.spans:
+            inputs_BLI = kept.get(start, stop).to(device)
+            kept.drop(start)
+            self._add(start, stop, linear(inputs_BLI))
+        self._shelf.free(kept)
+        self._turn_over(kind)
+
+    def show(
+        self, layer: nn.Module, index: int, kind: SubLayerKind, statistics: Statistics | None
+    ) -> Iterator[SubLayer]:
+        """Yield with what was captured earlier, or with nothing; then compute and add."""
+        linear, name = output_linear(self._family, layer, kind), output_name(self._family, index, kind)
+        hessians = statistics.load(name, self._options.device) if statistics else (None, None)
+        yield SubLayer(index, kind, name, linear, *hessians)
+        del hessians
+        self._begin_next()
+        for start, stop in self.spans:
+            self._add(start, stop, linear(self._inputs(layer, index, kind, start, stop)))
+        self._turn_over(kind)
+
+    def finish_layer(self) -> None:
+        """Forget the stream before the layer."""
+        if self._before is not None:
+            self._shelf.free(self._before)
+        self._before = None
+
+    def heldout_stream(self) -> Tensor:
+        """The stream of the held-out samples, (M, L, C)."""
+        batches = [self.stream.get(start, stop) for start, stop in self.spans if start >= self._num_calibration]
+        nothing = torch.empty(0, self._ids_NL.shape[1], self._model.config.hidden_size)
+        return torch.cat(batches) if batches else nothing
+
+    def _inputs(self, layer: nn.Module, index: int, kind: SubLayerKind, start: int, stop: int) -> Tensor:
+        stream = self.stream if self._before is None else self._before
+        batch_BLC = stream.get(start, stop).to(self._options.device)
+        return output_inputs(self._family, layer, kind, batch_BLC, self._kwargs[index])
+
+    def _begin_next(self) -> None:
+        self._next = self._new_stream()
+
+    def _add(self, start: int, stop: int, output_BLC: Tensor) -> None:
+        """Put stream + output into the next stream."""
+        self._next.put(start, self.stream.get(start, stop).to(output_BLC.device) + output_BLC)
+        if not self._family.parallel_residual:
+            self.stream.drop(start)
+
+    def _turn_over(self, kind: SubLayerKind) -> None:
+        """The next stream becomes the stream; with parallel residuals the MLP still reads the one before the layer."""
+        if self._family.parallel_residual and kind == "attention":
+            self._before = self.stream
+        else:
+            self._shelf.free(self.stream)
+        self.stream = self._next
+
+    def _new_stream(self) -> Activations:
+        return self._room(self._model.config.hidden_size, self._family.embeddings(self._model).weight.dtype)
+
+    def _room(self, num_features: int, dtype: torch.dtype) -> Activations:
+        return self._shelf.room(len(self._ids_NL), (self._ids_NL.shape[1], num_features), dtype)
+
+
+def _spans(begin: int, end: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, end)) for start in range(begin, end, size)]
 
 
 class _Recorder(nn.Module):
@@ -73,141 +248,28 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-def output_name(family: ModelFamily, layer: int, kind: SubLayerKind) -> str:
-    """Dotted name of a sub-layer's output linear: "model.layers.3.mlp.down_proj"."""
-    leaf = (
-        f"{family.attention_name}.{family.o_name}" if kind == "attention" else f"{family.mlp_name}.{family.down_name}"
-    )
-    return f"{family.layers_path}.{layer}.{leaf}"
-
-
-@torch.no_grad()
-def walk_layers(
-    model: nn.Module, family: ModelFamily, input_ids_NL: Tensor, options: WalkOptions, *, num_heldout: int = 0
-) -> Generator[SubLayer, None, Tensor]:
-    """Walk all decoder layers over the calibration tokens, yielding attention then MLP of each (see SubLayer).
-
-    input_ids_NL: (N, L) int64; the last `num_heldout` samples take part in the forward but in no Hessian. Returns
-    (as the generator's value) the residual stream after the last layer, (N, L, C), before the final norm. If the caller
-    changes weights between the yields, later layers see the changed outputs (error propagation); a caller who changes
-    nothing gets the statistics of the model as it is.
-    """
-    stream_NLC, kwargs_per_layer = _embed(model, family, input_ids_NL)
-    training = model.training
-    model.eval()
-    try:
-        for index, layer in enumerate(family.layers(model)):
-            with moved(layer, options.device):
-                kwargs = _to_device(kwargs_per_layer[index], options.device)
-                for kind in _KINDS:
-                    yield from _walk_sub_layer(layer, family, index, kind, stream_NLC, kwargs, options, num_heldout)
-    finally:
-        model.train(training)
-    return stream_NLC
-
-
-def _walk_sub_layer(
-    layer: nn.Module,
-    family: ModelFamily,
-    index: int,
-    kind: SubLayerKind,
-    stream_NLC: Tensor,
-    kwargs: dict[str, Any],
-    options: WalkOptions,
-    num_heldout: int,
-) -> Iterator[SubLayer]:
-    """Capture, yield, add: one forward of the sub-layer; `stream_NLC` is updated in place."""
-    module, linear_name, inputs_of = _parts(layer, family, kind, kwargs)
-    linear = getattr(module, linear_name)
-    name = output_name(family, index, kind)
-    seen = HessianAccumulator(linear.in_features, device=options.device)
-    heldout = HessianAccumulator(linear.in_features, device=options.device) if num_heldout else None
-    calibration_NLC, heldout_MLC = stream_NLC.tensor_split([len(stream_NLC) - num_heldout])
-    batches = [(batch, seen) for batch in torch.split(calibration_NLC, options.batch_size)]
-    if heldout is not None:
-        batches += [(batch, heldout) for batch in torch.split(heldout_MLC, options.batch_size)]
-    num_bytes = stream_NLC[..., 0].numel() * linear.in_features * stream_NLC.element_size()
-    keep = options.activation_budget_bytes is None or num_bytes <= options.activation_budget_bytes
-    kept: list[Tensor] = []
-    for batch, accumulator in batches:
-        inputs_BLI = inputs_of(batch.to(options.device))
-        accumulator.add(inputs_BLI)
-        if keep:
-            kept.append(inputs_BLI.to(stream_NLC.device))
-    yield SubLayer(index, kind, name, linear, seen.finish(name), heldout.finish(name) if heldout else None)
-    kept.reverse()  # so that each batch's inputs are freed as soon as they are added
-    for batch, _ in batches:
-        inputs_BLI = kept.pop().to(options.device) if keep else inputs_of(batch.to(options.device))
-        batch += linear(inputs_BLI).to(batch.device)
-
-
-def _parts(
-    layer: nn.Module, family: ModelFamily, kind: SubLayerKind, kwargs: dict[str, Any]
-) -> tuple[nn.Module, str, Callable[[Tensor], Tensor]]:
-    """The sub-layer's module, the name of its output linear, and the function from residual stream to its inputs."""
-    if kind == "attention":
-        module, norm, linear_name = family.attention(layer), family.attention_norm(layer), family.o_name
-
-        def inputs_of(stream_BLC: Tensor) -> Tensor:
-            with _without(module, linear_name):
-                inputs_BLI: Tensor = module(hidden_states=norm(stream_BLC), **kwargs)[0]
-                return inputs_BLI
-    else:
-        module, norm, linear_name = family.mlp(layer), family.mlp_norm(layer), family.down_name
-
-        def inputs_of(stream_BLC: Tensor) -> Tensor:
-            with _without(module, linear_name):
-                inputs_BLI: Tensor = module(norm(stream_BLC))
-                return inputs_BLI
-
-    return module, linear_name, inputs_of
-
-
-@contextmanager
-def moved(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module on `device` for the length of the block, then back where it was."""
-    home = next(module.parameters()).device
-    module.to(device)
-    try:
-        yield
-    finally:
-        module.to(home)
-
-
-@contextmanager
-def _without(module: nn.Module, linear_name: str) -> Iterator[None]:
-    """The module with its output linear taken out, so that it returns what that linear would get."""
-    linear = getattr(module, linear_name)
-    setattr(module, linear_name, nn.Identity())
-    try:
-        yield
-    finally:
-        setattr(module, linear_name, linear)
-
-
-def _embed(model: nn.Module, family: ModelFamily, input_ids_NL: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    """The residual stream before layer 0 (N, L, C), and each layer's keyword arguments for one sample.
+def embed(model: nn.Module, family: ModelFamily, input_ids_1L: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The residual stream of one sample before layer 0 (1, L, C), and the keyword arguments of each layer.
 
     Runs the model's own forward with recorders for layers, so masks and rotary tables are the model's, not ours;
     all samples have the same length and no padding, so one sample's arguments serve every batch.
     """
     decoder, layers = family.decoder(model), family.layers(model)
     layers_name = family.layers_path.rpartition(".")[2]
-    recorders = nn.ModuleList(_Recorder(layer) for layer in layers)
+    recorders = [_Recorder(layer) for layer in layers]
     device = family.embeddings(model).weight.device
-    stream: list[Tensor] = []
-    setattr(decoder, layers_name, recorders)
+    setattr(decoder, layers_name, nn.ModuleList(recorders))
+    training = [module for module in decoder.modules() if module.training]
     try:
-        for sample_L in input_ids_NL.to(device):
-            decoder(input_ids=sample_L.unsqueeze(0), use_cache=False)
-            first = recorders[0]
-            assert isinstance(first, _Recorder)
-            assert first.first_input is not None
-            stream.append(first.first_input)
+        decoder.eval()  # dropout would be calibration noise
+        decoder(input_ids=input_ids_1L.to(device), use_cache=False)
     finally:
+        for module in training:
+            module.training = True
         setattr(decoder, layers_name, layers)
-    kwargs_per_layer = [recorder.kwargs for recorder in recorders if isinstance(recorder, _Recorder)]
-    return torch.cat(stream), kwargs_per_layer
+    first_1LC = recorders[0].first_input
+    assert first_1LC is not None
+    return first_1LC, [recorder.kwargs for recorder in recorders]
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

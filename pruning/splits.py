@@ -7,152 +7,170 @@ judged by the KL to the dense model's logits on held-out windows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pruning.calibration import CalibrationSet
+from pruning.decoder import Decoder
 from pruning.divergence import final_stream, mean_kl
 from pruning.errors import PruningError
-from pruning.families import family_of, layer_cost, shapes
-from pruning.layerwise import Solver, prune_layerwise_
-from pruning.plan import LayerShape
+from pruning.families import layer_cost, shapes
+from pruning.layerwise import Solver, prune_layerwise_, sub_layers_to_prune
+from pruning.ledger import Ledger
+from pruning.orders import Orders
+from pruning.plan import LayerShape, PruningPlan
 from pruning.pruned import Pruned
 from pruning.schedule import Allocation, removed_parameters, solve_budgets
 from pruning.sequential import WalkOptions, walk_layers
-from pruning.statistics import captured_sub_layers
+from pruning.statistics import Statistics
 
 Progress = Callable[[float, str], None]
 
-#: calibration tokens per input of the widest linear below which its Hessian says too little to compare splits
+#: calibration tokens per input of the widest linear that suffice to compare splits
 _SCOUTING_TOKENS_PER_INPUT = 4
 
 
-def prune_split_(
-    model: nn.Module,
-    calibration: CalibrationSet,
-    allocation: Allocation,
-    solver: Solver,
-    statistics: Path | None,
-    options: WalkOptions,
-    progress: Progress,
-) -> Pruned:
-    """Solve the budgets and prune once, in masked form."""
-    family, widths, cost = family_of(model), shapes(model), layer_cost(model)
-    budgets = solve_budgets(widths, cost, allocation)
-    if statistics is not None:
-        sub_layers = captured_sub_layers(model, statistics, options.device)
-    else:
-        ids_NL = torch.cat([calibration.input_ids_NL, calibration.heldout_ids_ML])
-        sub_layers = walk_layers(model, family, ids_NL, options, num_heldout=len(calibration.heldout_ids_ML))
-    plan, reports = prune_layerwise_(
-        sub_layers,
-        widths,
-        family.head_dim(model),
-        budgets,
-        solver,
-        on_layer=lambda layer: progress((layer + 1) / len(widths), f"layer {layer + 1} of {len(widths)}"),
-    )
-    achieved = removed_parameters(budgets, widths, cost, allocation.head_unit) / sum(map(cost.parameters, widths))
-    return Pruned(plan=plan, layers=reports, achieved_sparsity=achieved)
+@dataclass(frozen=True)
+class Job:
+    """What every try has in common.
 
-
-def prune_best_split_(
-    model: nn.Module,
-    calibration: CalibrationSet,
-    candidates: Mapping[str, Allocation],
-    solver: Solver,
-    statistics: Path | None,
-    options: WalkOptions,
-    progress: Progress,
-) -> Pruned:
-    """Prune with each allocation from the same weights; the model keeps the one with the smallest held-out KL.
-
-    With plenty of calibration windows the allocations compete on a part of them (see `_scouting_set`) and the winner is
-    pruned again with all. An allocation that cannot reach the sparsity is not a candidate; PruningError when none can,
-    or when there are no held-out windows.
+    statistics: Hessians captured earlier, None to take them on the way. orders: what goes first, found from them.
     """
-    if not len(calibration.heldout_ids_ML):
+
+    decoder: Decoder
+    calibration: CalibrationSet
+    statistics: Statistics | None
+    orders: Orders | None
+    options: WalkOptions
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to distribute the cut, and the switches to carry it out with."""
+
+    name: str
+    allocation: Allocation
+    solver: Solver
+
+
+def prune_split(job: Job, candidate: Candidate, ledger: Ledger, progress: Progress) -> Pruned:
+    """Solve the budgets and prune once; the weights are in the ledger."""
+    if job.statistics is not None:  # nothing is to be judged, so nothing need be computed but the linears themselves
+        job = replace(job, calibration=replace(job.calibration, heldout_ids_ML=job.calibration.heldout_ids_ML[:0]))
+    pruned, _ = _prune(job, candidate, ledger, progress)
+    return pruned
+
+
+def prune_best_split(job: Job, candidates: Sequence[Candidate], ledger: Ledger, progress: Progress) -> Pruned:
+    """Prune by the candidate with the smallest held-out KL.
+
+    candidates: by rising share of attention. They are tried in this order until one is worse than the one before it:
+    the KL over that share has one valley. With plenty of calibration windows they compete on a part of them (see
+    `_scouting_set`) and the winner prunes with all. A candidate that cannot reach the sparsity is left out.
+    PruningError when none can, or when there are no held-out windows.
+    """
+    if not len(job.calibration.heldout_ids_ML):
         raise PruningError(
             "split 'auto' judges by held-out calibration windows and there are none; set calibration.num_heldout to 1 "
             "or more, or choose a split: equal, half, ffn, attention"
         )
-    candidates = _reachable(model, candidates)
-    family = family_of(model)
-    scouting = calibration
-    if statistics is None:
-        scouting = _scouting_set(calibration, shapes(model), family.head_dim(model))
-    dense_MLC = final_stream(model, family, calibration.heldout_ids_ML, options)
-    dense = _output_weights(model)
-    rounds = len(candidates) + (scouting is not calibration)
+    candidates = _reachable(job.decoder, candidates)
+    if len(candidates) == 1:
+        return prune_split(job, candidates[0], ledger, progress)
+    scouting = job
+    if job.statistics is None:
+        scouting = replace(job, calibration=_scouting_set(job.calibration, job.decoder))
+    rounds = len(candidates) + (scouting is not job)
+    dense_MLC: Tensor | None = None
     tried: dict[str, float] = {}
-    best: tuple[str, Pruned, list[Tensor]] | None = None
-    for number, (name, allocation) in enumerate(candidates.items()):
-        _restore_(model, dense)
-        report = _part(progress, number, rounds, f"split {name}: ")
-        pruned = prune_split_(model, scouting, allocation, solver, statistics, options, report)
-        pruned_MLC = final_stream(model, family, calibration.heldout_ids_ML, options)
-        tried[name] = mean_kl(model, family, dense_MLC, pruned_MLC, options)
-        if tried[name] == min(tried.values()):
-            best = name, pruned, _output_weights(model)
-    assert best is not None
-    name, pruned, weights = best
-    if scouting is calibration:
-        _restore_(model, weights)
+    tries: dict[str, tuple[Candidate, Pruned, Ledger]] = {}
+    for number, candidate in enumerate(candidates):
+        branch = ledger.branch(candidate.name, adoptable=scouting is job)
+        kl = branch.recall("kl")
+        pruned, pruned_MLC = _prune(scouting, candidate, branch, _part(progress, number, rounds, candidate.name))
+        if kl is None:
+            if dense_MLC is None:
+                dense_MLC = final_stream(job.decoder, job.calibration.heldout_ids_ML, job.options)
+            kl = mean_kl(job.decoder, dense_MLC, pruned_MLC, job.options)
+            branch.note("kl", kl)
+        tried[candidate.name] = kl
+        tries[candidate.name] = candidate, pruned, branch
+        if kl > min(tried.values()):
+            break
+    candidate, pruned, branch = tries[min(tried, key=lambda name: tried[name])]
+    if scouting is job:
+        ledger.adopt(branch)
     else:
-        _restore_(model, dense)
-        report = _part(progress, rounds - 1, rounds, f"split {name} won: ")
-        pruned = prune_split_(model, calibration, candidates[name], solver, statistics, options, report)
+        pruned = prune_split(job, candidate, ledger, _part(progress, rounds - 1, rounds, f"{candidate.name} won"))
     return pruned.model_copy(update={"split_kl": tried})
 
 
-def _scouting_set(calibration: CalibrationSet, widths: Sequence[LayerShape], head_dim: int) -> CalibrationSet:
-    """The first eighth of the windows, or as many as the widest Hessian needs; all of them if that saves no time.
+def _prune(job: Job, candidate: Candidate, ledger: Ledger, progress: Progress) -> tuple[Pruned, Tensor]:
+    """The outcome, and the stream of the held-out windows after the last layer of the pruned model."""
+    decoder, allocation = job.decoder, candidate.allocation
+    widths, cost = shapes(decoder.skeleton), layer_cost(decoder.skeleton)
+    budgets = solve_budgets(widths, cost, allocation)
+    head_dim = decoder.family.head_dim(decoder.skeleton)
+    walk = walk_layers(
+        decoder,
+        torch.cat([job.calibration.input_ids_NL, job.calibration.heldout_ids_ML]),
+        job.options,
+        num_heldout=len(job.calibration.heldout_ids_ML),
+        wanted=sub_layers_to_prune(budgets),
+        statistics=job.statistics,
+        ledger=ledger,
+    )
+    stream_MLC = prune_layerwise_(
+        walk,
+        widths,
+        head_dim,
+        budgets,
+        candidate.solver,
+        ledger,
+        orders=job.orders,
+        team=job.options.team,
+        on_layer=lambda layer: progress((layer + 1) / len(widths), f"layer {layer + 1} of {len(widths)}"),
+    )
+    plan = PruningPlan(source=widths, head_dim=head_dim, layers=tuple(entry.plan for entry in ledger.entries))
+    achieved = removed_parameters(budgets, widths, cost, allocation.head_unit) / sum(map(cost.parameters, widths))
+    reports = tuple(report for entry in ledger.entries for report in entry.reports)
+    return Pruned(plan=plan, layers=reports, achieved_sparsity=achieved), stream_MLC
+
+
+def _scouting_set(calibration: CalibrationSet, decoder: Decoder) -> CalibrationSet:
+    """As many of the first windows as the widest Hessian needs; all of them if that saves no time.
 
     Choosing needs less precision than pruning: the splits differ by far more than the windows do.
     """
+    widths: Sequence[LayerShape] = shapes(decoder.skeleton)
+    head_dim = decoder.family.head_dim(decoder.skeleton)
     num_samples, seq_len = calibration.input_ids_NL.shape
     widest = max(max(width.intermediate_size, width.num_heads * head_dim) for width in widths)
-    enough = max(math.ceil(num_samples / 8), math.ceil(_SCOUTING_TOKENS_PER_INPUT * widest / seq_len))
+    enough = math.ceil(_SCOUTING_TOKENS_PER_INPUT * widest / seq_len)
     if 3 * enough >= 2 * num_samples:
         return calibration
     return replace(calibration, input_ids_NL=calibration.input_ids_NL[:enough])
 
 
-def _part(progress: Progress, index: int, count: int, prefix: str) -> Progress:
-    return lambda share, message: progress((index + share) / count, prefix + message)
+def _part(progress: Progress, index: int, count: int, what: str) -> Progress:
+    return lambda share, message: progress((index + share) / count, f"split {what}: {message}")
 
 
-def _reachable(model: nn.Module, candidates: Mapping[str, Allocation]) -> dict[str, Allocation]:
+def _reachable(decoder: Decoder, candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that can reach their sparsity, asked before hours are spent; the first one's error if none can."""
-    widths, cost = shapes(model), layer_cost(model)
-    reachable: dict[str, Allocation] = {}
+    widths, cost = shapes(decoder.skeleton), layer_cost(decoder.skeleton)
+    reachable: list[Candidate] = []
     errors: list[PruningError] = []
-    for name, allocation in candidates.items():
+    for candidate in candidates:
         try:
-            solve_budgets(widths, cost, allocation)
+            solve_budgets(widths, cost, candidate.allocation)
         except PruningError as error:
             errors.append(error)
         else:
-            reachable[name] = allocation
+            reachable.append(candidate)
     if not reachable:
         raise errors[0]
     return reachable
-
-
-def _outputs(model: nn.Module) -> list[nn.Linear]:
-    family = family_of(model)
-    return [linear for layer in family.layers(model) for linear in (family.o_proj(layer), family.down_proj(layer))]
-
-
-def _output_weights(model: nn.Module) -> list[Tensor]:
-    return [linear.weight.detach().clone() for linear in _outputs(model)]
-
-
-@torch.no_grad()
-def _restore_(model: nn.Module, weights: list[Tensor]) -> None:
-    for linear, weight in zip(_outputs(model), weights, strict=True):
-        linear.weight.copy_(weight)

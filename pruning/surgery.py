@@ -6,7 +6,7 @@ Row and column order: heads lie one after another in q/k/v rows and o_proj colum
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ def shrink_(model: PreTrainedModel, plan: PruningPlan) -> None:
     _check_applies(model, family, plan)
     layers = family.layers(model)
     for kept in plan.layers:
-        _shrink_layer_(family, layers[kept.layer], kept, plan.head_dim)
+        shrink_layer_(family, layers[kept.layer], kept)
     kept_layers = tuple(kept.layer for kept in plan.layers)
     _keep_layers_(layers, kept_layers)
     describe_(model, kept_layers, plan.shapes)
@@ -59,7 +59,7 @@ def mask_(model: PreTrainedModel, plan: PruningPlan) -> None:
 
 def _check_applies(model: nn.Module, family: ModelFamily, plan: PruningPlan) -> None:
     for index, layer in enumerate(family.layers(model)):
-        for linear in _linears(family, layer):
+        for linear in family.linears(layer).values():
             if type(linear) is not nn.Linear or linear.weight.is_meta or not linear.weight.is_floating_point():
                 raise PruningError(
                     f"layer {index} has a {type(linear).__name__} ({linear.weight.dtype} on {linear.weight.device}) "
@@ -73,32 +73,25 @@ def _check_applies(model: nn.Module, family: ModelFamily, plan: PruningPlan) -> 
         )
 
 
-def _linears(family: ModelFamily, layer: nn.Module) -> tuple[nn.Linear, ...]:
-    return (
-        family.q_proj(layer),
-        family.k_proj(layer),
-        family.v_proj(layer),
-        family.o_proj(layer),
-        family.gate_proj(layer),
-        family.up_proj(layer),
-        family.down_proj(layer),
-    )
-
-
-def _shrink_layer_(family: ModelFamily, layer: nn.Module, kept: LayerPlan, head_dim: int) -> None:
-    query, kv, channels = _features(kept, head_dim)
+@torch.no_grad()
+def shrink_layer_(family: ModelFamily, layer: nn.Module, kept: LayerPlan) -> None:
+    """Remove from one layer everything `kept`, which must fit it, does not keep; its config is left as it is."""
+    query, kv, channels = _features(kept, family.head_dim_of(layer))
     keep_rows_(family.q_proj(layer), query)
     keep_rows_(family.k_proj(layer), kv)
     keep_rows_(family.v_proj(layer), kv)
     keep_columns_(family.o_proj(layer), query)
-    keep_rows_(family.gate_proj(layer), channels)
-    keep_rows_(family.up_proj(layer), channels)
+    for linear in family.channel_linears(layer):
+        keep_rows_(linear, channels)
     keep_columns_(family.down_proj(layer), channels)
-    attention: Any = family.attention(layer)
-    attention.num_key_value_groups = kept.shape.num_groups
-    mlp: Any = family.mlp(layer)
-    if hasattr(mlp, "intermediate_size"):
-        mlp.intermediate_size = len(kept.kept_channels)
+    # what the modules remember of their widths; each family has some of these
+    for module, name, value in (
+        (family.attention(layer), "num_heads", kept.shape.num_heads),
+        (family.attention(layer), "num_key_value_groups", kept.shape.num_groups),
+        (family.mlp(layer), "intermediate_size", kept.shape.intermediate_size),
+    ):
+        if hasattr(module, name):
+            setattr(module, name, value)
 
 
 def _mask_layer_(family: ModelFamily, layer: nn.Module, kept: LayerPlan, head_dim: int) -> None:
@@ -107,8 +100,7 @@ def _mask_layer_(family: ModelFamily, layer: nn.Module, kept: LayerPlan, head_di
         (family.q_proj(layer), query),
         (family.k_proj(layer), kv),
         (family.v_proj(layer), kv),
-        (family.gate_proj(layer), channels),
-        (family.up_proj(layer), channels),
+        *((linear, channels) for linear in family.channel_linears(layer)),
     ):
         _zero_(linear, rows=_others(rows, linear.out_features))
     for linear, columns in ((family.o_proj(layer), query), (family.down_proj(layer), channels)):

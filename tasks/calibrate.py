@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tasks.calibration_data import documents
 from tasks.requests import CalibrateRequest
 from tasks.stage import Bench, stage
 
@@ -12,16 +13,15 @@ def fill(request: CalibrateRequest, bench: Bench) -> None:
     from pruning.calibration import sample_windows
 
     tokenizer = load_tokenizer(bench.store.path(request.checkpoint))
-    protocol = {"dataset": request.data.dataset, "config": request.config or "", "split": request.split}
     sample_windows(
         tokenizer,
-        bench.workplace.sources.texts(request.data),
+        documents(request.data, bench.workplace.sources, request.join),
         num_samples=request.num_samples,
         seq_len=request.seq_len,
         seed=request.seed,
         num_heldout=request.num_heldout,
         join=request.join,
-        source=protocol,
+        source=request.data.protocol,
     ).save(bench.folder)
 
 

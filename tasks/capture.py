@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from tasks.requests import CaptureRequest
 from tasks.stage import Bench, stage
+
+if TYPE_CHECKING:
+    from pruning.sequential import WalkOptions
+    from tasks.progress import Progress
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What each process of a capture does; the leader writes."""
+
+    source: Path
+    calibration: Path
+    out: Path
+
+    def __call__(self, options: WalkOptions, progress: Progress) -> None:
+        from pruning.calibration import CalibrationSet
+        from pruning.decoder import StreamedDecoder
+        from pruning.statistics import capture_statistics
+
+        decoder = StreamedDecoder(self.source)
+        num_layers = decoder.num_layers
+        capture_statistics(
+            decoder,
+            CalibrationSet.load(self.calibration),
+            self.out,
+            options,
+            on_layer=lambda layer: progress((layer + 1) / num_layers, f"layer {layer + 1} of {num_layers}"),
+        )
 
 
 def fill(request: CaptureRequest, bench: Bench) -> None:
     """Write one file of second moments per output linear."""
-    from pruning.calibration import CalibrationSet
-    from pruning.checkpoint import load_checkpoint
-    from pruning.statistics import capture_statistics
-    from tasks.walking import walk_options
+    from tasks.walking import run_walk
 
-    model = load_checkpoint(bench.store.path(request.checkpoint))
-    calibration = CalibrationSet.load(bench.store.path(request.calibration))
-    num_layers = model.config.num_hidden_layers
-    capture_statistics(
-        model,
-        calibration,
-        bench.folder,
-        walk_options(bench),
-        on_layer=lambda layer: bench.progress((layer + 1) / num_layers, f"layer {layer + 1} of {num_layers}"),
-    )
+    store = bench.store
+    run_walk(bench, _Job(store.path(request.checkpoint), store.path(request.calibration), bench.folder))
 
 
-capture = stage("capture", fill, devices="one", imports=("pruning.checkpoint", "pruning.statistics"))
+capture = stage("capture", fill, devices="team", imports=("pruning.decoder", "pruning.statistics"))

@@ -2,38 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from tasks.requests import PruneRequest
 from tasks.stage import Bench, stage
 
+if TYPE_CHECKING:
+    from pruning.sequential import WalkOptions
+    from tasks.progress import Progress
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What each process of a pruning does; the leader writes."""
+
+    request: PruneRequest
+    source: Path
+    calibration: Path
+    statistics: Path | None
+    orders: Path | None
+    out: Path
+    work: Path
+
+    def __call__(self, options: WalkOptions, progress: Progress) -> None:
+        from pruning.calibration import CalibrationSet
+        from pruning.streaming import prune_checkpoint
+
+        pruned = prune_checkpoint(
+            self.source,
+            self.out,
+            self.request.module,
+            CalibrationSet.load(self.calibration),
+            self.request.typed_config,
+            statistics=self.statistics,
+            orders=self.orders,
+            options=options,
+            work=self.work,
+            progress=progress,
+        )
+        if options.team.leads:
+            report = pruned.model_dump_json(indent=1, exclude={"plan"})
+            (self.out / "pruning.json").write_text(report, encoding="utf-8")
+
 
 def fill(request: PruneRequest, bench: Bench) -> None:
-    """Write the smaller checkpoint, its plan and pruning.json (what each layer paid)."""
+    """Write the smaller checkpoint, its plan and pruning.json (what each layer paid); interrupted, it goes on."""
     from infra.models import load_tokenizer
-    from pruning.calibration import CalibrationSet
-    from pruning.checkpoint import load_checkpoint, load_plan, save_checkpoint
-    from pruning.surgery import shrink_
-    from tasks.walking import walk_options
+    from tasks.walking import run_walk
 
-    source = bench.store.path(request.checkpoint)
-    model = load_checkpoint(source)
-    pruned = request.module.prune(
-        model,
-        CalibrationSet.load(bench.store.path(request.calibration)),
-        request.typed_config,
-        statistics=bench.store.path(request.statistics) if request.statistics else None,
-        options=walk_options(bench),
-        progress=bench.progress,
-    )
-    shrink_(model, pruned.plan)
-    before = load_plan(source)
-    plan = pruned.plan if before is None else before.compose(pruned.plan)
-    save_checkpoint(model, load_tokenizer(source), bench.folder, plan)
-    (bench.folder / "pruning.json").write_text(pruned.model_dump_json(indent=1, exclude={"plan"}), encoding="utf-8")
+    store = bench.store
+    source = store.path(request.checkpoint)
+    calibration = store.path(request.calibration)
+    statistics, orders = (store.path(ref) if ref else None for ref in (request.statistics, request.orders))
+    run_walk(bench, _Job(request, source, calibration, statistics, orders, bench.folder, store.scratch(bench.ref)))
+    load_tokenizer(source).save_pretrained(bench.folder)
 
 
 prune = stage(
     "prune",
     fill,
-    devices="one",
-    imports=("pruning.checkpoint", "pruning.splits", "transformers.models.auto.tokenization_auto"),
+    devices="team",
+    imports=("pruning.streaming", "pruning.splits", "transformers.models.auto.tokenization_auto"),
 )

@@ -103,7 +103,7 @@ def _read_report(folder: Path, suite: str) -> tuple[tuple[Metric, ...], str]:
 
 
 def _layer_rows(outcome: RunOutcome, workplace: Workplace) -> Iterator[LayerRow]:
-    for ref in outcome.checkpoints.values():
+    for ref in dict.fromkeys(outcome.checkpoints.values()):
         path = workplace.store.path(ref) / "pruning.json"
         for layer in json.loads(path.read_text(encoding="utf-8"))["layers"] if path.exists() else ():
             energy = layer["output_energy"] or 1.0
@@ -129,11 +129,11 @@ def _track(
     outcome: RunOutcome, workplace: Workplace, metrics: tuple[MetricRow, ...], layers: tuple[LayerRow, ...]
 ) -> str:
     folders = {name: workplace.store.path(ref) for name, ref in outcome.checkpoints.items()}
-    names = {ref.key: name for name, ref in outcome.checkpoints.items()}
     points = [MetricPoint(f"{row.checkpoint}/{row.suite}/{row.task}/{row.metric}", row.value) for row in metrics]
-    for row in layers:
-        if row.measured_error is not None:
-            points.append(MetricPoint(f"{names[row.stage_key]}/{row.sub_layer}_error", row.measured_error, row.layer))
+    for name, ref in outcome.checkpoints.items():
+        for row in layers:
+            if row.stage_key == ref.key and row.measured_error is not None:
+                points.append(MetricPoint(f"{name}/{row.sub_layer}_error", row.measured_error, row.layer))
     artifacts = {"spec.json": json.dumps(outcome.spec, indent=1)}
     for name, folder in folders.items():
         points += [MetricPoint(f"{name}/train_loss", loss, step) for step, loss in _losses(folder)]

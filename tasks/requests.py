@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from infra import registry
 from infra.artifacts import ArtifactRef, Kind
 from infra.keys import stage_key
-from infra.sources import TextData
+from tasks.calibration_data import CalibrationData, Template
 
 #: bumped by hand when the numbers of a stage change (plug-ins carry their own VERSION)
 IMPORT_VERSION = 1
@@ -84,7 +84,10 @@ class CalibrateRequest(Request):
     num_heldout: int
     seed: int
     join: str
-    data: TextData = Field(exclude=True)
+    template: Template | None = Field(default=None, exclude_if=lambda template: template is None)
+    """Left out of the key like `rows` where it says nothing: keys of plain text are older than these two fields."""
+    rows: Literal["documents", "lines"] = Field(default="documents", exclude_if=lambda rows: rows == "documents")
+    data: CalibrationData = Field(exclude=True)
 
 
 class CaptureRequest(Request):
@@ -140,6 +143,24 @@ class PruneRequest(_PluginRequest):
     checkpoint: ArtifactRef
     calibration: ArtifactRef
     statistics: ArtifactRef | None = None
+    orders: ArtifactRef | None = None
+
+
+class OrderRequest(_PluginRequest):
+    """The order in which a method would remove from the dense model, for any sparsity."""
+
+    kind: ClassVar[Kind] = "statistics"
+    package: ClassVar[str] = "pruning.methods"
+    noun: ClassVar[str] = "method"
+    verb: ClassVar[str] = "order"
+
+    checkpoint: ArtifactRef
+    statistics: ArtifactRef
+
+    @property
+    def typed_config(self) -> Any:
+        """The plug-in's OrderConfig."""
+        return self.module.OrderConfig.model_validate(self.config)
 
 
 class RecoverRequest(_PluginRequest):

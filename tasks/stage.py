@@ -83,7 +83,8 @@ class Made(BaseModel):
 
 
 Fill = Callable[[Any, Bench], None]
-Devices = Literal["none", "one", "all"]
+Devices = Literal["none", "one", "all", "team"]
+"""What a stage computes on; a team has as many devices as settings.walk_processes says: one, or all."""
 
 
 def stage(name: str, fill: Fill, *, devices: Devices, imports: tuple[str, ...]) -> Task[..., Made]:
@@ -164,7 +165,8 @@ def _import_in_turn(modules: tuple[str, ...]) -> None:
 def _placed(settings: Settings, devices: Devices) -> AbstractContextManager[Placement | None]:
     if devices == "none":
         return nullcontext()
-    return pool(settings.device).one() if devices == "one" else pool(settings.device).all()
+    alone = devices == "one" or (devices == "team" and settings.walk_processes == 1)
+    return pool(settings.device).one() if alone else pool(settings.device).all()
 
 
 def _cache_key(context: Any, parameters: dict[str, Any]) -> str:

@@ -1,23 +1,132 @@
-"""How this machine runs the layer walk."""
+"""How this machine runs the layer walk: on one device, or in several processes that share the samples."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty
+from typing import TYPE_CHECKING, Any
 
+from tasks.devices import device_names
 from tasks.stage import Bench
 
 if TYPE_CHECKING:
+    from infra.settings import Settings
     from pruning.sequential import WalkOptions
+    from tasks.progress import Progress
+
+#: called with the options and a progress; must be picklable (an instance of a class at the top of a module)
+WalkJob = Callable[["WalkOptions", "Progress"], None]
 
 
-def walk_options(bench: Bench) -> WalkOptions:
-    """Device, batch size and memory budget from the settings."""
-    from pruning.sequential import WalkOptions
-
+def run_walk(bench: Bench, job: WalkJob) -> None:
+    """Run the job, in as many processes as the settings say; an error of any of them is raised here."""
     settings = bench.workplace.settings
+    if settings.walk_processes == 1:
+        job(walk_options(settings, bench.place.device), bench.progress)
+        return
+    _run_team(settings, job, bench.progress)
+
+
+def walk_options(settings: Settings, device: Any, **more: Any) -> WalkOptions:
+    """Batch size and memory budget from the settings. more: further fields of WalkOptions."""
+    from pruning.sequential import WalkOptions
+
     budget = settings.activation_budget_gib
     return WalkOptions(
-        device=bench.place.device,
+        device=device,
         batch_size=settings.walk_batch_size,
         activation_budget_bytes=None if budget is None else int(budget * 2**30),
+        **more,
     )
+
+
+def _run_team(settings: Settings, job: WalkJob, progress: Progress) -> None:
+    context = multiprocessing.get_context("spawn")
+    size = settings.walk_processes
+    messages: Any = context.Queue()
+    with tempfile.TemporaryDirectory(prefix="slimline-team-") as folder:
+        team = [
+            context.Process(
+                target=_member, args=(rank, size, Path(folder) / "meeting", settings, job, messages), daemon=True
+            )
+            for rank in range(size)
+        ]
+        for member in team:
+            member.start()
+        try:
+            _listen(team, messages, progress)
+        finally:
+            for member in team:
+                member.terminate()
+                member.join()
+
+
+def _listen(team: list[Any], messages: Any, progress: Progress) -> None:
+    """Hand on progress until every process has ended; raise the first error."""
+    ended = 0
+    while ended < len(team):
+        try:
+            message = messages.get(timeout=1.0)
+        except Empty:
+            dead = [member.exitcode for member in team if member.exitcode]
+            if dead and messages.empty():
+                raise RuntimeError(
+                    f"a process of the walk died (exit code {dead[0]}): out of memory? The finished layers are kept; "
+                    "run again to go on"
+                ) from None
+            continue
+        if isinstance(message, Exception):
+            raise message
+        if message is None:
+            ended += 1
+        else:
+            progress(*message)
+
+
+def _member(rank: int, size: int, meeting: Path, settings: Settings, job: WalkJob, messages: Any) -> None:
+    """One process of the team."""
+    import torch
+    import torch.distributed as dist
+
+    from pruning.team import Team
+
+    _end_with_parent()
+    try:
+        names = device_names(settings.device)
+        device = torch.device(names[rank % len(names)])
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=meeting.as_uri(), rank=rank, world_size=size)
+
+        def tell(share: float, message: str) -> None:
+            if rank == 0:
+                messages.put((share, message))
+
+        job(walk_options(settings, device, team=Team.of_this_process()), tell)
+        dist.barrier()
+        dist.destroy_process_group()
+        messages.put(None)
+    except Exception as error:  # whatever it is, the parent raises it
+        messages.put(error)
+
+
+def _end_with_parent() -> None:
+    """Ctrl-C is the parent's affair; when the parent is gone, however it went, this process goes too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

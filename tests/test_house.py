@@ -36,7 +36,7 @@ ONLY_IMPORTER = {
 }
 HEAVY = ("torch", "transformers", "datasets", "mlflow", "lm_eval", "peft", "duckdb")
 PLUGINS = {
-    "pruning.methods": ("needs_statistics", "prune"),
+    "pruning.methods": ("needs_statistics", "order_config", "prune"),
     "pruning.recovery": ("recover",),
     "evaluation.suites": ("needs", "check", "evaluate"),
 }

@@ -41,9 +41,12 @@ def test_every_make_target_exists(command: str) -> None:
     assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
-def test_the_readmes_spec_is_a_spec() -> None:
-    (text,) = [block for language, block in BLOCKS if language == "yaml"]
-    assert parse_spec(yaml.safe_load(text), source="README").checkpoints == ("dense", "slimgpt-20", "slimgpt-20+lora")
+def test_the_readmes_specs_are_specs() -> None:
+    run, branches = [yaml.safe_load(block) for language, block in BLOCKS if language == "yaml"]
+    assert parse_spec(run, source="README").checkpoints == ("dense", "slimgpt-20", "slimgpt-20+lora")
+    names = parse_spec(run | branches, source="README").checkpoints
+    assert len(names) == 1 + 3 * 2 * 2
+    assert names[1:4] + names[-1:] == ("full-20", "full-20+lora", "full-50", "short-50+lora")
 
 
 def test_every_setting_is_told_and_exists() -> None:
@@ -52,4 +55,4 @@ def test_every_setting_is_told_and_exists() -> None:
 
 
 def test_the_specs_that_the_readme_names_are_shipped() -> None:
-    assert {"demo", "smoke", "llama2-7b-slimgpt-20", "smollm2-135m-p1-20"} <= set(shipped_specs())
+    assert {"demo", "smoke", "llama2-7b-slimgpt", "smollm2-135m-p1"} <= set(shipped_specs())

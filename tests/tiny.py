@@ -11,8 +11,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
+    PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -21,18 +24,22 @@ from transformers import (
 
 from pruning.plan import LayerPlan, LayerShape, PruningPlan
 
-FAMILIES = ("llama", "llama-mha", "mistral", "qwen2", "qwen3")
-"""Names for `tiny_model`; "llama-mha" is a Llama with as many kv heads as query heads."""
+FAMILIES = ("llama", "llama-mha", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi-mha", "opt")
+"""Names for `tiny_model`; "-mha" is the family with as many kv heads as query heads, which OPT always has."""
 
 VOCAB_SIZE = 320
 BOS, EOS = 0, 1
 _CONFIGS = {
     "llama": LlamaConfig,
-    "llama-mha": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "gemma": GemmaConfig,
+    "phi": PhiConfig,
+    "opt": OPTConfig,
 }
+#: families whose tiny model has heads wider than hidden/heads
+_WIDE_HEADS = ("qwen3", "gemma")
 
 
 def tiny_model(
@@ -47,24 +54,33 @@ def tiny_model(
     intermediate: int = 48,
     **config: Any,
 ) -> PreTrainedModel:
-    """A random float32 model in eval mode; head_dim is hidden/heads, but twice that for qwen3.
+    """A random float32 model in eval mode; head_dim is hidden/heads, but twice that for qwen3 and gemma.
 
-    config: more fields of the model's config. qwen2 has biases on q/k/v, qwen3 has q/k norms.
+    config: more fields of the model's config. qwen2 has biases on q/k/v, phi and opt on all linears; qwen3 has q/k
+    norms. OPT and Phi, whose configs have no head_dim, take hidden/heads, and an OPT as many kv heads as query heads.
     """
+    name, _, variant = family.partition("-")
     values: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": hidden,
-        "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads if family == "llama-mha" else kv_heads,
-        "head_dim": head_dim or hidden // heads * (2 if family == "qwen3" else 1),
         "max_position_embeddings": 512,
         "bos_token_id": BOS,
         "eos_token_id": EOS,
+        "pad_token_id": None,
         "tie_word_embeddings": False,
     }
-    model = AutoModelForCausalLM.from_config(_CONFIGS[family](**(values | config)))
+    if name == "opt":
+        values |= {"ffn_dim": intermediate}
+    else:
+        values |= {
+            "intermediate_size": intermediate,
+            "num_key_value_heads": heads if variant == "mha" else kv_heads,
+        }
+    if name not in ("opt", "phi"):
+        values["head_dim"] = head_dim or hidden // heads * (2 if name in _WIDE_HEADS else 1)
+    model = AutoModelForCausalLM.from_config(_CONFIGS[name](**(values | config)))
     add_noise_(model, seed)
     return model.eval()
 

@@ -21,7 +21,8 @@ class LayerCost:
     """Parameters of one decoder layer as a linear function of its widths; equal for all layers of a model.
 
     per_query_head: rows of q, columns of o, bias of q. per_kv_head: rows and biases of k and v.
-    per_channel: rows of gate and up, column of down, biases of gate and up. fixed: norms, biases of o and down.
+    per_channel: rows of up (and of gate, if there is one), column of down, biases of up and gate. fixed: norms, biases
+    of o and down.
     """
 
     per_query_head: int
@@ -42,7 +43,8 @@ class LayerCost:
 def family_of(model_or_config: Any) -> ModelFamily:
     """The row for a model or for a config.
 
-    Raises PruningError for an unsupported model, naming it and the supported ones.
+    Raises PruningError for an unsupported model, naming it and the supported ones, and for one of a supported family
+    whose config asks for what cannot be pruned (opt-350m).
     """
     config = getattr(model_or_config, "config", model_or_config)
     model_type = getattr(config, "model_type", None)
@@ -53,6 +55,7 @@ def family_of(model_or_config: Any) -> ModelFamily:
     )
     for family in FAMILIES:
         if model_type in family.model_types and all(name in family.architectures for name in architectures):
+            _check_requirements(family, config)
             return family
     what = ", ".join(architectures) or type(model_or_config).__name__
     supported = ", ".join(f"{family.architectures[0]} ({family.name})" for family in FAMILIES)
@@ -85,13 +88,18 @@ def layer_cost(model: nn.Module) -> LayerCost:
     cost = LayerCost(
         per_query_head=head_dim * (_per_row(family.q_proj(layer)) + family.o_proj(layer).out_features),
         per_kv_head=head_dim * (_per_row(family.k_proj(layer)) + _per_row(family.v_proj(layer))),
-        per_channel=_per_row(family.gate_proj(layer))
-        + _per_row(family.up_proj(layer))
+        per_channel=sum(_per_row(linear) for linear in family.channel_linears(layer))
         + family.down_proj(layer).out_features,
         fixed=0,
     )
     numel = sum(parameter.numel() for parameter in layer.parameters())
     return LayerCost(cost.per_query_head, cost.per_kv_head, cost.per_channel, fixed=numel - cost.parameters(shape))
+
+
+def _check_requirements(family: ModelFamily, config: Any) -> None:
+    for requirement in family.requirements:
+        if not requirement.holds(config):
+            raise PruningError(f"cannot prune this {family.architectures[0]}: {requirement.reason}")
 
 
 def _per_row(linear: nn.Linear) -> int:

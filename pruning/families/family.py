@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,12 +11,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Requirement:
+    """What the config of a model must say for the family to be prunable. holds: of the config. reason: a clause that
+    follows "cannot prune X: "; it names the field and the way out.
+    """
+
+    holds: Callable[[Any], bool]
+    reason: str
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """Where a decoder-only model of this family keeps its parts.
 
     `model_types` and `architectures` are the spellings of config.model_type and of the model class: the stock one, then
     ours for uneven layers. Paths start at the model ("model.layers"), sub-module names at the layer or its attention or
-    MLP. Per-head norms (q_norm, k_norm of qwen3) have width head_dim, are shared by all heads and are never cut.
+    MLP; `..._field` are names in the config. Per-head norms (q_norm, k_norm of qwen3) have width head_dim, are shared
+    by all heads and are never cut.
+
+    mlp_name: "" where the layer itself holds the linears of the MLP; `activation_name` then names the activation there.
+    gate_name: None for an MLP without a gate. rotary_path: None where positions are learned with the embeddings.
+    kv_heads_field: None where every query head has a kv head of its own. stock_head_dim: the stock class takes the
+    width of a head from the config; False where it divides hidden_size by the number of heads, so that it cannot
+    describe pruned heads. parallel_residual: attention and MLP both read the residual stream as it was before the
+    layer, else the MLP reads it after the attention.
     """
 
     name: str
@@ -24,7 +43,7 @@ class ModelFamily:
     layers_path: str = "model.layers"
     embeddings_path: str = "model.embed_tokens"
     final_norm_path: str = "model.norm"
-    rotary_path: str = "model.rotary_emb"
+    rotary_path: str | None = "model.rotary_emb"
     head_path: str = "lm_head"
     attention_name: str = "self_attn"
     mlp_name: str = "mlp"
@@ -32,12 +51,19 @@ class ModelFamily:
     k_name: str = "k_proj"
     v_name: str = "v_proj"
     o_name: str = "o_proj"
-    gate_name: str = "gate_proj"
+    gate_name: str | None = "gate_proj"
     up_name: str = "up_proj"
     down_name: str = "down_proj"
+    activation_name: str = ""
     attention_norm_name: str = "input_layernorm"
     mlp_norm_name: str = "post_attention_layernorm"
     head_norm_names: tuple[str, ...] = ()
+    heads_field: str = "num_attention_heads"
+    kv_heads_field: str | None = "num_key_value_heads"
+    intermediate_field: str = "intermediate_size"
+    stock_head_dim: bool = True
+    parallel_residual: bool = False
+    requirements: tuple[Requirement, ...] = ()
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """The module that holds the layers ("model.model")."""
@@ -55,9 +81,9 @@ class ModelFamily:
         """The norm before the head."""
         return model.get_submodule(self.final_norm_path)
 
-    def rotary(self, model: nn.Module) -> nn.Module:
-        """The module that computes the rotary cos and sin."""
-        return model.get_submodule(self.rotary_path)
+    def rotary(self, model: nn.Module) -> nn.Module | None:
+        """The module that computes the rotary cos and sin, if the family has one."""
+        return None if self.rotary_path is None else model.get_submodule(self.rotary_path)
 
     def head(self, model: nn.Module) -> nn.Linear:
         """The linear from hidden states to logits."""
@@ -68,7 +94,7 @@ class ModelFamily:
         return layer.get_submodule(self.attention_name)
 
     def mlp(self, layer: nn.Module) -> nn.Module:
-        """The MLP block of a layer."""
+        """The module that holds the linears of the MLP: the MLP block of a layer, or the layer itself."""
         return layer.get_submodule(self.mlp_name)
 
     def attention_norm(self, layer: nn.Module) -> nn.Module:
@@ -76,7 +102,7 @@ class ModelFamily:
         return layer.get_submodule(self.attention_norm_name)
 
     def mlp_norm(self, layer: nn.Module) -> nn.Module:
-        """The norm before the MLP."""
+        """The norm before the MLP; for a parallel residual the same as before the attention."""
         return layer.get_submodule(self.mlp_norm_name)
 
     def q_proj(self, layer: nn.Module) -> nn.Linear:
@@ -95,9 +121,9 @@ class ModelFamily:
         """num_heads * head_dim -> hidden."""
         return _linear(self.attention(layer), self.o_name)
 
-    def gate_proj(self, layer: nn.Module) -> nn.Linear:
-        """hidden -> intermediate."""
-        return _linear(self.mlp(layer), self.gate_name)
+    def gate_proj(self, layer: nn.Module) -> nn.Linear | None:
+        """hidden -> intermediate; None for an MLP without a gate."""
+        return None if self.gate_name is None else _linear(self.mlp(layer), self.gate_name)
 
     def up_proj(self, layer: nn.Module) -> nn.Linear:
         """hidden -> intermediate."""
@@ -107,21 +133,31 @@ class ModelFamily:
         """intermediate -> hidden."""
         return _linear(self.mlp(layer), self.down_name)
 
-    def linear_names(self) -> tuple[str, ...]:
-        """The seven linears of a layer by their own names, in the order q k v o gate up down."""
-        return (
-            self.q_name,
-            self.k_name,
-            self.v_name,
-            self.o_name,
-            self.gate_name,
-            self.up_name,
-            self.down_name,
+    def channel_linears(self, layer: nn.Module) -> tuple[nn.Linear, ...]:
+        """The linears whose rows are the MLP channels: gate (if there is one) and up."""
+        gate, up = self.gate_proj(layer), self.up_proj(layer)
+        return (up,) if gate is None else (gate, up)
+
+    def linears(self, layer: nn.Module) -> dict[str, nn.Linear]:
+        """All linears of a layer, in the order q k v o (gate) up down, keyed so."""
+        blocks = {role: self.attention(layer) for role in "qkvo"} | dict.fromkeys(
+            ("gate", "up", "down"), self.mlp(layer)
         )
+        return {role: _linear(blocks[role], name) for role, name in self.linear_names().items()}
+
+    def linear_names(self) -> dict[str, str]:
+        """The linears of a layer by their own names, in the order q k v o (gate) up down, keyed so."""
+        names = {"q": self.q_name, "k": self.k_name, "v": self.v_name, "o": self.o_name}
+        gate = {} if self.gate_name is None else {"gate": self.gate_name}
+        return names | gate | {"up": self.up_name, "down": self.down_name}
 
     def head_dim(self, model: nn.Module) -> int:
         """Width of one head, from the model's own modules."""
-        attention: Any = self.attention(self.layers(model)[0])
+        return self.head_dim_of(self.layers(model)[0])
+
+    def head_dim_of(self, layer: nn.Module) -> int:
+        """Width of one head of a layer."""
+        attention: Any = self.attention(layer)
         return int(attention.head_dim)
 
 

@@ -18,15 +18,19 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pruning.calibration import CalibrationSet
+    from pruning.decoder import Decoder
+    from pruning.ledger import Ledger
     from pruning.pruned import Pruned
-    from pruning.schedule import Allocation
+    from pruning.schedule import HeadUnit
     from pruning.sequential import WalkOptions
+    from pruning.splits import Candidate
 
-VERSION = 1
+VERSION = 2
 
 #: attention ratio over FFN ratio in one layer, by the name of the split
-_SPLITS = {"equal": 1.0, "half": 0.5, "ffn": 0.0, "attention": math.inf}
-_AUTO_CANDIDATES = ("equal", "half", "ffn")
+_SPLITS = {"equal": 1.0, "half": 1 / 2, "third": 1 / 3, "ffn": 0.0, "attention": math.inf}
+#: what auto chooses from, by rising share of attention
+_AUTO_SPLITS = ("ffn", "third", "half", "equal")
 
 
 class Config(BaseModel):
@@ -40,12 +44,16 @@ class Config(BaseModel):
     """Incremental Pruning Ratio over depth (section 3.4)."""
     start_over_end: float = Field(default=0.25, gt=0, le=1)
     """First layer's ratio over the last one's; 0.25 is the paper's 0.0625 / 0.25 at 20 %."""
-    split: Literal["auto", "equal", "half", "ffn", "attention"] | None = None
-    """Attention against FFN: equal ratios as in the paper; half the ratio for attention; one of the two alone; or auto:
-    those of equal, half and ffn that reach the sparsity are tried and the smallest KL to the dense logits on the
-    held-out windows wins. Default: auto for models with grouped kv heads, equal (the paper's) for those without."""
-    head_unit: Literal["kv_group", "query_head"] = "kv_group"
-    """With grouped kv heads (not in the paper): whole kv groups, or the same number of query heads from every group."""
+    end_points: tuple[float, float] | None = None
+    """Ratios of the first and of the last layer, taken as they are (the paper at 20 %: 0.0625, 0.25); default: solved
+    so that the sparsity is met."""
+    split: Literal["auto", "equal", "half", "third", "ffn", "attention"] | None = None
+    """Attention against FFN: equal ratios as in the paper; half or a third of the ratio for attention; one of the two
+    alone; or auto: ffn, third, half and equal are tried in this order as long as the KL to the dense logits on the
+    held-out windows falls. Default: auto for models with grouped kv heads, equal (the paper's) for those without."""
+    head_unit: Literal["kv_group", "query_head"] | None = None
+    """With grouped kv heads (not in the paper): whole kv groups, or the same number of query heads from every group.
+    Default: query_head where the split is auto, kv_group elsewhere (without groups these are single heads)."""
     propagate_error: bool = True
     """Hessians from the outputs of already pruned layers (the paper), or all from the dense model (one capture for
     every sparsity)."""
@@ -67,31 +75,78 @@ def needs_statistics(config: Config) -> bool:
     return not config.propagate_error
 
 
+class OrderConfig(BaseModel):
+    """The switches that the greedy order depends on; see Config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dampening_frac: float
+    grouped_cholesky: bool
+    group_size: int | None
+
+
+def order_config(config: Config) -> OrderConfig | None:
+    """What `order` is to be asked; None if each sparsity has an order of its own, errors being propagated."""
+    if config.propagate_error:
+        return None
+    return OrderConfig.model_validate(config.model_dump(include=set(OrderConfig.model_fields)))
+
+
+def order(
+    decoder: Decoder,
+    statistics: Path,
+    config: OrderConfig,
+    folder: Path,
+    *,
+    options: WalkOptions,
+    progress: Callable[[float, str], None] = lambda share, message: None,
+) -> None:
+    """Write the greedy order of every linear of the dense model into `folder`: one serves every sparsity."""
+    from pruning.layerwise import Solver
+    from pruning.orders import trace_orders
+    from pruning.statistics import Statistics
+
+    solver = Solver(config.dampening_frac, config.grouped_cholesky, config.group_size, "kv_group")
+    count = decoder.num_layers
+    trace_orders(
+        decoder,
+        Statistics(statistics),
+        solver,
+        folder,
+        options,
+        on_layer=lambda layer: progress((layer + 1) / count, f"layer {layer + 1} of {count}"),
+    )
+
+
 def prune(
-    model: nn.Module,
+    decoder: Decoder,
     calibration: CalibrationSet,
     config: Config,
     *,
     statistics: Path | None = None,
+    orders: Path | None = None,
     options: WalkOptions,
+    ledger: Ledger,
     progress: Callable[[float, str], None] = lambda share, message: None,
 ) -> Pruned:
-    """Prune in masked form: removed columns of o_proj and down_proj become zero, kept ones are compensated in place.
+    """Prune; the compensated weights are in the ledger, the decoder stays as it was.
 
-    statistics: folder of a capture if `needs_statistics(config)`, else None. Raises PruningError when the two disagree,
-    the sparsity cannot be reached, a Hessian cannot be inverted, or auto has no held-out windows to judge by.
+    statistics: folder of a capture if `needs_statistics(config)`, else None. orders: folder that `order` filled from
+    the same statistics, to save the search. Raises PruningError when statistics and config disagree, the sparsity
+    cannot be reached, a Hessian cannot be inverted, or auto has no held-out windows to judge by.
     """
-    from pruning.layerwise import Solver
-    from pruning.splits import prune_best_split_, prune_split_
+    from pruning.orders import Orders
+    from pruning.splits import Job, prune_best_split, prune_split
+    from pruning.statistics import Statistics
 
     _check_statistics(statistics, config)
-    _check_head_unit(model, config)
-    solver = Solver(config.dampening_frac, config.grouped_cholesky, config.group_size, config.head_unit)
-    candidates = {name: _allocation(config, name) for name in _candidates(model, config)}
+    _check_head_unit(decoder.skeleton, config)
+    captured = Statistics(statistics) if statistics else None
+    job = Job(decoder, calibration, captured, Orders(orders) if orders else None, options)
+    candidates = _candidates(decoder.skeleton, config)
     if len(candidates) > 1:
-        return prune_best_split_(model, calibration, candidates, solver, statistics, options, progress)
-    (allocation,) = candidates.values()
-    return prune_split_(model, calibration, allocation, solver, statistics, options, progress)
+        return prune_best_split(job, candidates, ledger, progress)
+    return prune_split(job, candidates[0], ledger, progress)
 
 
 def _check_statistics(statistics: Path | None, config: Config) -> None:
@@ -113,22 +168,32 @@ def _check_head_unit(model: nn.Module, config: Config) -> None:
         )
 
 
-def _candidates(model: nn.Module, config: Config) -> tuple[str, ...]:
+def _candidates(model: nn.Module, config: Config) -> list[Candidate]:
+    """The splits to try, by rising share of attention; one if there is nothing to choose."""
     from pruning.families import shapes
 
-    split = config.split or ("auto" if any(shape.num_groups > 1 for shape in shapes(model)) else "equal")
-    return _AUTO_CANDIDATES if split == "auto" else (split,)
+    grouped = all(shape.num_groups > 1 for shape in shapes(model))
+    split = config.split or ("auto" if grouped else "equal")
+    if split != "auto":
+        return [_candidate(config, split, config.head_unit or "kv_group")]
+    unit = config.head_unit or ("query_head" if grouped else "kv_group")
+    return [_candidate(config, name, unit) for name in _AUTO_SPLITS]
 
 
-def _allocation(config: Config, split: str) -> Allocation:
+def _candidate(config: Config, split: str, head_unit: HeadUnit) -> Candidate:
+    from pruning.layerwise import Solver
     from pruning.schedule import Allocation
+    from pruning.splits import Candidate
 
-    return Allocation(
+    allocation = Allocation(
         sparsity=config.sparsity,
         curve=config.curve,
         start_over_end=config.start_over_end,
+        end_points=config.end_points,
         attention_ratio=_SPLITS[split],
         protect_first=config.protect_first,
         protect_last=config.protect_last,
-        head_unit=config.head_unit,
+        head_unit=head_unit,
     )
+    solver = Solver(config.dampening_frac, config.grouped_cholesky, config.group_size, head_unit)
+    return Candidate(split, allocation, solver)

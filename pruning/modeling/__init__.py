@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from pruning.families import ModelFamily, family_of
@@ -22,36 +23,60 @@ def class_of(model_type: str) -> Any:
     return causal_class(family, uneven=model_type == family.model_types[1])
 
 
-def describe_(model: PreTrainedModel, kept_layers: tuple[int, ...], shapes: tuple[LayerShape, ...]) -> None:
-    """Give a model whose layers were cut the config and the class that fit it.
+def pruned_config(
+    config: PreTrainedConfig,
+    family: ModelFamily,
+    head_dim: int,
+    kept_layers: tuple[int, ...],
+    shapes: tuple[LayerShape, ...],
+) -> tuple[Any, PreTrainedConfig]:
+    """The causal LM class and the config of a model after pruning; `config`, the old one, is left as it is.
 
-    kept_layers: the layers' indices in the old config; shapes: their widths now. Equal widths get the stock class and
-    plain fields; others (and head counts that the stock config refuses) ours and `per_layer_config`.
+    head_dim: width of one head. kept_layers: the layers' indices in the old config. shapes: their widths now. Equal
+    widths get the stock class and plain fields; others (and head counts that the stock class cannot build) ours and
+    `per_layer_config`.
     """
+    stock = causal_class(family, uneven=False)
+    values = _config_values(config, family, kept_layers, shapes)
+    explicit = values | {"head_dim": head_dim}
+    # a stock class that divides the hidden size by the heads must not be told a width of its own
+    plain = explicit if family.stock_head_dim else values
+    whole = family.stock_head_dim or values[family.heads_field] * head_dim == config.hidden_size
+    if whole and "per_layer_config" not in values and _accepts(stock.config_class, plain):
+        new_class, new_config = stock, stock.config_class(**plain)
+    else:
+        new_class = causal_class(family, uneven=True)
+        new_config = new_class.config_class(**explicit)
+    new_config._attn_implementation = config._attn_implementation
+    new_config._name_or_path = config._name_or_path
+    return new_class, new_config
+
+
+def describe_(model: PreTrainedModel, kept_layers: tuple[int, ...], shapes: tuple[LayerShape, ...]) -> None:
+    """Give a model whose layers were cut the config and the classes that fit it (see `pruned_config`)."""
     family = family_of(model)
-    decoder: Any = family.decoder(model)
-    values = _config_values(model.config, kept_layers, shapes) | {"head_dim": family.head_dim(model)}
-    uneven = "per_layer_config" in values or not _accepts(causal_class(family, uneven=False).config_class, values)
-    new_class = causal_class(family, uneven=uneven)
-    config = new_class.config_class(**values)
-    config._attn_implementation = model.config._attn_implementation
-    config._name_or_path = model.config._name_or_path
-    model.__class__ = new_class
-    decoder.__class__ = getattr(_module(uneven), new_class.__name__.removesuffix("ForCausalLM") + "Model")
+    new_class, config = pruned_config(model.config, family, family.head_dim(model), kept_layers, shapes)
+    classes = sys.modules[new_class.__module__]
+    prefix = new_class.__name__.removesuffix(family.architectures[0])
     for module in model.modules():
         if hasattr(module, "config"):
             module.config = config
-    if hasattr(decoder, "has_sliding_layers"):
-        decoder.has_sliding_layers = "sliding_attention" in config.layer_types
+        if hasattr(module, "has_sliding_layers"):
+            module.has_sliding_layers = "sliding_attention" in config.layer_types
+    # the language model, the model in it and, of an OPT, the decoder in that
+    for path in _prefixes(family.layers_path):
+        part = model.get_submodule(path)
+        part.__class__ = getattr(classes, prefix + type(part).__name__.removeprefix("Slimline"))
 
 
 def config_shapes(config: Any) -> tuple[LayerShape, ...]:
     """The widths a config promises, one per layer."""
+    family = family_of(config)
     return tuple(
         LayerShape(
-            num_heads=layer.num_attention_heads,
-            num_kv_heads=layer.num_key_value_heads,
-            intermediate_size=layer.intermediate_size,
+            num_heads=getattr(layer, family.heads_field),
+            num_kv_heads=getattr(layer, family.kv_heads_field or family.heads_field),
+            intermediate_size=getattr(layer, family.intermediate_field),
         )
         for layer in config.per_layer_config
     )
@@ -65,21 +90,15 @@ class _Named:
 
 
 def _config_values(
-    old: PreTrainedConfig, kept_layers: tuple[int, ...], shapes: tuple[LayerShape, ...]
+    old: PreTrainedConfig, family: ModelFamily, kept_layers: tuple[int, ...], shapes: tuple[LayerShape, ...]
 ) -> dict[str, Any]:
+    """The old config's fields with the new widths, `per_layer_config` if these differ, and without head_dim."""
     values: dict[str, Any] = old.to_dict()
-    for name in ("per_layer_config", "auto_map", "architectures", "model_type"):
+    for name in ("per_layer_config", "auto_map", "architectures", "model_type", "head_dim"):
         values.pop(name, None)
     if values.get("layer_types") is not None:
         values["layer_types"] = [values["layer_types"][index] for index in kept_layers]
-    layers = [
-        {
-            "num_attention_heads": shape.num_heads,
-            "num_key_value_heads": shape.num_kv_heads,
-            "intermediate_size": shape.intermediate_size,
-        }
-        for shape in shapes
-    ]
+    layers = [_widths(family, shape) for shape in shapes]
     # the plain fields hold the largest widths; per_layer_config keeps only the entries that differ from them
     largest = {name: max(layer[name] for layer in layers) for name in layers[0]}
     overrides = {
@@ -90,6 +109,18 @@ def _config_values(
     return (
         values | largest | {"num_hidden_layers": len(shapes)} | ({"per_layer_config": overrides} if overrides else {})
     )
+
+
+def _widths(family: ModelFamily, shape: LayerShape) -> dict[str, int]:
+    """A layer's widths under the names of the config."""
+    widths = {family.heads_field: shape.num_heads, family.intermediate_field: shape.intermediate_size}
+    return widths if family.kv_heads_field is None else widths | {family.kv_heads_field: shape.num_kv_heads}
+
+
+def _prefixes(layers_path: str) -> list[str]:
+    """The paths of the modules that a path leads through: "model.layers" gives "" and "model"."""
+    parts = layers_path.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts))]
 
 
 def _accepts(config_class: Any, values: dict[str, Any]) -> bool:

@@ -5,26 +5,38 @@ to it: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` th
 imports nothing but torch and transformers.
 
 The widths stand in config.json under `per_layer_config`, the standard sparse map {layer: {num_attention_heads,
-num_key_value_heads, intermediate_size}} of transformers; the stock classes build all layers equal, these build each
-layer from its own entry. Everything else (forward passes, cache, masks, generation) is inherited unchanged.
+num_key_value_heads, intermediate_size}} of transformers (under the family's own names: OPT has ffn_dim and no kv
+heads); the stock classes build all layers equal, these build each layer from its own entry. Everything else (forward
+passes, cache, masks, generation) is inherited unchanged.
 """
 # mypy: disable-error-code="misc"
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    GemmaModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    OPTConfig,
+    OPTForCausalLM,
+    OPTModel,
+    PhiConfig,
+    PhiForCausalLM,
+    PhiModel,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
@@ -32,191 +44,251 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.opt.modeling_opt import OPTDecoder, OPTDecoderLayer
+from transformers.models.phi.modeling_phi import PhiDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 if not hasattr(PreTrainedConfig, "per_layer_config"):
     raise ImportError("a model with uneven layers needs transformers >= 5.14: pip install -U transformers")
 
 
-def _check_groups(config: Any) -> None:
-    """Each layer's query heads must share its kv heads equally.
+class _UnevenConfig:
+    """A config whose widths may differ between layers; goes before the stock config of the family."""
 
-    The stock Llama rule, hidden_size % num_attention_heads == 0, is not needed: head_dim is always explicit.
-    """
-    for index, layer in enumerate(config.per_layer_config):
-        heads, kv_heads = layer.num_attention_heads, layer.num_key_value_heads
-        if not kv_heads or heads % kv_heads:
-            raise ValueError(f"layer {index}: {heads} query heads cannot share {kv_heads} kv heads equally")
+    _auto_class = "AutoConfig"
 
+    def validate_architecture(self: Any) -> None:
+        """Each layer's query heads must share its kv heads equally; called when a config is made and saved.
 
-def _build_decoder(model: Any, config: Any, layer_class: Any, norm_class: Any, rotary_class: Any) -> None:
-    """What the stock decoders build, but each layer from its own config."""
-    model.padding_idx = config.pad_token_id
-    model.vocab_size = config.vocab_size
-    model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-    model.layers = nn.ModuleList(
-        layer_class(layer_config, index) for index, layer_config in enumerate(config.per_layer_config)
-    )
-    for module in model.layers.modules():
-        # the layers read the attention implementation at run time: one config for all, so that
-        # set_attn_implementation reaches them
-        if hasattr(module, "config"):
-            module.config = config
-    model.norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)
-    model.rotary_emb = rotary_class(config=config)
-    model.gradient_checkpointing = False
+        The stock Llama rule, hidden_size % num_attention_heads == 0, is not needed: head_dim is always explicit.
+        """
+        for index, layer in enumerate(self.per_layer_config):
+            heads = layer.num_attention_heads
+            kv_heads = getattr(layer, "num_key_value_heads", heads)
+            if not kv_heads or heads % kv_heads:
+                raise ValueError(f"layer {index}: {heads} query heads cannot share {kv_heads} kv heads equally")
 
 
-def _build_causal_lm(model: Any, config: Any, decoder: nn.Module) -> None:
-    model.model = decoder
-    model.vocab_size = config.vocab_size
-    model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+@contextmanager
+def _no_layers(config: Any) -> Iterator[None]:
+    """The config as one of a model without layers, so that a stock class builds all the rest of itself."""
+    num_layers = config.num_hidden_layers
+    overrides = config.__dict__.pop("_heterogeneity_spec", None)
+    config.num_hidden_layers = 0
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = num_layers
+        if overrides is not None:
+            config._heterogeneity_spec = overrides
+
+
+class _UnevenLayers:
+    """A decoder that builds each layer from its own config; goes before the stock decoder of the family."""
+
+    layer_class: Callable[[Any, int], nn.Module]
+
+    def __init__(self: Any, config: Any) -> None:
+        with _no_layers(config):
+            super().__init__(config)  # type: ignore[call-arg]
+        build = type(self).layer_class
+        self.layers = nn.ModuleList(build(layer_config, i) for i, layer_config in enumerate(config.per_layer_config))
+        for module in self.layers.modules():
+            # the layers read the attention implementation at run time: one config for all, so that
+            # set_attn_implementation reaches them
+            if hasattr(module, "config"):
+                module.config = config
+        self.post_init()
+
+
+class _AroundUneven:
+    """A stock class around one of ours, which it keeps as `part_name`."""
+
+    part_name = "model"
+    part_class: Callable[[Any], nn.Module]
+
+    def __init__(self: Any, config: Any) -> None:
+        with _no_layers(config):
+            super().__init__(config)  # type: ignore[call-arg]
+        setattr(self, self.part_name, type(self).part_class(config))
+        self.post_init()
+
+
+class _UnevenCausalLM(_AroundUneven):
+    """A language model of layers with their own widths; goes before the stock one of the family."""
+
+    _auto_class = "AutoModelForCausalLM"
 
 
 @strict
-class SlimlineLlamaConfig(LlamaConfig):
+class SlimlineLlamaConfig(_UnevenConfig, LlamaConfig):
     """A Llama config; widths may differ between layers."""
 
     model_type = "slimline-llama"
-    _auto_class = "AutoConfig"
-
-    def validate_architecture(self) -> None:
-        """Called by transformers when a config is made and saved."""
-        _check_groups(self)
 
 
-class SlimlineLlamaModel(LlamaModel):
+class SlimlineLlamaModel(_UnevenLayers, LlamaModel):
     """A Llama decoder of layers with their own widths."""
 
     config_class = SlimlineLlamaConfig
-
-    def __init__(self, config: SlimlineLlamaConfig) -> None:
-        PreTrainedModel.__init__(self, config)
-        layer, norm = modeling_llama.LlamaDecoderLayer, modeling_llama.LlamaRMSNorm
-        _build_decoder(self, config, layer, norm, modeling_llama.LlamaRotaryEmbedding)
-        self.post_init()
+    layer_class = LlamaDecoderLayer
 
 
-class SlimlineLlamaForCausalLM(LlamaForCausalLM):
+class SlimlineLlamaForCausalLM(_UnevenCausalLM, LlamaForCausalLM):
     """A Llama language model of layers with their own widths."""
 
     config_class = SlimlineLlamaConfig
-    _auto_class = "AutoModelForCausalLM"
-
-    def __init__(self, config: SlimlineLlamaConfig) -> None:
-        PreTrainedModel.__init__(self, config)
-        _build_causal_lm(self, config, SlimlineLlamaModel(config))
-        self.post_init()
+    part_class = SlimlineLlamaModel
 
 
 @strict
-class SlimlineMistralConfig(MistralConfig):
+class SlimlineMistralConfig(_UnevenConfig, MistralConfig):
     """A Mistral config; widths may differ between layers."""
 
     model_type = "slimline-mistral"
-    _auto_class = "AutoConfig"
-
-    def validate_architecture(self) -> None:
-        """Called by transformers when a config is made and saved."""
-        _check_groups(self)
 
 
-class SlimlineMistralModel(MistralModel):
+class SlimlineMistralModel(_UnevenLayers, MistralModel):
     """A Mistral decoder of layers with their own widths."""
 
     config_class = SlimlineMistralConfig
-
-    def __init__(self, config: SlimlineMistralConfig) -> None:
-        PreTrainedModel.__init__(self, config)
-        layer, norm = modeling_mistral.MistralDecoderLayer, modeling_mistral.MistralRMSNorm
-        _build_decoder(self, config, layer, norm, modeling_mistral.MistralRotaryEmbedding)
-        self.post_init()
+    layer_class = MistralDecoderLayer
 
 
-class SlimlineMistralForCausalLM(MistralForCausalLM):
+class SlimlineMistralForCausalLM(_UnevenCausalLM, MistralForCausalLM):
     """A Mistral language model of layers with their own widths."""
 
     config_class = SlimlineMistralConfig
-    _auto_class = "AutoModelForCausalLM"
-
-    def __init__(self, config: SlimlineMistralConfig) -> None:
-        PreTrainedModel.__init__(self, config)
-        _build_causal_lm(self, config, SlimlineMistralModel(config))
-        self.post_init()
+    part_class = SlimlineMistralModel
 
 
 @strict
-class SlimlineQwen2Config(Qwen2Config):
+class SlimlineQwen2Config(_UnevenConfig, Qwen2Config):
     """A Qwen2 config; widths may differ between layers."""
 
     model_type = "slimline-qwen2"
-    _auto_class = "AutoConfig"
-
-    def validate_architecture(self) -> None:
-        """Called by transformers when a config is made and saved."""
-        _check_groups(self)
 
 
-class SlimlineQwen2Model(Qwen2Model):
+class SlimlineQwen2Model(_UnevenLayers, Qwen2Model):
     """A Qwen2 decoder of layers with their own widths."""
 
     config_class = SlimlineQwen2Config
-
-    def __init__(self, config: SlimlineQwen2Config) -> None:
-        PreTrainedModel.__init__(self, config)
-        layer, norm = modeling_qwen2.Qwen2DecoderLayer, modeling_qwen2.Qwen2RMSNorm
-        _build_decoder(self, config, layer, norm, modeling_qwen2.Qwen2RotaryEmbedding)
-        self.has_sliding_layers = "sliding_attention" in config.layer_types
-        self.post_init()
+    layer_class = Qwen2DecoderLayer
 
 
-class SlimlineQwen2ForCausalLM(Qwen2ForCausalLM):
+class SlimlineQwen2ForCausalLM(_UnevenCausalLM, Qwen2ForCausalLM):
     """A Qwen2 language model of layers with their own widths."""
 
     config_class = SlimlineQwen2Config
-    _auto_class = "AutoModelForCausalLM"
-
-    def __init__(self, config: SlimlineQwen2Config) -> None:
-        PreTrainedModel.__init__(self, config)
-        _build_causal_lm(self, config, SlimlineQwen2Model(config))
-        self.post_init()
+    part_class = SlimlineQwen2Model
 
 
 @strict
-class SlimlineQwen3Config(Qwen3Config):
+class SlimlineQwen3Config(_UnevenConfig, Qwen3Config):
     """A Qwen3 config; widths may differ between layers."""
 
     model_type = "slimline-qwen3"
-    _auto_class = "AutoConfig"
-
-    def validate_architecture(self) -> None:
-        """Called by transformers when a config is made and saved."""
-        _check_groups(self)
 
 
-class SlimlineQwen3Model(Qwen3Model):
+class SlimlineQwen3Model(_UnevenLayers, Qwen3Model):
     """A Qwen3 decoder of layers with their own widths."""
 
     config_class = SlimlineQwen3Config
-
-    def __init__(self, config: SlimlineQwen3Config) -> None:
-        PreTrainedModel.__init__(self, config)
-        layer, norm = modeling_qwen3.Qwen3DecoderLayer, modeling_qwen3.Qwen3RMSNorm
-        _build_decoder(self, config, layer, norm, modeling_qwen3.Qwen3RotaryEmbedding)
-        self.has_sliding_layers = "sliding_attention" in config.layer_types
-        self.post_init()
+    layer_class = Qwen3DecoderLayer
 
 
-class SlimlineQwen3ForCausalLM(Qwen3ForCausalLM):
+class SlimlineQwen3ForCausalLM(_UnevenCausalLM, Qwen3ForCausalLM):
     """A Qwen3 language model of layers with their own widths."""
 
     config_class = SlimlineQwen3Config
-    _auto_class = "AutoModelForCausalLM"
+    part_class = SlimlineQwen3Model
 
-    def __init__(self, config: SlimlineQwen3Config) -> None:
-        PreTrainedModel.__init__(self, config)
-        _build_causal_lm(self, config, SlimlineQwen3Model(config))
-        self.post_init()
+
+@strict
+class SlimlineGemmaConfig(_UnevenConfig, GemmaConfig):
+    """A Gemma config; widths may differ between layers."""
+
+    model_type = "slimline-gemma"
+
+
+class SlimlineGemmaModel(_UnevenLayers, GemmaModel):
+    """A Gemma decoder of layers with their own widths."""
+
+    config_class = SlimlineGemmaConfig
+    layer_class = GemmaDecoderLayer
+
+
+class SlimlineGemmaForCausalLM(_UnevenCausalLM, GemmaForCausalLM):
+    """A Gemma language model of layers with their own widths."""
+
+    config_class = SlimlineGemmaConfig
+    part_class = SlimlineGemmaModel
+
+
+@strict
+class SlimlinePhiConfig(_UnevenConfig, PhiConfig):
+    """A Phi config; widths may differ between layers."""
+
+    model_type = "slimline-phi"
+
+
+class SlimlinePhiModel(_UnevenLayers, PhiModel):
+    """A Phi decoder of layers with their own widths."""
+
+    config_class = SlimlinePhiConfig
+    layer_class = PhiDecoderLayer
+
+
+class SlimlinePhiForCausalLM(_UnevenCausalLM, PhiForCausalLM):
+    """A Phi language model of layers with their own widths."""
+
+    config_class = SlimlinePhiConfig
+    part_class = SlimlinePhiModel
+
+
+@strict
+class SlimlineOPTConfig(_UnevenConfig, OPTConfig):
+    """An OPT config; widths may differ between layers. head_dim: width of a head, which pruning leaves as it was."""
+
+    model_type = "slimline-opt"
+    head_dim: int = 64
+
+
+def _opt_layer(config: Any, index: int) -> nn.Module:
+    """The stock OPT layer takes num_heads * head_dim for the hidden size: its attention is built anew."""
+    heads, head_dim, hidden = config.num_attention_heads, config.head_dim, config.hidden_size
+    unpruned = copy.copy(config)
+    unpruned.num_attention_heads = hidden // head_dim
+    layer: nn.Module = OPTDecoderLayer(unpruned, index)
+    attention: Any = layer.self_attn
+    attention.num_heads = heads
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(attention, name, nn.Linear(hidden, heads * head_dim, bias=config.enable_bias))
+    attention.out_proj = nn.Linear(heads * head_dim, hidden, bias=config.enable_bias)
+    return layer
+
+
+class SlimlineOPTDecoder(_UnevenLayers, OPTDecoder):
+    """An OPT decoder of layers with their own widths."""
+
+    config_class = SlimlineOPTConfig
+    layer_class = staticmethod(_opt_layer)
+
+
+class SlimlineOPTModel(_AroundUneven, OPTModel):
+    """An OPT model of layers with their own widths."""
+
+    config_class = SlimlineOPTConfig
+    part_name = "decoder"
+    part_class = SlimlineOPTDecoder
+
+
+class SlimlineOPTForCausalLM(_UnevenCausalLM, OPTForCausalLM):
+    """An OPT language model of layers with their own widths."""
+
+    config_class = SlimlineOPTConfig
+    part_class = SlimlineOPTModel

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from pruning.instructions import InstructionColumns
 
-class RecordData(BaseModel):
-    """Where instruction records come from and what their columns are called. `input` may be None: no such column."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class RecordData(InstructionColumns):
+    """Where instruction records come from and what their columns are called."""
 
     dataset: str = "yahma/alpaca-cleaned"
     config: str | None = None
     split: str = "train"
     revision: str | None = None
-    instruction: str = "instruction"
-    input: str | None = "input"
-    output: str = "output"
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns to read."""
-        return tuple(name for name in (self.instruction, self.input, self.output) if name is not None)
 
 
 class RecoveryReport(BaseModel):

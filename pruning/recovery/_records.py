@@ -1,4 +1,4 @@
-"""Instruction records as token ids: the Alpaca prompt, the response behind it, the loss on the response only."""
+"""Instruction records as token ids: prompt, response, EOS, and the loss on the response only."""
 
 from __future__ import annotations
 
@@ -10,24 +10,12 @@ import torch
 from torch import Tensor
 
 from pruning.errors import PruningError
-from pruning.recovery import RecordData
+from pruning.instructions import InstructionColumns, prompt_of, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label that torch's cross entropy leaves out
-
-# The prompt of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), which its data sets are made for
-PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-PROMPT_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
 
 
 @dataclass(frozen=True)
@@ -36,14 +24,6 @@ class Example:
 
     ids: tuple[int, ...]
     num_prompt: int
-
-
-def prompt_of(record: Mapping[str, str], data: RecordData) -> str:
-    """The Alpaca prompt for a record, up to where the response begins."""
-    text = record[data.input] if data.input is not None else ""
-    if text:
-        return PROMPT_WITH_INPUT.format(instruction=record[data.instruction], input=text)
-    return PROMPT_WITHOUT_INPUT.format(instruction=record[data.instruction])
 
 
 def choose(records: Sequence[Mapping[str, str]], count: int | None, seed: int) -> list[Mapping[str, str]]:
@@ -62,7 +42,7 @@ def choose(records: Sequence[Mapping[str, str]], count: int | None, seed: int) -
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping[str, str]], data: RecordData, max_length: int
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping[str, str]], data: InstructionColumns, max_length: int
 ) -> list[Example]:
     """Tokenise records, cut to max_length; those whose whole response is cut away are left out.
 
@@ -74,7 +54,7 @@ def encode(
         if missing := [name for name in data.columns if not isinstance(record.get(name), str)]:
             raise PruningError(f"training record {index} has no text in column {missing[0]!r}; it has {sorted(record)}")
     prompts = [prompt_of(record, data) for record in records]
-    texts = [prompt + record[data.output] for prompt, record in zip(prompts, records, strict=True)]
+    texts = [text_of(record, data) for record in records]
     pairs = zip(_tokens(tokenizer, prompts), _tokens(tokenizer, texts), strict=True)
     examples = [_example(prompt, full, tokenizer.eos_token_id, max_length) for prompt, full in pairs]
     left = [example for example in examples if len(example.ids) > example.num_prompt]

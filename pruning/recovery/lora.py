@@ -159,12 +159,12 @@ def _training_state(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _target_names(model: PreTrainedModel, config: Config) -> list[str]:
-    """Dotted names of the linears to adapt; an MLP pruned to zero channels has nothing to train."""
+    """Dotted names of the linears to adapt; a family may have no gate, a pruned MLP no channels."""
     from pruning.families import family_of
 
     family = family_of(model)
-    names = dict(zip(("q", "k", "v", "o", "gate", "up", "down"), family.linear_names(), strict=True))
-    wanted = {names[target] for target in config.targets}
+    names = family.linear_names()
+    wanted = {names[target] for target in config.targets if target in names}
     found = [
         f"{family.layers_path}.{name}"
         for name, module in family.layers(model).named_modules()

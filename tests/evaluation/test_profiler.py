@@ -15,7 +15,7 @@ from evaluation.peak_memory import peak_resident_gib
 from evaluation.profile_config import ProfileConfig
 from evaluation.profiler import profile
 from evaluation.report import GIB, ProfileReport
-from tests.tiny import tiny_model
+from tests.tiny import FAMILIES, tiny_model
 
 CONFIG = ProfileConfig(batch_size=2, prompt_len=16, new_tokens=4, warmup=1, runs=3)
 
@@ -46,6 +46,15 @@ def test_sizes_are_counted_from_the_shapes() -> None:
     assert report.linear_macs_per_token == linears + 320 * 32
     assert report.weights_gib == pytest.approx(4 * report.num_parameters / GIB, rel=0.01)
     assert report.kv_cache_bytes_per_token == 3 * 2 * 16 * 4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decoder_parameters_are_those_of_the_layers(name: str) -> None:
+    model = tiny_model(name)
+    report = profile(model, CONFIG)
+    layers = sum(weight.numel() for key, weight in model.named_parameters() if ".layers." in key)
+    assert report.num_decoder_parameters == layers > 0
+    assert report.num_parameters == sum(weight.numel() for weight in model.parameters())
 
 
 def test_tied_embeddings_count_once() -> None:

@@ -133,6 +133,24 @@ def test_plan_of_an_empty_home_makes_nothing(idle: Home, tiny: Path) -> None:
     assert not idle.settings.results_path.exists()
 
 
+def test_plan_shows_branches_as_a_tree(here: Command, tiny: Path) -> None:
+    variants = "steps.0.variants={full: , uniform: {curve: uniform}, paper: {curve: log_increase}}"
+    lines = here("plan", "smoke", "--set", variants, "--set", "profile=null").stdout.splitlines()
+    shown = [line[8:].rpartition("  ")[0].rstrip() for line in lines if line.startswith("to run ")]
+    assert shown[4:9] == [
+        "  prune:full",
+        "    evaluate:perplexity:full",
+        "    evaluate:zero_shot:full",
+        "    recover:full+lora",
+        "      evaluate:perplexity:full+lora",
+    ]
+    assert shown[10] == "  prune:uniform"
+    assert [line for line in lines if line.startswith("same ")] == [
+        "same    paper is full under another name",
+        "same    paper+lora is full+lora under another name",
+    ]
+
+
 @pytest.mark.parametrize("form", ["table", "markdown", "json", "csv"])
 def test_results_in_four_forms(form: str, smoke: tuple[Home, RunResult]) -> None:
     home, result = smoke
@@ -227,6 +245,8 @@ def test_help_is_printed(idle: Home) -> None:
         (["evals.1.tasks=[piqqa]"], ["piqqa", "did you mean 'piqa'"]),
         (["mirror=/nowhere"], ["mirror folder /nowhere does not exist"]),
         (["calibration.seq_len=100000"], ["calibration.seq_len 100000 is longer than the context", "at most"]),
+        (["steps.0.variants.long.calibration.seq_len=100000"], ["seq_len 100000 of variant long is longer", "at most"]),
+        (["steps.0.variants.x.calibration.data.dataset=/nowhere/x"], ["dataset path /nowhere/x does not exist"]),
         (["steps.1.data.dataset=/nowhere/data"], ["dataset path /nowhere/data does not exist"]),
         (
             ["mirror=hub"],

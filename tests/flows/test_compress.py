@@ -274,8 +274,8 @@ def test_two_sparsities_share_one_capture(smoke_copy: Home, filled: list[str]) -
     one = ["steps=[{method: slimgpt, propagate_error: false, sparsity: 0.2}]", "evals=[]", *QUICK]
     smoke_copy.run("smoke", one)
     result = smoke_copy.run("smoke", [*one, "steps.0.sparsity=0.4"])
-    assert filled == ["capture:slimgpt-20", "prune:slimgpt-20", "prune:slimgpt-40"]
-    assert statuses(result)["capture:slimgpt-40"] == "cached"
+    assert filled == ["capture:dense", "prune:slimgpt-20", "prune:slimgpt-40"]
+    assert statuses(result)["capture:dense"] == "cached"
 
 
 def test_a_step_on_a_pruned_checkpoint(smoke_copy: Home) -> None:

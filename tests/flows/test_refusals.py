@@ -10,6 +10,7 @@ import pytest
 
 from flows.errors import StagesFailed
 from flows.outcome import RunResult
+from infra.errors import SourceInvalid
 from tests.flows.home import Home
 from tests.flows.models import overflowing, with_nan
 
@@ -61,16 +62,23 @@ def test_a_sparsity_that_cannot_be_reached(smoke_copy: Home) -> None:
     assert "0.999" in message
 
 
-def test_a_column_that_does_not_exist(smoke_copy: Home) -> None:
-    message, _ = failed(smoke_copy, "calibration.data.text_field=body")
-    assert "body" in message
-    assert "text" in message
-
-
-def test_a_split_that_does_not_exist(smoke_copy: Home) -> None:
-    message, _ = failed(smoke_copy, "calibration.data.split=training")
-    assert "training" in message
-    assert "train" in message
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("calibration.data.text_field=body",), ("slimline/news has no column 'body'", "it has text")),
+        (("calibration.data.template=alpaca",), ("slimline/news has no column 'instruction'", "it has text")),
+        (("calibration.data.split=training",), ("'training'", "did you mean 'train'?")),
+    ],
+)
+def test_calibration_data_that_cannot_be_read_is_known_before_any_work(
+    overrides: tuple[str, ...], words: tuple[str, str], home: Home, filled: list[str]
+) -> None:
+    with pytest.raises(SourceInvalid) as caught:
+        home.run("smoke", [*ONLY_PRUNE, *overrides])
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in str(caught.value)
+    assert filled == []
+    assert not home.settings.results_path.exists()
 
 
 def test_no_training_records(smoke_copy: Home) -> None:

@@ -133,8 +133,40 @@ def test_a_perplexity_beyond_all_numbers_is_shown() -> None:
 
 
 def test_each_suite_says_how_it_measured() -> None:
-    spec = {"model": {"id": "a/b"}, "calibration": {"num_samples": 8, "seed": 0}, "profile": None}
+    data = {"dataset": "a/c", "config": None, "template": {"name": "alpaca", "input": None}}
+    spec = {
+        "model": {"id": "a/b", "revision": None},
+        "calibration": {"data": data, "num_samples": 8, "seed": 0},
+        "profile": None,
+    }
     told, calibration, *lines = protocol_lines(ROWS[:3] + ROWS[5:6], spec)
     assert told == 'model: id "a/b"'
-    assert calibration == "calibration: num_samples 8, seed 0"
+    assert calibration == (
+        'calibration: data {"dataset": "a/c", "template": {"name": "alpaca"}}, num_samples 8, seed 0'
+    )
     assert lines == ['perplexity: bos "once", join "a,b"', "zero_shot: limit 10", "profile: runs 5"]
+
+
+def test_variants_say_what_they_change() -> None:
+    variants = {"full": {}, "short": {"curve": "uniform", "calibration": {"seq_len": 64}}}
+    spec = {"model": {"id": "a/b"}, "steps": [{"variants": variants}, {"recovery": "lora"}]}
+    assert protocol_lines([], spec)[1:] == [
+        "variant full: changes nothing",
+        'variant short: curve "uniform", calibration {"seq_len": 64}',
+    ]
+
+
+def test_checkpoints_that_do_not_fit_come_below() -> None:
+    rows = table_rows([row(f"checkpoint-{n}", "suite", "task", "acc", n / 100) for n in range(12)])
+    tables = [table.splitlines() for table in aligned(rows, width=60).split("\n\n")]
+    assert [name for table in tables for name in table[0].split()] == [f"checkpoint-{n}" for n in range(12)]
+    assert [cell for table in tables for cell in table[1].split()[2:]] == [f"{n / 100:.3f}" for n in range(12)]
+    assert {table[1].split()[0] for table in tables} == {"task"}
+    assert all(len(line) <= 60 for table in tables for line in table)
+    assert len(tables) == 4
+    assert "\n\n" not in aligned(rows, width=1000)
+
+
+def test_a_checkpoint_wider_than_the_terminal_stands_alone() -> None:
+    rows = table_rows([row("x" * 50 + str(n), "suite", "task", "acc", 0.5) for n in range(2)])
+    assert len(aligned(rows, width=20).split("\n\n")) == 2

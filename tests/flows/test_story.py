@@ -71,7 +71,7 @@ def test_stages_come_after_what_they_read(mirror: Path) -> None:
     for stage in story.stages:
         assert {ref.key for ref in stage.request.inputs} <= seen, stage.name
         seen.add(stage.ref.key)
-    assert set(keys(story)) == EVERYTHING | {"capture:slimgpt-20"}
+    assert set(keys(story)) == EVERYTHING | {"capture:dense"}
     assert len({stage.ref.key for stage in story.stages}) == len(story.stages)
 
 
@@ -154,6 +154,8 @@ def test_words_are_in_no_key(override: str, mirror: Path) -> None:
         ("calibration.data.split=test", CALIBRATION | PRUNED | RECOVERED),
         ("calibration.data.text_field=body", CALIBRATION | PRUNED | RECOVERED),
         ("calibration.data.data_files=a.json", CALIBRATION | PRUNED | RECOVERED),
+        ("calibration.data.rows=lines", CALIBRATION | PRUNED | RECOVERED),
+        ("calibration.data.template=alpaca", CALIBRATION | PRUNED | RECOVERED),
         ("steps.0.dampening_frac=0.02", PRUNED | RECOVERED),
         ("steps.0.curve=uniform", PRUNED | RECOVERED),
         ("steps.0.group_size=8", PRUNED | RECOVERED),
@@ -197,7 +199,7 @@ def test_sparsity_changes_the_pruning_and_the_names(mirror: Path) -> None:
 def test_the_dense_statistics_serve_every_sparsity(mirror: Path) -> None:
     two = "steps=[{method: slimgpt, sparsity: 0.2, propagate_error: false, name: a}]"
     other = "steps=[{method: slimgpt, sparsity: 0.3, propagate_error: false, name: a}]"
-    assert keys(told(mirror, two))["capture:a"] == keys(told(mirror, other))["capture:a"]
+    assert keys(told(mirror, two))["capture:dense"] == keys(told(mirror, other))["capture:dense"]
 
 
 @pytest.mark.parametrize(

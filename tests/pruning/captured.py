@@ -1,16 +1,24 @@
-"""What the pruning tests share: calibration windows for a tiny model, and its Hessians by forward hooks alone."""
+"""What the pruning tests share: calibration windows for a tiny model, its Hessians by forward hooks alone, a pruned copy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning.calibration import CalibrationSet
+from pruning.decoder import ResidentDecoder
 from pruning.families import family_of
+from pruning.ledger import MemoryLedger
+from pruning.methods import slimgpt
+from pruning.pruned import Pruned
 from pruning.sequential import WalkOptions
 from tests.tiny import random_ids
 
@@ -25,7 +33,8 @@ def windows(model: PreTrainedModel, num_samples: int = 6, num_heldout: int = 2, 
 def outputs(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Every o_proj and down_proj by its dotted name, in the order of the walk."""
     family = family_of(model)
-    ends = (f".{family.attention_name}.{family.o_name}", f".{family.mlp_name}.{family.down_name}")
+    mlp = f".{family.mlp_name}" if family.mlp_name else ""
+    ends = (f".{family.attention_name}.{family.o_name}", f"{mlp}.{family.down_name}")
     return {name: module for name, module in model.named_modules() if name.endswith(ends)}  # type: ignore[misc]
 
 
@@ -57,3 +66,37 @@ def hooked_moments(model: PreTrainedModel, ids_NL: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids_NL: Tensor) -> Tensor:
     return model(ids_NL).logits  # type: ignore[no-any-return]
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    state, others = one.state_dict(), other.state_dict()
+    return list(state) == list(others) and all(torch.equal(value, others[name]) for name, value in state.items())
+
+
+def prune_copy(
+    model: PreTrainedModel,
+    config: BaseModel,
+    calibration: CalibrationSet | None = None,
+    *,
+    method: ModuleType = slimgpt,
+    statistics: Path | None = None,
+    options: WalkOptions = CPU,
+    progress: Callable[[float, str], None] = lambda share, message: None,
+) -> tuple[PreTrainedModel, Pruned]:
+    """A masked copy of the model and how it was pruned; the model itself must come out of it as it went in."""
+    before, modules, ledger = copy.deepcopy(model), dict(model.named_modules()), MemoryLedger()
+    try:
+        pruned = method.prune(
+            ResidentDecoder(model),
+            calibration or windows(model),
+            config,
+            statistics=statistics,
+            options=options,
+            ledger=ledger,
+            progress=progress,
+        )
+    finally:
+        assert same_weights(model, before)
+        assert dict(model.named_modules()) == modules
+    ledger.apply_(before)
+    return before, pruned

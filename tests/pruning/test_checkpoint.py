@@ -74,13 +74,13 @@ def test_uniform_and_dense_models_are_plain_checkpoints(tmp_path: Path) -> None:
     assert torch.equal(logits(load_checkpoint(tmp_path)), logits(model))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma", "opt"])
 def test_tied_embeddings(name: str, tmp_path: Path) -> None:
     model, _ = shrunk(name, tie_word_embeddings=True)
     save_checkpoint(model, None, tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     loaded = load_checkpoint(tmp_path)
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
     assert torch.equal(logits(loaded), logits(model))
 
 
@@ -100,7 +100,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 for folder in map(Path, sys.argv[1:]):
     expected = torch.load(folder / "expected.pt")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    assert [layer.intermediate_size for layer in config.per_layer_config] == expected["widths"]
+    width = "ffn_dim" if config.model_type == "slimline-opt" else "intermediate_size"
+    assert [getattr(layer, width) for layer in config.per_layer_config] == expected["widths"]
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
         torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"], atol=1e-5, rtol=0)

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from pruning.checkpoint import load_checkpoint, save_checkpoint
 from pruning.errors import PruningError
+from pruning.instructions import prompt_of
 from pruning.plan import PruningPlan
 from pruning.recovery import RecordData, RecoveryReport
-from pruning.recovery._records import IGNORED, choose, collate, encode, prompt_of
+from pruning.recovery._records import IGNORED, choose, collate, encode
 from pruning.recovery.lora import Config, _merged_adapters, recover
 from pruning.surgery import shrink_
 from tests.pruning.test_surgery import logits, plan_for

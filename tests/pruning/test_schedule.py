@@ -13,10 +13,12 @@ from pruning.errors import PruningError
 from pruning.families import LayerCost, decoder_parameters, layer_cost, shapes
 from pruning.plan import LayerShape
 from pruning.schedule import (
+    MAX_RATIO,
     Allocation,
     Curve,
     HeadUnit,
     LayerBudget,
+    curve_ratios,
     curve_weights,
     num_head_units,
     removed_parameters,
@@ -196,6 +198,121 @@ def test_counts_are_those_of_the_real_model(family: str, unit: HeadUnit) -> None
     assert removed_parameters(budgets, source, cost, unit) == pytest.approx(
         0.4 * decoder_parameters(real), abs=cost.per_channel
     )
+
+
+def test_given_end_points_of_the_paper_at_20_percent_on_llama_7b() -> None:
+    # arXiv 2412.18110, section 3.4: log curve from 0.0625 to 0.25, the same ratio for heads and channels
+    source, cost = MODELS["LLaMA-7B"]
+    budgets = solve_budgets(source, cost, Allocation(sparsity=0.2, end_points=(0.0625, 0.25)))
+    for i, budget in enumerate(budgets):
+        ratio = 0.0625 + (0.25 - 0.0625) * math.log(i + 1) / math.log(32)
+        assert budget == LayerBudget(head_units=round(32 * ratio), channels=round(11008 * ratio))
+    assert (budgets[0], budgets[31]) == (LayerBudget(2, 688), LayerBudget(8, 2752))
+    removed = sum(4 * 128 * 4096 * budget.head_units + 3 * 4096 * budget.channels for budget in budgets)
+    total = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096)
+    assert removed == removed_parameters(budgets, source, cost, "kv_group")
+    # 20.064 % when every layer is rounded for itself: 0.064 % beside the paper's 20 %
+    assert removed / total == pytest.approx(0.2006382, abs=1e-6)
+
+
+def rising(curve: Curve, i: int, layers: int, first: float, last: float) -> float:
+    """Section 3.4, written out for each curve apart."""
+    return {
+        "log_increase": first + (last - first) * math.log(i + 1) / math.log(layers),
+        "linear_increase": first + (last - first) * i / (layers - 1),
+        "uniform": first,
+        "log_decrease": last + (first - last) * math.log(layers - i) / math.log(layers),
+        "linear_decrease": last + (first - last) * (layers - 1 - i) / (layers - 1),
+    }[curve]
+
+
+@pytest.mark.parametrize("layers", [2, 3, 32])
+@pytest.mark.parametrize(
+    ("curve", "first", "last"),
+    [
+        ("log_increase", 0.1, 0.6),
+        ("linear_increase", 0.0, 0.95),
+        ("uniform", 0.3, 0.3),
+        ("log_increase", 0.3, 0.3),
+        ("log_decrease", 0.6, 0.1),
+        ("linear_decrease", 0.95, 0.0),
+    ],
+)
+def test_the_first_end_point_is_always_layer_0(curve: Curve, first: float, last: float, layers: int) -> None:
+    ratios = curve_ratios(curve, layers, (first, last))
+    assert ratios == pytest.approx([rising(curve, i, layers, first, last) for i in range(layers)])
+    assert (ratios[0], ratios[-1]) == pytest.approx((first, last))
+
+
+@pytest.mark.parametrize(("name", "unit"), [("LLaMA-7B", "kv_group"), ("Llama-3-8B", "query_head")])
+@pytest.mark.parametrize("attention_ratio", [0.0, 0.5, 1.0, 2.0, math.inf])
+@pytest.mark.parametrize("curve, end_points", [("log_increase", (0.05, 0.5)), ("linear_decrease", (0.5, 0.1))])
+def test_given_ratios_are_taken_as_they_are(
+    name: str, unit: HeadUnit, attention_ratio: float, curve: Curve, end_points: tuple[float, float]
+) -> None:
+    source, cost = MODELS[name]
+    attention = min(1.0, attention_ratio)
+    ffn = 1.0 if attention_ratio <= 1 else 0.0 if math.isinf(attention_ratio) else 1 / attention_ratio
+    expected = []
+    for i, shape in enumerate(source):
+        ratio = 0.0 if i < 2 or i >= 31 else rising(curve, i, 32, *end_points)
+        units = num_head_units(shape, unit)
+        heads = min(round(ratio * attention * units), units - 1)
+        expected.append(LayerBudget(heads, round(ratio * ffn * shape.intermediate_size)))
+    share = removed_parameters(expected, source, cost, unit) / sum(map(cost.parameters, source))
+    allocation = Allocation(share, curve, 0.9, attention_ratio, 2, 1, unit, end_points)
+    assert solve_budgets(source, cost, allocation) == tuple(expected)
+
+
+def test_one_head_unit_stays_whatever_the_end_points() -> None:
+    source, cost = MODELS["SmolLM2-135M"]
+    allocation = Allocation(sparsity=0.8797, curve="uniform", end_points=(0.95, 0.95))
+    assert {budget.head_units for budget in solve_budgets(source, cost, allocation)} == {2}
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "met"), [(0.1987, True), (0.2, True), (0.2026, True), (0.1985, False), (0.2027, False), (0.5, False)]
+)
+def test_end_points_must_meet_the_sparsity_within_0_2_percent(sparsity: float, met: bool) -> None:
+    source, cost = MODELS["LLaMA-7B"]
+    allocation = Allocation(sparsity=sparsity, end_points=(0.0625, 0.25))
+    if met:
+        assert achieved(solve_budgets(source, cost, allocation), source, cost, "kv_group") == pytest.approx(
+            0.20064, abs=1e-5
+        )
+        return
+    with pytest.raises(
+        PruningError, match=r"remove 0\.2006 .*set sparsity to 0\.2006, or leave end_points out"
+    ) as error:
+        solve_budgets(source, cost, allocation)
+    assert f"not sparsity {sparsity:g}" in str(error.value)
+    told = float(str(error.value).split("set sparsity to ")[1].split(",")[0])
+    solve_budgets(source, cost, Allocation(sparsity=told, end_points=(0.0625, 0.25)))
+
+
+@pytest.mark.parametrize(
+    ("curve", "end_points", "sentence"),
+    [
+        ("log_increase", (-0.01, 0.25), "are not ratios between 0 and 0.95"),
+        ("log_increase", (0.1, MAX_RATIO + 0.01), "are not ratios between 0 and 0.95"),
+        ("log_increase", (0.1, math.nan), "are not ratios between 0 and 0.95"),
+        ("uniform", (0.1, 0.2), "differ, but a uniform curve has one ratio"),
+        ("log_increase", (0.25, 0.0625), "does not lead from 0.25 to 0.0625; swap the end_points or take log_decrease"),
+        ("linear_decrease", (0.1, 0.2), "does not lead from 0.1 to 0.2; swap the end_points or take linear_increase"),
+    ],
+)
+def test_end_points_that_make_no_curve_are_refused(
+    curve: Curve, end_points: tuple[float, float], sentence: str
+) -> None:
+    source, cost = MODELS["LLaMA-7B"]
+    with pytest.raises(PruningError, match=sentence):
+        solve_budgets(source, cost, Allocation(sparsity=0.2, curve=curve, end_points=end_points))
+
+
+def test_a_single_layer_has_one_end_point() -> None:
+    assert curve_ratios("log_increase", 1, (0.3, 0.3)) == (0.3,)
+    with pytest.raises(PruningError, match="a model of one layer has one ratio; give it twice"):
+        curve_ratios("log_increase", 1, (0.1, 0.3))
 
 
 SHAPES = st.builds(

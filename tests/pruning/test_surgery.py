@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, OPTForCausalLM, PhiForCausalLM, PreTrainedModel
 
 from pruning.errors import PruningError
 from pruning.families import family_of, shapes
-from pruning.modeling.modeling_slimline import SlimlineLlamaForCausalLM
+from pruning.modeling import config_shapes, pruned_config
+from pruning.modeling.modeling_slimline import SlimlineLlamaForCausalLM, SlimlineOPTForCausalLM
 from pruning.plan import LayerPlan, PruningPlan
 from pruning.surgery import mask_, shrink_
 from tests.tiny import FAMILIES, random_ids, random_plan, tiny_model
@@ -136,13 +137,67 @@ def test_equal_widths_that_the_stock_config_refuses() -> None:
     assert model.config.num_attention_heads == 6
 
 
+def equal_layers(model: PreTrainedModel, heads: int, channels: int) -> PruningPlan:
+    """A plan that keeps so many query heads, each of a kv head of its own, and channels in every layer."""
+    full = PruningPlan.full(shapes(model), family_of(model).head_dim(model))
+    kept = {"kept_query_heads": tuple(range(heads)), "kept_kv_heads": tuple(range(heads))}
+    layers = tuple(layer.model_copy(update={**kept, "kept_channels": tuple(range(channels))}) for layer in full.layers)
+    return PruningPlan(source=full.source, head_dim=full.head_dim, layers=layers)
+
+
+def test_an_opt_with_fewer_heads_needs_our_class_even_if_its_layers_are_equal() -> None:
+    """The stock OPT takes hidden_size / num_attention_heads for the width of a head: it cannot have fewer heads."""
+    narrow, fewer = tiny_model("opt"), tiny_model("opt")
+    shrink_(narrow, equal_layers(narrow, heads=8, channels=16))
+    assert type(narrow) is OPTForCausalLM
+    assert [type(part).__name__ for part in (narrow.model, narrow.model.decoder)] == ["OPTModel", "OPTDecoder"]
+    assert narrow.config.ffn_dim == 16
+    assert not {"head_dim", "num_key_value_heads", "auto_map"} & set(narrow.config.to_dict())
+    shrink_(fewer, equal_layers(fewer, heads=4, channels=48))
+    assert type(fewer) is SlimlineOPTForCausalLM
+    assert not fewer.config.is_heterogeneous
+    assert (fewer.config.num_attention_heads, fewer.config.head_dim) == (4, 4)
+    rebuilt = SlimlineOPTForCausalLM(fewer.config)
+    rebuilt.load_state_dict(fewer.state_dict())
+    assert torch.equal(logits(rebuilt.eval()), logits(fewer))
+
+
+def test_a_phi_with_fewer_heads_stays_a_stock_phi_with_its_rotary_share() -> None:
+    rope = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.4}  # of phi-2; the default is 0.5
+    model = tiny_model("phi-mha", hidden=80, rope_parameters=rope)
+    shrink_(model, equal_layers(model, heads=3, channels=16))
+    assert type(model) is PhiForCausalLM
+    assert (model.config.num_attention_heads, model.config.head_dim) == (3, 10)
+    assert model.config.rope_parameters == rope
+    rebuilt = PhiForCausalLM(model.config)
+    rebuilt.load_state_dict(model.state_dict())
+    assert torch.equal(logits(rebuilt.eval()), logits(model))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_config_can_be_made_without_a_model(name: str) -> None:
+    model = tiny_model(name)
+    plan, family, old = plan_for(model), family_of(model), model.config.to_dict()
+    kept = tuple(layer.layer for layer in plan.layers)
+    new_class, config = pruned_config(model.config, family, plan.head_dim, kept, plan.shapes)
+    assert model.config.to_dict() == old
+    assert config_shapes(config) == plan.shapes
+    shrink_(model, plan)
+    assert type(model) is new_class
+    assert model.config.to_dict() == config.to_dict()
+    assert [type(part) for part in new_class(config).modules() if isinstance(part, PreTrainedModel)] == [
+        type(part) for part in model.modules() if isinstance(part, PreTrainedModel)
+    ]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_tensor_has_one_owner(name: str) -> None:
     model = tiny_model(name)
-    old = {parameter.data_ptr() for parameter in model.model.layers.parameters() if parameter.dim() == 2}
+    layers = family_of(model).layers(model)
+    old = {parameter.data_ptr() for parameter in layers.parameters() if parameter.dim() == 2}
     held = list(model.parameters())  # keeps the old storages alive, so no address is reused
     shrink_(model, plan_for(model, seed=5))
-    new = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2 and parameter.numel()]
+    new = [parameter for parameter in layers.parameters() if parameter.dim() == 2 and parameter.numel()]
     assert not old & {parameter.data_ptr() for parameter in new}
     assert all(p.is_contiguous() and p.untyped_storage().nbytes() == p.numel() * 4 for p in new)
     assert len(held) > len(new)

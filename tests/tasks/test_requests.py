@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from infra.artifacts import ArtifactRef
-from infra.sources import TextData
+from infra.keys import stage_key
+from tasks.calibration_data import CalibrationData, Template
 from tasks.requests import CalibrateRequest, EvaluateRequest, ImportRequest, ProfileRequest, PruneRequest, Request
 
 CHECKPOINT = ArtifactRef(kind="checkpoint", key="import-model-v1-0")
@@ -26,7 +27,7 @@ CALIBRATE = CalibrateRequest(
     num_heldout=0,
     seed=0,
     join=" ",
-    data=TextData(dataset="a/b"),
+    data=CalibrationData(dataset="a/b"),
 )
 PRUNE = PruneRequest(plugin="slimgpt", config={"sparsity": 0.2}, checkpoint=CHECKPOINT, calibration=CALIBRATION)
 PROFILE = ProfileRequest(checkpoint=CHECKPOINT, reference=None, settings={}, device_name="a")
@@ -48,6 +49,10 @@ PROFILE = ProfileRequest(checkpoint=CHECKPOINT, reference=None, settings={}, dev
         (CALIBRATE, {"num_heldout": 1}),
         (CALIBRATE, {"seed": 1}),
         (CALIBRATE, {"join": ""}),
+        (CALIBRATE, {"rows": "lines"}),
+        (CALIBRATE, {"template": Template()}),
+        (CALIBRATE.model_copy(update={"template": Template()}), {"template": Template(instruction="question")}),
+        (CALIBRATE.model_copy(update={"template": Template()}), {"template": Template(input=None)}),
         (PRUNE, {"config": {"sparsity": 0.3}}),
         (PRUNE, {"statistics": ArtifactRef(kind="statistics", key="capture-v1-0")}),
         (PROFILE, {"reference": CHECKPOINT}),
@@ -64,11 +69,29 @@ def test_what_changes_the_answer_changes_the_key(request_: Request, change: dict
     [
         (IMPORT, {"model_id": "/elsewhere/b"}),
         (IMPORT, {"revision": "main"}),
-        (CALIBRATE, {"data": TextData(dataset="/elsewhere")}),
+        (CALIBRATE, {"data": CalibrationData(dataset="/elsewhere")}),
     ],
 )
 def test_where_it_is_found_does_not(request_: Request, change: dict[str, Any]) -> None:
     assert request_.model_copy(update=change).ref == request_.ref
+
+
+def test_plain_text_keeps_the_keys_of_the_time_before_templates() -> None:
+    before = {
+        "checkpoint": {"kind": "checkpoint", "key": "import-model-v1-0"},
+        "source": {"content": "a"},
+        "config": None,
+        "split": "train",
+        "text_field": "text",
+        "data_files": None,
+        "num_samples": 1,
+        "seq_len": 2,
+        "num_heldout": 0,
+        "seed": 0,
+        "join": " ",
+    }
+    assert CALIBRATE.ref.key == stage_key("calibrate", 1, before)
+    assert CalibrateRequest.model_validate(before | {"data": {"dataset": "a/b"}}) == CALIBRATE
 
 
 def test_a_request_names_what_it_reads() -> None:

@@ -1,0 +1,144 @@
+"""Pruning from one checkpoint folder to another without ever holding the model.
+
+In memory at any time: embeddings, final norm and head, one decoder layer, one Hessian with its factors, and as much of
+the activations as the budget allows. Finished layers lie in a work folder; a killed run called again with the same one
+goes on at the layer where it was, and its result is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.dynamic_module_utils import custom_object_save
+
+from pruning.checkpoint import PLAN_FILE, load_plan
+from pruning.decoder import StreamedDecoder, meta_model
+from pruning.folder_ledger import FolderLedger
+from pruning.folders import tensor_files
+from pruning.modeling import pruned_config
+
+if TYPE_CHECKING:
+    from pruning.calibration import CalibrationSet
+    from pruning.plan import PruningPlan
+    from pruning.pruned import Pruned
+    from pruning.sequential import WalkOptions
+
+_INDEX = "model.safetensors.index.json"
+
+
+def prune_checkpoint(
+    source: Path,
+    out: Path,
+    module: Any,
+    calibration: CalibrationSet,
+    config: Any,
+    *,
+    statistics: Path | None = None,
+    orders: Path | None = None,
+    options: WalkOptions,
+    work: Path,
+    progress: Callable[[float, str], None] = lambda share, message: None,
+) -> Pruned:
+    """Prune the checkpoint in `source` by the method `module` and write the smaller one into `out` (weights, config,
+    plan.json; no tokenizer).
+
+    work: folder of finished layers, to be kept until `out` is whole. With several processes (options.team) all call
+    this with the same folders and the leader writes `out`. Raises PruningError as the method does, or if the source is
+    no checkpoint of a supported family.
+    """
+    decoder = StreamedDecoder(source)
+    ledger = FolderLedger(work, options.team)
+    pruned: Pruned = module.prune(
+        decoder,
+        calibration,
+        config,
+        statistics=statistics,
+        orders=orders,
+        options=options,
+        ledger=ledger,
+        progress=progress,
+    )
+    if options.team.leads:
+        before = load_plan(source)
+        assemble_checkpoint(decoder, ledger.shards, pruned.plan, out)
+        plan = pruned.plan if before is None else before.compose(pruned.plan)
+        (out / PLAN_FILE).write_text(plan.model_dump_json(), encoding="utf-8")
+    return pruned
+
+
+def assemble_checkpoint(decoder: StreamedDecoder, layer_files: list[Path], plan: PruningPlan, out: Path) -> None:
+    """Make a checkpoint folder of the layers' finished files and what of the source lies outside the layers.
+
+    The files are linked (copied, if `out` is on another disk), so that an interrupted assembly can be repeated.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    count = len(layer_files) + 1
+    names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+    skeleton, prefix = decoder.skeleton, f"{decoder.family.layers_path}."
+    stored = tensor_files(decoder.folder)
+    outside = {
+        name: tensor.contiguous()
+        for name, tensor in skeleton.state_dict().items()
+        if name in stored and not name.startswith(prefix)
+    }
+    save_file(outside, out / names[0], metadata={"format": "pt"})
+    for file, name in zip(layer_files, names[1:], strict=True):
+        _link(file, out / name)
+    model_class, config = pruned_config(
+        skeleton.config,
+        decoder.family,
+        decoder.family.head_dim(skeleton),
+        tuple(layer.layer for layer in plan.layers),
+        plan.shapes,
+    )
+    _write_index(out, names, dict(_promised(model_class, config)))
+    config.architectures = [model_class.__name__]
+    config.dtype = skeleton.config.dtype
+    if getattr(model_class, "_auto_class", None) is not None:
+        custom_object_save(meta_model(model_class, config), out, config=config)
+    config.save_pretrained(out)
+    generation = decoder.folder / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, out / generation.name)
+
+
+def _promised(model_class: Any, config: Any) -> dict[str, torch.Size]:
+    """Names and shapes of the weights that the class builds from the config."""
+    model = meta_model(model_class, config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _write_index(out: Path, names: list[str], promised: dict[str, torch.Size]) -> None:
+    """The index of the shards, after a check that they hold what the config promises."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for name in names:
+        with safe_open(out / name, framework="pt") as shard:
+            for key in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
+                part = shard.get_slice(key)
+                shape = torch.Size(part.get_shape())
+                assert promised.get(key, shape) == shape, f"{key} is {shape}, the config promises {promised[key]}"
+                weight_map[key] = name
+                total += shape.numel() * _BYTES[part.get_dtype()]
+    missing = sorted(promised.keys() - weight_map.keys())
+    assert not missing, f"no shard holds {missing[0]}"
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}

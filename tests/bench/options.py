@@ -1,0 +1,108 @@
+"""What a benchmark run can be told; the defaults are the sizes that figures are quoted for."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Windows:
+    """So many windows of so many tokens; on the command line "64x1024"."""
+
+    count: int
+    length: int
+
+    @classmethod
+    def parse(cls, text: str) -> Windows:
+        count, _, length = text.partition("x")
+        if not (count.isdigit() and length.isdigit() and int(count) and int(length)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not windows x tokens: write it like 64x1024")
+        return cls(int(count), int(length))
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.length}"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A synthetic Llama: as many kv heads as heads, heads of 64 columns where hidden allows it."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    layers: int
+    vocab: int = 2048
+
+    @classmethod
+    def of_width(cls, hidden: int, layers: int) -> Shape:
+        """The proportions of Llama: an FFN of 2.75 times the hidden size."""
+        return cls(hidden, hidden * 11 // 4, max(1, hidden // 64), layers)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The axes of the part `growth`; one of them moves while the others stay at `base` (and the first of tokens)."""
+
+    base: Shape = Shape(512, 1408, 8, 4)
+    depths: tuple[int, ...] = (2, 4, 8)
+    widths: tuple[int, ...] = (256, 512, 1024)
+    tokens: tuple[Windows, ...] = (Windows(8, 256), Windows(16, 256), Windows(32, 256))
+    percents: tuple[int, ...] = (10, 20, 50, 70)
+    repeats: int = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything but the choice of parts."""
+
+    model: Path | None = None
+    mirror: str | None = None
+    device: str = "cpu"
+    batch_size: int = 8
+    out: Path = Path("build")
+    scratch: Path = Path("build/bench-scratch")
+    tokens: Windows = Windows(64, 1024)
+    num_heldout: int = 4
+    naive_tokens: Windows = Windows(8, 1024)
+    stream_tokens: Windows = Windows(8, 128)
+    stream_gib: float = 4.0
+    stream_shape: Shape = Shape(1024, 2816, 16, 1)
+    kill_layers: int = 8
+    head_unit: Literal["kv_group", "query_head"] | None = None
+    group_size: int = 128
+    p1_calibration: Windows = Windows(32, 512)
+    p1_windows: Windows = Windows(8, 1024)
+    ordering_percent: int = 50
+    ordering_samples: tuple[int, ...] = (8, 16, 32, 64, 128)
+    ordering_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    growth: Growth = Growth()
+
+
+def parse_options(arguments: list[str] | None, parts: tuple[str, ...]) -> tuple[tuple[str, ...], Options]:
+    """The parts asked for (all if none is named) and the options."""
+    defaults = Options()
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Benchmarks of slimline, side by side.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(parts)} (default: all)")
+    add = parser.add_argument
+    add("--model", type=Path, metavar="FOLDER", help="a checkpoint folder (default: the offline SmolLM2-135M-Instruct)")
+    add("--mirror", help="where C4 and WikiText-2 lie, as in SLIMLINE_MIRROR (default: that variable)")
+    add("--device", default=defaults.device)
+    add("--batch-size", type=int, default=defaults.batch_size, help="windows per forward pass")
+    add("--out", type=Path, default=defaults.out, help="folder of bench.json and bench.md (default: %(default)s)")
+    add("--scratch", type=Path, default=defaults.scratch, help="folder for models, removed afterwards (%(default)s)")
+    windows = {"type": Windows.parse, "metavar": "NxL"}
+    add("--tokens", default=defaults.tokens, help="calibration of `speed` (default: %(default)s)", **windows)
+    add("--naive-tokens", default=defaults.naive_tokens, help="of `naive` (default: %(default)s)", **windows)
+    add("--stream-tokens", default=defaults.stream_tokens, help="of `stream` (default: %(default)s)", **windows)
+    add("--stream-gib", type=float, default=defaults.stream_gib, help="size of the streamed model (%(default)s)")
+    add("--kill-layers", type=int, default=defaults.kill_layers, help="depth of the model that is killed (%(default)s)")
+    add("--head-unit", choices=("kv_group", "query_head"), help="of `ordering` (default: the method's, row by row)")
+    add("--group-size", type=int, default=defaults.group_size, help="of the -DGS row of `ordering` (%(default)s)")
+    given = vars(parser.parse_args(arguments))
+    asked = tuple(given.pop("parts")) or parts
+    if unknown := [part for part in asked if part not in parts]:
+        parser.error(f"unknown part {unknown[0]!r}; there are {', '.join(parts)}")
+    return asked, Options(**given)

@@ -1,0 +1,57 @@
+"""Pruning of a model in memory exactly as the product does it, with a clock."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from pruning.calibration import CalibrationSet
+from pruning.decoder import ResidentDecoder
+from pruning.ledger import MemoryLedger
+from pruning.methods import slimgpt
+from pruning.pruned import Pruned
+from pruning.sequential import WalkOptions
+from pruning.surgery import shrink_
+from tests.bench.options import Options
+from tests.bench.timing import bar, seconds
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """One pruning of a model that is itself unchanged."""
+
+    pruned: Pruned
+    ledger: MemoryLedger
+    seconds: float
+
+    @property
+    def split(self) -> str:
+        """The split that held-out KL chose; "" when there was nothing to choose."""
+        tried = self.pruned.split_kl
+        return min(tried, key=lambda name: tried[name]) if tried else ""
+
+    def smaller(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A pruned copy of the model."""
+        result = copy.deepcopy(model)
+        self.ledger.apply_(result)
+        shrink_(result, self.pruned.plan)
+        return result
+
+
+def prune(
+    model: PreTrainedModel, calibration: CalibrationSet, config: slimgpt.Config, options: Options, title: str
+) -> Pruning:
+    """slimgpt.prune over a resident model, timed from the call to its return."""
+    walk = WalkOptions(torch.device(options.device), batch_size=options.batch_size)
+    ledger = MemoryLedger()
+    with bar(title) as progress:
+        pruned, took = seconds(
+            lambda: slimgpt.prune(
+                ResidentDecoder(model), calibration, config, options=walk, ledger=ledger, progress=progress
+            ),
+            options.device,
+        )
+    return Pruning(pruned, ledger, took)

@@ -1,0 +1,89 @@
+"""The process that prunes a checkpoint folder and nothing else, so that its peak memory is the pruning's own.
+
+    python -m tests.bench.stream_child '{"source": ..., ...}'
+
+It prints a line "share seconds message" whenever progress is told and at its end one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import pruning.splits
+import pruning.statistics  # noqa: F401  (methods import them when they are called: that, too, belongs before the clock)
+from pruning.methods import slimgpt
+from pruning.modeling import class_of
+from pruning.sequential import WalkOptions
+from pruning.streaming import prune_checkpoint
+from tests.bench.options import Windows
+from tests.bench.random_tokens import random_calibration
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the child is told."""
+
+    source: str
+    out: str
+    work: str
+    vocab: int
+    count: int
+    length: int
+    batch_size: int
+    device: str
+    sparsity: float = 0.2
+
+    def arguments(self) -> list[str]:
+        return [sys.executable, "-m", "tests.bench.stream_child", json.dumps(asdict(self))]
+
+
+def high_water_gib() -> float:
+    """Peak resident memory of this process: VmHWM, since Linux lets a child inherit its parent's ru_maxrss."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB  # macOS: bytes, and nothing inherited
+
+
+def main() -> None:
+    job = Job(**json.loads(sys.argv[1]))
+    class_of(Path(job.source))  # imports the modelling code, which is neither the pruning's time nor its memory
+    libraries = high_water_gib()
+    calibration = random_calibration(job.vocab, Windows(job.count, job.length))
+    start = time.perf_counter()
+
+    def tell(share: float, message: str) -> None:
+        sys.stdout.write(f"{share:.6f} {time.perf_counter() - start:.3f} {message}\n")
+        sys.stdout.flush()
+
+    tell(0.0, "start")
+    prune_checkpoint(
+        Path(job.source),
+        Path(job.out),
+        slimgpt,
+        calibration,
+        slimgpt.Config(sparsity=job.sparsity, split="equal"),
+        options=WalkOptions(torch.device(job.device), batch_size=job.batch_size),
+        work=Path(job.work),
+        progress=tell,
+    )
+    measured = {
+        "libraries_gib": libraries,
+        "peak_gib": high_water_gib(),
+        "seconds": time.perf_counter() - start,
+    }
+    sys.stdout.write(json.dumps(measured) + "\n")
+
+
+if __name__ == "__main__":
+    main()
