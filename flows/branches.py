@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pydantic import JsonValue
-
-from flows.steps import Choice, PruneStep, RecoverStep, percent
+from flows.steps import Choice, PruneStep, RecoverStep, Variant, percent
 
 DENSE = "dense"
 
@@ -24,8 +22,8 @@ class Derivation:
     source: str
     step: PruneStep | RecoverStep
     variant: str = ""
-    calibration: dict[str, JsonValue] = field(default_factory=dict)
-    """What the variant changes in the run's calibration."""
+    changes: Variant = field(default_factory=Variant)
+    """What the variant changes in the step and in the run's calibration."""
 
 
 def derive(steps: Sequence[PruneStep | RecoverStep]) -> tuple[Derivation, ...]:
@@ -52,7 +50,7 @@ def _grow(steps: Sequence[PruneStep | RecoverStep], source: str, branch: tuple[s
     for choice in step.choices:
         labels = branch + choice.labels
         name = "-".join([step.name, *labels]) if step.name else _default_name(choice, source, branch)
-        yield Derivation(name, source, choice.step, choice.variant, choice.calibration)
+        yield Derivation(name, source, choice.step, choice.variant, choice.changes)
         yield from _grow(later, name, labels)
 
 

@@ -52,7 +52,7 @@ def _check_family(card: ModelCard, spec: RunSpec) -> None:
 
 def _check_context(card: ModelCard, spec: RunSpec) -> None:
     longest = card.max_position_embeddings
-    asked = {made.variant: spec.calibration_of(made) for made in spec.derivations if made.calibration}
+    asked = {made.variant: spec.calibration_of(made) for made in spec.derivations if made.changes.calibration}
     for variant, calibration in ({"": spec.calibration} | asked).items():
         if longest is not None and calibration is not None and calibration.seq_len > longest:
             of_variant = f" of variant {variant}" if variant else ""

@@ -105,10 +105,10 @@ class RunSpec(SpecPart):
 
     def calibration_of(self, made: Derivation) -> CalibrationSpec | None:
         """The run's calibration with what the branch changes in it. Raises ValidationError."""
-        if not made.calibration:
+        if not made.changes.calibration:
             return self.calibration
         own = self.calibration.model_dump(mode="json") if self.calibration else {}
-        return CalibrationSpec.model_validate(own | made.calibration)
+        return CalibrationSpec.model_validate(own | made.changes.calibration)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -103,7 +103,7 @@ class PruneStep(PluginEntry):
             labels = [variant] if variant else []
             if len(configs) > 1:
                 labels.append(percent(config.sparsity))
-            yield Choice(step, tuple(labels), variant, changes.calibration)
+            yield Choice(step, tuple(labels), variant, changes)
 
     @model_validator(mode="after")
     def _valid_variants(self) -> Self:
@@ -129,13 +129,12 @@ class RecoverStep(PluginEntry):
 
 @dataclass(frozen=True)
 class Choice:
-    """One single-valued form of a prune step. labels: what tells it from the others, () if there are none; calibration:
-    what its variant changes in the run's."""
+    """One single-valued form of a prune step. labels: what tells it from the others, () if there are none."""
 
     step: PruneStep
     labels: tuple[str, ...]
     variant: str
-    calibration: dict[str, JsonValue]
+    changes: Variant
 
 
 def percent(sparsity: float) -> str:

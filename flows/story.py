@@ -164,6 +164,8 @@ def _prune(step: PruneStep, made: Derivation, checkpoint: ArtifactRef, calibrati
             ordering = OrderRequest(
                 plugin=step.method, config=_plain(asked), checkpoint=checkpoint, statistics=statistics
             )
+            if name == f"capture:{made.source}" and made.changes.options.keys() & asked.model_dump().keys():
+                name = f"{name}:{made.variant}"
             needed.append(Stage(name.replace("capture", "order", 1), order, ordering))
             orders = ordering.ref
     pruning = PruneRequest(

@@ -17,6 +17,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+#: how the names of folders with activations begin
+FOLDER_PREFIX = "activations-"
+
 
 class Activations(ABC):
     """Batches of values, each found by the number of its first sample. sample_shape: (L, F)."""
@@ -159,6 +162,6 @@ class Shelf:
 
     def _new_file(self) -> Path:
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="activations-", dir=self._parent))
+            self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=self._parent))
         self._count += 1
         return self._folder / str(self._count)

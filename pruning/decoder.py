@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,19 +71,20 @@ class StreamedDecoder(Decoder):
         self.family = family_of(self.skeleton)
         self._file_of = tensor_files(folder)
         layers = f"{self.family.layers_path}."
-        outside = {name for name in self._file_of if not name.startswith(layers)}
+        outside = {name for name in self.skeleton.state_dict() if not name.startswith(layers)} & self._file_of.keys()
         _assign_(self.skeleton, self._read(outside, str), folder)
         self.skeleton.tie_weights()
-        _check_filled(self.skeleton, folder, but=layers)
+        _check_complete(self.skeleton, outside, folder, but=layers)
         self.skeleton.eval().requires_grad_(False)
 
     def layer(self, index: int, device: torch.device) -> nn.Module:
         """A fresh copy of a decoder layer on `device`, read from its file."""
         layer = _copy(self.family.layers(self.skeleton)[index], self.skeleton.config)
         prefix = f"{self.family.layers_path}.{index}."
-        names = {name for name in self._file_of if name.startswith(prefix)}
-        _assign_(layer, self._read(names, lambda name: name.removeprefix(prefix)), self.folder)
-        _check_filled(layer, self.folder)
+        names = {prefix + name for name in layer.state_dict()} & self._file_of.keys()
+        tensors = self._read(names, lambda name: name.removeprefix(prefix))
+        _assign_(layer, tensors, self.folder)
+        _check_complete(layer, tensors.keys(), self.folder)
         return layer.to(device).requires_grad_(False).eval()
 
     def _read(self, names: set[str], rename: Callable[[str], str]) -> dict[str, Tensor]:
@@ -131,11 +132,10 @@ def _assign_(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> Non
         raise PruningError(f"{folder} misshapes a weight, save it again: {str(error).splitlines()[-1]}") from error
 
 
-def _check_filled(module: nn.Module, folder: Path, *, but: str | None = None) -> None:
-    empty = [
-        name
-        for name, parameter in module.named_parameters()
-        if parameter.is_meta and not (but and name.startswith(but))
+def _check_complete(module: nn.Module, stored: Set[str], folder: Path, *, but: str | None = None) -> None:
+    # not by who is on the meta device: modules make the weights of a norm with torch.ones
+    missing = [
+        name for name, _ in module.named_parameters() if name not in stored and not (but and name.startswith(but))
     ]
-    if empty:
-        raise PruningError(f"{folder} lacks {len(empty)} weights, the first is {empty[0]}: save it again")
+    if missing:
+        raise PruningError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}: save it again")

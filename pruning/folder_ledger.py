@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pruning.activations import FileActivations
+from pruning.activations import FOLDER_PREFIX, FileActivations
 from pruning.ledger import LayerEntry, Ledger, WalkedLayer
 from pruning.surgery import shrink_layer_
 from pruning.team import Team
@@ -116,9 +116,11 @@ class FolderLedger(Ledger):
 
     def _resume(self) -> None:
         """Read the pages of finished layers, as many as the whole team has."""
-        pages = self._pages()
+        for left in self.folder.glob(f"{FOLDER_PREFIX}*"):  # of a killed process
+            shutil.rmtree(left)
+        pages, readable = self._pages()
         done = -int(self._team.largest(-len(pages)))
-        sound = done == 0 or self._sound(pages[:done])
+        sound = readable and (done == 0 or self._sound(pages[:done]))
         if self._team.sum_of(not sound) != (0,):
             log.warning(
                 "the pruned layers in %s do not match their checksums: starting from the first layer", self._root
@@ -130,14 +132,15 @@ class FolderLedger(Ledger):
             self._page(index).unlink()
         self._entries = [page.entry for page in pages[:done]]
 
-    def _pages(self) -> list[_Page]:
+    def _pages(self) -> tuple[list[_Page], bool]:
+        """The pages up to the first gap, and whether all of these can be read."""
         pages: list[_Page] = []
         while (path := self._page(len(pages))).is_file():
             try:
                 pages.append(_Page.model_validate_json(path.read_bytes()))
             except ValidationError:
-                break
-        return pages
+                return pages, False
+        return pages, True
 
     def _sound(self, pages: list[_Page]) -> bool:
         """Whether shards and the last stream are what was written; opens the stream."""

@@ -11,8 +11,8 @@ from pruning.plan import PruningPlan
 class Pruned(BaseModel):
     """Outcome of a pruning method; the model itself is in masked form until shrink_ applies the plan.
 
-    achieved_sparsity: share of decoder-layer parameters that the plan removes. split_kl: held-out KL (nats per token)
-    of each attention/FFN split that was tried, if the method chose one.
+    achieved_sparsity: share of decoder-layer parameters that the plan removes. split: the one between attention and FFN
+    that was carried out. split_kl: held-out KL (nats per token) of each split that was tried, if there was a choice.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -20,4 +20,5 @@ class Pruned(BaseModel):
     plan: PruningPlan
     layers: tuple[SubLayerReport, ...] = ()
     achieved_sparsity: float
+    split: str | None = None
     split_kl: dict[str, float] = {}

@@ -75,14 +75,13 @@ def prune_best_split(job: Job, candidates: Sequence[Candidate], ledger: Ledger, 
     if not len(job.calibration.heldout_ids_ML):
         raise PruningError(
             "split 'auto' judges by held-out calibration windows and there are none; set calibration.num_heldout to 1 "
-            "or more, or choose a split: equal, half, ffn, attention"
+            "or more, or choose a split: equal, half, third, ffn, attention"
         )
     candidates = _reachable(job.decoder, candidates)
     if len(candidates) == 1:
         return prune_split(job, candidates[0], ledger, progress)
-    scouting = job
-    if job.statistics is None:
-        scouting = replace(job, calibration=_scouting_set(job.calibration, job.decoder))
+    some_windows = job.calibration if job.statistics else _scouting_set(job.calibration, job.decoder)
+    scouting = job if some_windows is job.calibration else replace(job, calibration=some_windows)
     rounds = len(candidates) + (scouting is not job)
     dense_MLC: Tensor | None = None
     tried: dict[str, float] = {}
@@ -137,7 +136,7 @@ def _prune(job: Job, candidate: Candidate, ledger: Ledger, progress: Progress) -
     plan = PruningPlan(source=widths, head_dim=head_dim, layers=tuple(entry.plan for entry in ledger.entries))
     achieved = removed_parameters(budgets, widths, cost, allocation.head_unit) / sum(map(cost.parameters, widths))
     reports = tuple(report for entry in ledger.entries for report in entry.reports)
-    return Pruned(plan=plan, layers=reports, achieved_sparsity=achieved), stream_MLC
+    return Pruned(plan=plan, layers=reports, achieved_sparsity=achieved, split=candidate.name), stream_MLC
 
 
 def _scouting_set(calibration: CalibrationSet, decoder: Decoder) -> CalibrationSet:

@@ -131,7 +131,7 @@ def test_set_reaches_into_lists_and_variants() -> None:
         "steps.0.variants.a.calibration.seq_len=32",
     )
     assert spec.checkpoints[1::2] == ("a-20", "a-40")
-    assert spec.derivations[0].calibration == {"seq_len": 32}
+    assert spec.derivations[0].changes.calibration == {"seq_len": 32}
 
 
 @pytest.mark.parametrize(
@@ -213,13 +213,17 @@ def test_one_capture_serves_all_sparsities_and_solvers(mirror: Path) -> None:
         "steps.0.propagate_error=false",
         f"steps.0.variants={{{VARIANTS}, walked: {{propagate_error: true}}}}",
     )
-    assert told_stages(story, "calibrate", "capture") == [
+    assert told_stages(story, "calibrate", "capture", "order") == [
         "calibrate",
         "capture:dense",
+        "order:dense",
+        "order:dense:no-gcd",
         "calibrate:16",
         "capture:dense:16",
+        "order:dense:16",
     ]
     assert len(told_stages(story, "prune")) == 4 * 4
+    assert len(keys(story)) == len(story.stages), "no two stages have one name"
 
 
 def test_a_calibration_that_is_the_runs_own_is_the_runs(mirror: Path) -> None:

@@ -71,7 +71,7 @@ def test_stages_come_after_what_they_read(mirror: Path) -> None:
     for stage in story.stages:
         assert {ref.key for ref in stage.request.inputs} <= seen, stage.name
         seen.add(stage.ref.key)
-    assert set(keys(story)) == EVERYTHING | {"capture:dense"}
+    assert set(keys(story)) == EVERYTHING | {"capture:dense", "order:dense"}
     assert len({stage.ref.key for stage in story.stages}) == len(story.stages)
 
 

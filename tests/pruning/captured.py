@@ -68,6 +68,13 @@ def logits(model: PreTrainedModel, ids_NL: Tensor) -> Tensor:
     return model(ids_NL).logits  # type: ignore[no-any-return]
 
 
+def in_bfloat16(model: PreTrainedModel) -> PreTrainedModel:
+    """As if loaded in it: the rotary tables stay in float32, which `model.to` would not leave so."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
     state, others = one.state_dict(), other.state_dict()
     return list(state) == list(others) and all(torch.equal(value, others[name]) for name, value in state.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 from infra import registry
 from pruning.calibration import CalibrationSet
 from pruning.checkpoint import load_checkpoint, load_plan, save_checkpoint
-from pruning.families import decoder_parameters, family_of, layer_cost, shapes
+from pruning.decoder import ResidentDecoder
+from pruning.families import decoder_parameters, layer_cost, shapes
 from pruning.pruned import Pruned
 from pruning.sequential import WalkOptions
 from pruning.statistics import capture_statistics
 from pruning.surgery import mask_, shrink_
-from tests.pruning.captured import CPU, logits, windows
+from tests.pruning.captured import CPU, in_bfloat16, logits, outputs, prune_copy, same_weights, windows
 from tests.tiny import FAMILIES, random_ids, tiny_model
 
 METHODS = registry.available("pruning.methods")
@@ -40,17 +41,18 @@ def load(method: str) -> ModuleType:
 
 def run(
     method: str, model: PreTrainedModel, calibration: CalibrationSet, folder: Path, options: WalkOptions = CPU
-) -> Pruned:
+) -> tuple[PreTrainedModel, Pruned]:
+    """A masked copy and the outcome; that the model itself stays as it was is checked on the way."""
     module = load(method)
     config = module.Config(sparsity=SPARSITY)
     statistics = None
     if module.needs_statistics(config):
         statistics = folder / "statistics"
         statistics.mkdir()
-        capture_statistics(model, calibration, statistics, options)
-    pruned = module.prune(model, calibration, config, statistics=statistics, options=options)
+        capture_statistics(ResidentDecoder(model), calibration, statistics, options)
+    masked, pruned = prune_copy(model, config, calibration, method=module, statistics=statistics, options=options)
     assert isinstance(pruned, Pruned)
-    return pruned
+    return masked, pruned
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @cache
     def outcome(method: str, family: str) -> Outcome:
         dense = tiny_model(family)
-        masked, calibration = copy.deepcopy(dense), windows(dense)
-        pruned = run(method, masked, calibration, tmp_path_factory.mktemp(method))
+        calibration = windows(dense)
+        masked, pruned = run(method, dense, calibration, tmp_path_factory.mktemp(method))
         shrunk = copy.deepcopy(masked)
         shrink_(shrunk, pruned.plan)
         return Outcome(dense, masked, shrunk, pruned, calibration)
@@ -134,12 +136,31 @@ def test_generating_with_cache_equals_without(method: str, family: str, outcomes
 @pytest.mark.parametrize(("method", "family"), CASES)
 def test_same_calibration_same_plan(method: str, family: str, outcomes: Any, tmp_path: Path) -> None:
     result: Outcome = outcomes(method, family)
-    again = copy.deepcopy(result.dense)
     torch.manual_seed(12345)  # what the world did before does not matter
-    pruned = run(method, again, result.calibration, tmp_path)
+    again, pruned = run(method, result.dense, result.calibration, tmp_path)
     assert pruned.plan == result.pruned.plan
-    state = again.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in result.masked.state_dict().items())
+    assert same_weights(again, result.masked)
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_activations_in_files_change_nothing(method: str, family: str, outcomes: Any, tmp_path: Path) -> None:
+    result: Outcome = outcomes(method, family)
+    in_files = replace(CPU, activation_budget_bytes=0)
+    again, pruned = run(method, result.dense, result.calibration, tmp_path, in_files)
+    assert pruned.plan == result.pruned.plan
+    assert same_weights(again, result.masked)
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_a_model_in_bfloat16_stays_in_it(method: str, family: str, tmp_path: Path) -> None:
+    dense = in_bfloat16(tiny_model(family))
+    masked, pruned = run(method, dense, windows(dense), tmp_path)
+    assert {parameter.dtype for parameter in masked.parameters()} == {torch.bfloat16}
+    shrunk = copy.deepcopy(masked)
+    shrink_(shrunk, pruned.plan)
+    torch.testing.assert_close(probe(shrunk), probe(masked), atol=0.05, rtol=0.05)
+    save_checkpoint(shrunk, None, tmp_path / "saved", pruned.plan)
+    assert torch.equal(probe(load_checkpoint(tmp_path / "saved")), probe(shrunk))
 
 
 @pytest.mark.parametrize(("method", "family"), CASES)
@@ -149,11 +170,11 @@ def test_inputs_are_untouched(method: str, family: str, outcomes: Any) -> None:
     assert torch.equal(result.calibration.input_ids_NL, fresh.input_ids_NL)
     assert torch.equal(result.calibration.heldout_ids_ML, fresh.heldout_ids_ML)
     assert result.calibration.source == fresh.source
-    # outside the decoder layers nothing changes
-    family_row, dense = family_of(result.dense), result.dense.state_dict()
-    for name, value in result.masked.state_dict().items():
-        if not name.startswith(family_row.layers_path):
-            assert torch.equal(value, dense[name])
+    # nothing changes but the columns that the output linears read: what else goes is cut later
+    dense = result.dense.state_dict()
+    changed = {name for name, value in result.masked.state_dict().items() if not torch.equal(value, dense[name])}
+    assert changed
+    assert changed <= {f"{name}.weight" for name in outputs(result.dense)}
     assert not result.masked.training
     assert all(parameter.grad is None for parameter in result.masked.parameters())
 

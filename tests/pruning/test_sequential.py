@@ -17,7 +17,7 @@ from pruning.errors import PruningError
 from pruning.families import family_of, shapes
 from pruning.sequential import SubLayer, WalkOptions, walk_layers
 from pruning.surgery import shrink_
-from tests.pruning.captured import CPU, hooked_moments, logits, outputs, same_weights
+from tests.pruning.captured import CPU, hooked_moments, in_bfloat16, logits, outputs, same_weights
 from tests.tiny import FAMILIES, random_ids, random_plan, tiny_model
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -316,7 +316,7 @@ def test_walking_needs_no_gradients_and_leaves_none() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "phi", "opt"])
 def test_bfloat16_model(name: str) -> None:
-    model = tiny_model(name).to(torch.bfloat16)
+    model = in_bfloat16(tiny_model(name))
     ids_NL = random_ids(model, 5, 16)
     expected = hooked_moments(model, ids_NL)
     for sub_layer in walked(model, ids_NL):

@@ -269,7 +269,7 @@ def tried(expected: dict[str, float]) -> list[str]:
 @pytest.mark.parametrize("name", [*FAMILIES, "llama-many"])
 def test_auto_keeps_the_split_with_the_smallest_heldout_kl(name: str, captured: bool, tmp_path: Path) -> None:
     # "llama-many": so much attention that taking none of it is worst
-    dense = tiny_model("llama", head_dim=8, intermediate=16) if name == "llama-many" else tiny_model(name)
+    dense = tiny_model("llama", head_dim=8, intermediate=24) if name == "llama-many" else tiny_model(name)
     calibration = windows(dense)
     statistics = tmp_path if captured else None
     if captured:
@@ -329,7 +329,7 @@ def test_defaults_are_measured_with_grouped_heads_and_the_papers_without(name: s
 
 def test_auto_without_heldout_windows() -> None:
     model = tiny_model("llama")
-    with pytest.raises(PruningError, match=r"split 'auto' .*num_heldout.*equal, half, ffn, attention"):
+    with pytest.raises(PruningError, match=r"split 'auto' .*num_heldout.*equal, half, third, ffn, attention"):
         prune(model, windows(model, num_heldout=0), split="auto")
 
 

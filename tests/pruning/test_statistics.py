@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
 from pruning.calibration import CalibrationSet
-from pruning.families import family_of
+from pruning.decoder import ResidentDecoder
 from pruning.sequential import walk_layers
-from pruning.statistics import capture_statistics, captured_sub_layers
-from tests.pruning.captured import CPU, outputs, windows
+from pruning.statistics import Statistics, capture_statistics
+from tests.pruning.captured import CPU, outputs, same_weights, windows
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -19,14 +20,17 @@ from tests.tiny import FAMILIES, tiny_model
 @pytest.mark.parametrize("name", FAMILIES)
 def test_capture_and_read_back(name: str, num_heldout: int, tmp_path: Path) -> None:
     model = tiny_model(name)
-    calibration = windows(model, num_heldout=num_heldout)
-    capture_statistics(model, calibration, tmp_path, CPU)
+    decoder, calibration = ResidentDecoder(model), windows(model, num_heldout=num_heldout)
+    capture_statistics(decoder, calibration, tmp_path, CPU)
     assert {path.name for path in tmp_path.iterdir()} == {f"{linear}.safetensors" for linear in outputs(model)}
     ids_NL = torch.cat([calibration.input_ids_NL, calibration.heldout_ids_ML])
-    walk = walk_layers(model, family_of(model), ids_NL, CPU, num_heldout=num_heldout)
-    for captured, walked in zip(captured_sub_layers(model, tmp_path, CPU.device), walk, strict=True):
+    walk = walk_layers(decoder, ids_NL, CPU, num_heldout=num_heldout)
+    given = walk_layers(decoder, ids_NL, CPU, num_heldout=num_heldout, statistics=Statistics(tmp_path))
+    for captured, walked in zip(given, walk, strict=True):
         assert (captured.layer, captured.kind, captured.name) == (walked.layer, walked.kind, walked.name)
-        assert captured.linear is walked.linear
+        assert torch.equal(captured.linear.weight, walked.linear.weight)
+        assert captured.hessian is not None
+        assert walked.hessian is not None
         assert torch.equal(captured.hessian.matrix_II, walked.hessian.matrix_II)
         assert captured.hessian.num_tokens == walked.hessian.num_tokens == 6 * 24
         if num_heldout:
@@ -40,11 +44,30 @@ def test_capture_and_read_back(name: str, num_heldout: int, tmp_path: Path) -> N
 
 def test_capture_changes_nothing_and_tells_each_layer(tmp_path: Path) -> None:
     model, told = tiny_model("llama"), []
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = copy.deepcopy(model)
     calibration = windows(model)
     ids_NL = calibration.input_ids_NL.clone()
-    capture_statistics(model, calibration, tmp_path, CPU, on_layer=told.append)
+    capture_statistics(ResidentDecoder(model), calibration, tmp_path, CPU, on_layer=told.append)
     assert told == [0, 1, 2]
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert same_weights(model, before)
     assert torch.equal(calibration.input_ids_NL, ids_NL)
     assert isinstance(calibration, CalibrationSet)
+
+
+def test_with_statistics_only_heldout_samples_are_walked_and_unwanted_files_are_not_read(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    decoder, calibration = ResidentDecoder(model), windows(model)
+    capture_statistics(decoder, calibration, tmp_path, CPU)
+    poisoned_NL = torch.full_like(calibration.input_ids_NL, 10**6)  # no embedding has this number
+    ids_NL = torch.cat([poisoned_NL, calibration.heldout_ids_ML])
+    gone = tmp_path / "model.layers.1.mlp.down_proj.safetensors"
+    gone.unlink()
+    walk = walk_layers(
+        decoder,
+        ids_NL,
+        CPU,
+        num_heldout=2,
+        wanted=lambda layer, kind: (layer, kind) != (1, "mlp"),
+        statistics=Statistics(tmp_path),
+    )
+    assert [sub.name for sub in walk if sub.hessian is None] == [gone.stem]

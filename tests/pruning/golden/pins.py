@@ -7,11 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from infra import registry
+from pruning.decoder import ResidentDecoder
 from pruning.statistics import capture_statistics
-from tests.pruning.captured import CPU, logits, windows
+from tests.pruning.captured import CPU, logits, prune_copy, windows
 from tests.tiny import random_ids, tiny_model
 
 FOLDER = Path(__file__).parent
@@ -54,10 +53,9 @@ def outcome(method: str, family: str, config: dict[str, Any]) -> dict[str, Any]:
         statistics = None
         if module.needs_statistics(typed):
             statistics = Path(folder)
-            capture_statistics(model, calibration, statistics, CPU)
-        pruned = module.prune(model, calibration, typed, statistics=statistics, options=CPU)
-    with torch.no_grad():
-        some_logits = logits(model, random_ids(model))[0, -1, :4]
+            capture_statistics(ResidentDecoder(model), calibration, statistics, CPU)
+        masked, pruned = prune_copy(model, typed, calibration, method=module, statistics=statistics)
+    some_logits = logits(masked, random_ids(model))[0, -1, :4]
     return {
         # one line per layer, so that a diff shows which layer changed
         "kept": [
