@@ -48,23 +48,17 @@ class FolderLedger(Ledger):
         self._root = folder
         self.folder: Path = folder / f"process-{self._team.rank}-of-{self._team.size}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._adopted: FolderLedger | None = None
         self._stream: FileActivations | None = None
         self._resume()
 
     @property
     def shards(self) -> list[Path]:
         """The finished layers' files, in order."""
-        owner = self._adopted or self
-        return [owner._shard(index) for index in range(owner.layers_done)]
+        return [self._shard(index) for index in range(self.layers_done)]
 
-    def branch(self, name: str, *, adoptable: bool) -> FolderLedger:
-        """The one in the folder of that name; without shards if nobody will adopt it."""
-        return FolderLedger(self._root / name, self._team, shards=adoptable)
-
-    def adopt(self, branch: FolderLedger) -> None:
-        """Point to its layers, which stay where they are."""
-        self._adopted, self._entries = branch, list(branch.entries)
+    def branch(self, name: str) -> FolderLedger:
+        """The one in the folder of that name, without shards."""
+        return FolderLedger(self._root / name, self._team, shards=False)
 
     def resumed(self, start: int, stop: int) -> Tensor:
         """Read the stream that the last finished layer left."""
@@ -76,9 +70,11 @@ class FolderLedger(Ledger):
         _write_atomically(self.folder / f"{name}.json", json.dumps(value))
 
     def recall(self, name: str) -> float | None:
-        """A number that was noted, now or before the process was killed."""
+        """A number that every process of the team noted, now or before it was killed."""
         path = self.folder / f"{name}.json"
-        return float(json.loads(path.read_bytes())) if path.is_file() else None
+        value = float(json.loads(path.read_bytes())) if path.is_file() else None
+        # what one of them does not know all must measure again, together
+        return None if self._team.largest(value is None) else value
 
     def _keep(self, walked: WalkedLayer, entry: LayerEntry) -> None:
         index = walked.index

@@ -80,6 +80,7 @@ def prune_layerwise_(
         if sub_layer.kind == "mlp":
             plan = _layer_plan(sub_layer.layer, shape, kept[0], kept[1], solver.head_unit)
             ledger.decide(LayerEntry(plan=plan, reports=tuple(reports)))
+        del sub_layer  # its Hessian would stay until the next one is there
 
 
 def sub_layers_to_prune(budgets: Sequence[LayerBudget]) -> Callable[[int, SubLayerKind], bool]:

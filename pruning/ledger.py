@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -110,15 +109,8 @@ class Ledger(ABC):
         """The residual stream of some samples after the last finished layer, (stop - start, L, C)."""
 
     @abstractmethod
-    def branch(self, name: str, *, adoptable: bool) -> Self:
-        """A ledger of the same kind for one of several tries; the same name gives the same one.
-
-        adoptable: False if its layers are never wanted, only what is measured on them.
-        """
-
-    @abstractmethod
-    def adopt(self, branch: Self) -> None:
-        """Make a branch's finished layers this ledger's own."""
+    def branch(self, name: str) -> Ledger:
+        """A ledger for a trial, of which only what is measured on it is wanted; the same name gives the same one."""
 
     @abstractmethod
     def note(self, name: str, value: float) -> None:
@@ -153,13 +145,9 @@ class MemoryLedger(Ledger):
         """Nothing is ever resumed from memory."""
         raise AssertionError(f"samples {start} to {stop} asked of a ledger that outlives no walk")
 
-    def branch(self, name: str, *, adoptable: bool) -> MemoryLedger:
+    def branch(self, name: str) -> MemoryLedger:
         """A new one."""
         return MemoryLedger()
-
-    def adopt(self, branch: MemoryLedger) -> None:
-        """Take over its layers."""
-        self._entries, self._outputs = branch._entries, branch._outputs
 
     def note(self, name: str, value: float) -> None:
         """Keep a number."""

@@ -122,15 +122,22 @@ def group_scores(W_OI: Tensor, inverse_II: Tensor, columns_ND: Tensor, *, condit
 
 def eliminate_(W_OI: Tensor, inverse_II: Tensor, columns_G: Tensor) -> float:
     """Remove columns jointly: compensate W_OI and down-date inverse_II in place; returns the error it cost."""
-    L_GG = torch.linalg.cholesky(inverse_II[columns_G][:, columns_G])
-    half_GI = torch.linalg.solve_triangular(L_GG, inverse_II[columns_G], upper=False)
-    half_GO = torch.linalg.solve_triangular(L_GG, W_OI[:, columns_G].T, upper=False)
-    W_OI.addmm_(half_GO.T, half_GI, alpha=-1)
-    inverse_II.addmm_(half_GI.T, half_GI, alpha=-1)
+    inverse_GI = inverse_II[columns_G]
+    error = _down_date_(W_OI, inverse_II, W_OI[:, columns_G], inverse_GI[:, columns_G], inverse_GI)
     # exact zeros where only rounding is left, so that no later score can see a removed column
     W_OI[:, columns_G] = 0
     inverse_II[columns_G] = 0
     inverse_II[:, columns_G] = 0
+    return error
+
+
+def _down_date_(W_OA: Tensor, inverse_AA: Tensor, W_OG: Tensor, inverse_GG: Tensor, inverse_GA: Tensor) -> float:
+    """Take the columns G out of weight and inverse of the columns A, in place; returns the error it costs."""
+    L_GG = torch.linalg.cholesky(inverse_GG)
+    half_GA = torch.linalg.solve_triangular(L_GG, inverse_GA, upper=False)
+    half_GO = torch.linalg.solve_triangular(L_GG, W_OG.T, upper=False)
+    W_OA.addmm_(half_GO.T, half_GA, alpha=-1)
+    inverse_AA.addmm_(half_GA.T, half_GA, alpha=-1)
     return float(half_GO.square().sum())
 
 
@@ -196,21 +203,27 @@ class _Matrices:
     def eliminate_(self, groups_M: Tensor) -> float:
         """Remove groups of columns jointly; returns the error it cost."""
         columns_G = self._columns_ND[groups_M].flatten()
-        error = eliminate_(self._W_OA, self._inverse_AA, self._place_I[columns_G])
+        places_G = self._place_I[columns_G]
         self._gone_I[columns_G] = True
         gone = int(self._gone_I[self._active_A].sum())
         if gone > _COMPACT_SHARE * len(self._active_A):
-            self._compact_()
+            W_OG, inverse_GA = self._W_OA[:, places_G], self._inverse_AA[places_G]
+            stay_A = self._compact_()  # first, so that nothing is computed for columns that go
+            error = _down_date_(self._W_OA, self._inverse_AA, W_OG, inverse_GA[:, places_G], inverse_GA[:, stay_A])
+        else:
+            error = eliminate_(self._W_OA, self._inverse_AA, places_G)
         if self._drift() > self._limit:
             self._refactorise_()
         return error
 
-    def _compact_(self) -> None:
+    def _compact_(self) -> Tensor:
+        """Drop the columns that have gone; returns the old places of the others."""
         stay_A = (~self._gone_I[self._active_A]).nonzero().squeeze(1)
         self._active_A = self._active_A[stay_A]
         self._W_OA = self._W_OA[:, stay_A]
         self._inverse_AA = self._inverse_AA[stay_A][:, stay_A]
         self._place_I[self._active_A] = torch.arange(len(stay_A), device=stay_A.device)
+        return stay_A
 
     def _drift(self) -> float:
         """Relative error of H (H⁻¹ v) = v for a fixed random v on the columns that are left."""

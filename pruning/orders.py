@@ -91,6 +91,7 @@ def trace_orders(
             _file(folder, sub_layer.name, unit).write_text(order.model_dump_json(), encoding="utf-8")
         if sub_layer.kind == "mlp":
             on_layer(sub_layer.layer)
+        del sub_layer, problem  # before the next ones are there
 
 
 def _groups(sub_layer: SubLayer, shape: LayerShape, head_dim: int, solver: Solver) -> dict[str, Groups]:

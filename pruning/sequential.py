@@ -59,13 +59,18 @@ class WalkOptions:
     team: Team = field(default_factory=Team)
 
 
+#: share of a linear's inputs above which computing with all of them is cheaper than gathering the kept ones
+_GATHER_SHARE = 0.7
+
+
 def output_name(family: ModelFamily, layer: int, kind: SubLayerKind) -> str:
     """Dotted name of a sub-layer's output linear: "model.layers.3.mlp.down_proj"."""
     block, leaf = (family.attention_name, family.o_name) if kind == "attention" else (family.mlp_name, family.down_name)
     return ".".join(part for part in (family.layers_path, str(layer), block, leaf) if part)
 
 
-@torch.no_grad()
+# Not under torch.no_grad: its wrapper of a generator keeps each sub-layer with its Hessian until the next one is there.
+# Layers come without gradients, and so does the stream.
 def walk_layers(
     decoder: Decoder,
     input_ids_NL: Tensor,
@@ -108,6 +113,7 @@ def walk_layers(
             walk.finish_layer()
             if ledger:
                 ledger.layer_done(WalkedLayer(index, layer, decoder.family, walk.stream, walk.spans))
+            del layer  # before the next one is there
         return walk.heldout_stream()
 
 
@@ -135,6 +141,7 @@ class _Walk:
         self._before: Activations | None = None
         self._kwargs: list[dict[str, Any]] = []
 
+    @torch.no_grad()
     def start(self, ledger: Ledger | None) -> None:
         """The stream before the first layer that is not done yet, and the layers' keyword arguments."""
         self.stream = self._new_stream()
@@ -166,10 +173,11 @@ class _Walk:
         yield SubLayer(index, kind, name, linear, *hessians)
         del hessians
         self._begin_next()
+        output_of = _without_zero_columns(linear)
         for start, stop in self.spans:
             inputs_BLI = kept.get(start, stop).to(device)
             kept.drop(start)
-            self._add(start, stop, linear(inputs_BLI))
+            self._add(start, stop, output_of(inputs_BLI))
         self._shelf.free(kept)
         self._turn_over(kind)
 
@@ -225,6 +233,15 @@ class _Walk:
 
     def _room(self, num_features: int, dtype: torch.dtype) -> Activations:
         return self._shelf.room(len(self._ids_NL), (self._ids_NL.shape[1], num_features), dtype)
+
+
+def _without_zero_columns(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """The linear as a function that saves the work for removed inputs, where that is worth gathering the others."""
+    kept_K = linear.weight.any(0).nonzero().squeeze(1)
+    if len(kept_K) > _GATHER_SHARE * linear.in_features:
+        return linear
+    weight_OK = linear.weight[:, kept_K].contiguous()
+    return lambda inputs_BLI: nn.functional.linear(inputs_BLI[..., kept_K], weight_OK, linear.bias)
 
 
 def _spans(begin: int, end: int, size: int) -> list[tuple[int, int]]:

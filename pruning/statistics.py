@@ -47,10 +47,12 @@ def capture_statistics(
             tensors["heldout_matrix"] = sub_layer.heldout.matrix_II
             tensors["heldout_num_tokens"] = torch.tensor(sub_layer.heldout.num_tokens)
         if options.team.leads:
-            kept = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-            save_file(kept, _file(folder, sub_layer.name))
+            save_file(
+                {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, _file(folder, sub_layer.name)
+            )
         if sub_layer.kind == "mlp":
             on_layer(sub_layer.layer)
+        del sub_layer, tensors  # before the next Hessian is there
 
 
 def _file(folder: Path, name: str) -> Path:

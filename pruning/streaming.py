@@ -21,7 +21,6 @@ from transformers.dynamic_module_utils import custom_object_save
 from pruning.checkpoint import PLAN_FILE, load_plan
 from pruning.decoder import StreamedDecoder, meta_model
 from pruning.folder_ledger import FolderLedger
-from pruning.folders import tensor_files
 from pruning.modeling import pruned_config
 
 if TYPE_CHECKING:
@@ -82,11 +81,10 @@ def assemble_checkpoint(decoder: StreamedDecoder, layer_files: list[Path], plan:
     count = len(layer_files) + 1
     names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
     skeleton, prefix = decoder.skeleton, f"{decoder.family.layers_path}."
-    stored = tensor_files(decoder.folder)
     outside = {
-        name: tensor.contiguous()
-        for name, tensor in skeleton.state_dict().items()
-        if name in stored and not name.startswith(prefix)
+        name: parameter.contiguous()  # a tied head is not named
+        for name, parameter in skeleton.named_parameters()
+        if not name.startswith(prefix)
     }
     save_file(outside, out / names[0], metadata={"format": "pt"})
     for file, name in zip(layer_files, names[1:], strict=True):

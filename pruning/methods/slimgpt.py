@@ -50,7 +50,7 @@ class Config(BaseModel):
     split: Literal["auto", "equal", "half", "third", "ffn", "attention"] | None = None
     """Attention against FFN: equal ratios as in the paper; half or a third of the ratio for attention; one of the two
     alone; or auto: ffn, third, half and equal are tried in this order as long as the KL to the dense logits on the
-    held-out windows falls. Default: auto for models with grouped kv heads, equal (the paper's) for those without."""
+    held-out windows falls by a tenth. Default: auto for models with grouped kv heads, else equal (the paper's)."""
     head_unit: Literal["kv_group", "query_head"] | None = None
     """With grouped kv heads (not in the paper): whole kv groups, or the same number of query heads from every group.
     Default: query_head where the split is auto, kv_group elsewhere (without groups these are single heads)."""

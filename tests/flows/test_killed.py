@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -87,10 +88,17 @@ def _ref(stage: StageOutcome) -> ArtifactRef:
 def test_killed_in_prune(home: Home, uninterrupted: tuple[Home, RunResult]) -> None:
     pruned = named(uninterrupted[1], "prune")
 
-    def pruning() -> bool:
-        return any(home.store.root.glob(f".writing/{pruned.key}.*/new"))
+    scratch = home.store.root / ".scratch" / pruned.key
 
-    kill_when(home, pruning)
+    def pruned_a_bit() -> bool:
+        return any(scratch.rglob("layer-00001.json"))
+
+    kill_when(home, pruned_a_bit)
+    # a mark on the first layer's page, where nothing but the time is said: who prunes it again leaves no trace of it
+    page = next(scratch.rglob("layer-00000.json"))
+    content = json.loads(page.read_bytes())
+    content["entry"]["reports"][-1]["seconds"] = 4321.0
+    page.write_text(json.dumps(content))
     assert not (home.store.root / "checkpoint" / pruned.key).exists()
     assert home.results.runs() == ()
     finished = {path.name for kind in ("checkpoint", "calibration") for path in (home.store.root / kind).iterdir()}
@@ -99,6 +107,9 @@ def test_killed_in_prune(home: Home, uninterrupted: tuple[Home, RunResult]) -> N
     assert not {"import-model", "calibrate"} & set(stages_run(again.stderr))
     assert {"prune:slimgpt-20", "recover:slimgpt-20+lora"} <= set(stages_run(again.stderr))
     assert not list(home.store.root.glob(".writing/*"))
+    assert not scratch.exists()
+    reports = json.loads((home.store.root / "checkpoint" / pruned.key / "pruning.json").read_bytes())["layers"]
+    assert [report["layer"] for report in reports if report["seconds"] == 4321.0] == [0]
     assert_equal_results(home, uninterrupted)
 
 

@@ -1,4 +1,4 @@
-"""What the pruning tests share: calibration windows for a tiny model, its Hessians by forward hooks alone, a pruned copy."""
+"""What the pruning tests share: calibration windows, Hessians by forward hooks alone, a pruned copy of a model."""
 
 from __future__ import annotations
 

@@ -127,7 +127,13 @@ BYTES = 7 * 4 * 6 * 4
 
 @pytest.mark.parametrize(
     ("budget", "in_memory"),
-    [(None, [True] * 3), (0, [False] * 3), (BYTES - 1, [False] * 3), (BYTES, [True, False, False]), (2 * BYTES, [True, True, False])],
+    [
+        (None, [True] * 3),
+        (0, [False] * 3),
+        (BYTES - 1, [False] * 3),
+        (BYTES, [True, False, False]),
+        (2 * BYTES, [True, True, False]),
+    ],
 )
 def test_rooms_beyond_the_budget_lie_in_files(budget: int | None, in_memory: list[bool], tmp_path: Path) -> None:
     with Shelf(budget, tmp_path) as shelf:

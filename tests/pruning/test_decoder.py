@@ -54,9 +54,7 @@ def assert_equal_decoders(streamed: Decoder, model: PreTrainedModel) -> None:
     assert list(mine) == list(theirs)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs if not name.startswith(prefix))
     ids_NL = random_ids(model, 4, 16)
-    for one_sub, other_sub in zip(
-        walk_layers(streamed, ids_NL, CPU), walk_layers(resident, ids_NL, CPU), strict=True
-    ):
+    for one_sub, other_sub in zip(walk_layers(streamed, ids_NL, CPU), walk_layers(resident, ids_NL, CPU), strict=True):
         assert one_sub.hessian is not None
         assert other_sub.hessian is not None
         assert torch.equal(one_sub.hessian.matrix_II, other_sub.hessian.matrix_II)
@@ -106,7 +104,9 @@ def test_a_tied_head_that_is_stored_all_the_same(tmp_path: Path) -> None:
     saved(model, tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, metadata={"format": "pt"})
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, metadata={"format": "pt"}
+    )
     assert_equal_decoders(StreamedDecoder(tmp_path), model)
 
 
@@ -191,7 +191,9 @@ def test_weights_of_other_names_are_neither_needed_nor_read(tmp_path: Path) -> N
     model = tiny_model("mistral")
     saved(model, tmp_path)
     changed(tmp_path, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
-    save_file({"layers.0.attention.wq.weight": torch.ones(2), "norm.weight": torch.ones(2)}, tmp_path / "original.safetensors")
+    save_file(
+        {"layers.0.attention.wq.weight": torch.ones(2), "norm.weight": torch.ones(2)}, tmp_path / "original.safetensors"
+    )
     decoder = StreamedDecoder(tmp_path)
     assert_equal_decoders(decoder, model)
     with (tmp_path / "original.safetensors").open("r+b") as file:
@@ -206,7 +208,9 @@ def test_weights_of_other_names_are_neither_needed_nor_read(tmp_path: Path) -> N
 
     watched = Watched(tmp_path)
     watched.layer(0, DEVICE)
-    assert sorted(read) == sorted(name for name in model.state_dict() if not name.startswith(("model.layers.1", "model.layers.2")))
+    assert sorted(read) == sorted(
+        name for name in model.state_dict() if not name.startswith(("model.layers.1", "model.layers.2"))
+    )
 
 
 @pytest.mark.parametrize("cut", [-40, 100, 4, 0])
@@ -259,7 +263,9 @@ def test_folders_of_something_else(tmp_path: Path) -> None:
 def test_a_model_without_weights_has_real_tables(name: str) -> None:
     model = tiny_model(name)
     empty = meta_model(type(model), model.config)
-    linears = [linear for layer in family_of(model).layers(empty) for linear in family_of(model).linears(layer).values()]
+    linears = [
+        linear for layer in family_of(model).layers(empty) for linear in family_of(model).linears(layer).values()
+    ]
     assert all(linear.weight.is_meta for linear in linears)
     assert [name for name, buffer in empty.named_buffers() if buffer.is_meta] == []
     for (_, one), (_, other) in zip(empty.named_buffers(), model.named_buffers(), strict=True):

@@ -227,7 +227,9 @@ def by_hand(linear: nn.Linear, matrix_II: Tensor, heldout_II: Tensor | None = No
     ]
 
 
-def solve(sub_layers: Sequence[SubLayer], shape: LayerShape, head_dim: int, budget: LayerBudget, how: Solver) -> LayerEntry:
+def solve(
+    sub_layers: Sequence[SubLayer], shape: LayerShape, head_dim: int, budget: LayerBudget, how: Solver
+) -> LayerEntry:
     """What the ledger is told of one layer whose linears are offered as by a walk."""
     (llama,) = (row for row in ROWS if row.name == "llama")
     ledger, module = MemoryLedger(), nn.Module()

@@ -15,6 +15,9 @@ from torch import Tensor
 from pruning import obs
 from pruning.errors import PruningError
 from pruning.hessian import Hessian
+from pruning.layerwise import head_groups
+from pruning.plan import LayerShape
+from pruning.schedule import HeadUnit
 
 DAMPENING = 0.01
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}
@@ -206,6 +209,169 @@ def test_order_and_errors_do_not_depend_on_how_inputs_are_numbered(
     other = obs.eliminate_groups(permuted, groups(12, 1), iter(sizes))
     assert tuple(permutation[column] for column in other.order) == elimination.order
     assert other.errors == pytest.approx(elimination.errors, rel=1e-8)
+
+
+COLUMNS = {1: 48, 3: 16, 4: 12, 8: 6}
+"""Groups of so many columns, and how many of them 48 inputs make."""
+
+
+def plain(case: Case, columns_ND: Tensor, sizes: Sequence[int]) -> obs.Elimination:
+    """The definition: scores, elimination and down-dates on whole matrices, nothing dropped, nothing made afresh."""
+    W_OI, inverse_II = case.problem.W_OI.clone(), case.problem.inverse_II.clone()
+    live, order, rounds, errors = list(range(len(columns_ND))), [], [], []
+    for size in sizes:
+        scores = obs.group_scores(W_OI, inverse_II, columns_ND[live])
+        chosen = [live[place] for place in scores.argsort()[:size].tolist()]
+        errors.append((errors[-1] if errors else 0.0) + obs.eliminate_(W_OI, inverse_II, columns_ND[chosen].flatten()))
+        live = [group for group in live if group not in chosen]
+        order += chosen
+        rounds.append(len(order))
+    return obs.Elimination(tuple(order), tuple(rounds), tuple(errors))
+
+
+def assert_same_elimination(actual: obs.Elimination, expected: obs.Elimination) -> None:
+    assert actual.order == expected.order
+    assert actual.rounds == expected.rounds
+    assert actual.errors == pytest.approx(expected.errors, rel=1e-8)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.125, 0.5, 1.0])
+@pytest.mark.parametrize("size", COLUMNS)
+def test_dropping_gone_columns_changes_nothing(size: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(inputs=48, tokens=200, seed=11, dead=(5,))
+    monkeypatch.setattr(obs, "_COMPACT_SHARE", share)
+    for sizes in (ones(COLUMNS[size]), [COLUMNS[size] // 2, 1, 1], [COLUMNS[size]]):
+        columns_ND = groups(48, size)
+        elimination = obs.eliminate_groups(case.problem, columns_ND, iter(sizes))
+        assert_same_elimination(elimination, plain(case, columns_ND, sizes))
+        assert elimination.refactorisations == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("size", COLUMNS)
+def test_an_inverse_made_afresh_every_round_changes_nothing(
+    size: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(inputs=48, tokens=200, seed=12)
+    monkeypatch.setattr(obs, "_COMPACT_SHARE", share)
+    monkeypatch.setattr(obs, "_MAX_DRIFT", 0.0)
+    monkeypatch.setattr(obs._Matrices, "_acceptable_drift", lambda self: -1.0)
+    columns_ND, sizes = groups(48, size), ones(COLUMNS[size])
+    elimination = obs.eliminate_groups(case.problem, columns_ND, iter(sizes))
+    assert elimination.refactorisations == len(sizes)
+    assert_same_elimination(elimination, plain(case, columns_ND, sizes))
+
+
+@pytest.mark.parametrize(("spoilt", "refactorisations"), [(1e-5, 24), (4e-7, 8), (1e-9, 0)])
+def test_a_drifted_inverse_is_noticed_and_made_afresh(
+    spoilt: float, refactorisations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # every elimination spoils the inverse a little, as an ill conditioned Hessian would
+    case, columns_ND, sizes = Case(inputs=48, tokens=200, seed=13), groups(48, 1), ones(24)
+    expected, eliminate_ = plain(case, columns_ND, sizes), obs.eliminate_
+
+    def spoiling(W_OI: Tensor, inverse_II: Tensor, columns_G: Tensor) -> float:
+        error = eliminate_(W_OI, inverse_II, columns_G)
+        inverse_II *= 1 + spoilt
+        W_OI *= 1 + spoilt
+        return error
+
+    monkeypatch.setattr(obs, "eliminate_", spoiling)
+    elimination = obs.eliminate_groups(case.problem, columns_ND, iter(sizes))
+    assert elimination.order == expected.order
+    assert elimination.errors == pytest.approx(expected.errors, rel=5e-6)
+    assert elimination.refactorisations == refactorisations
+
+
+def test_what_even_a_fresh_inverse_lacks_does_not_count_as_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    # of an ill conditioned Hessian the probe always sees something
+    scales_I = torch.logspace(0, -4, 48, dtype=torch.float64)
+    case = Case(inputs=48, tokens=200, seed=14)
+    H_II = scales_I[:, None] * case.H_II * scales_I
+    problem = obs.prepare("o_proj", case.W_OI, Hessian(H_II, 200), dampening_frac=1e-12)
+    monkeypatch.setattr(obs, "_MAX_DRIFT", 1e-14)
+    assert obs._Matrices(problem, groups(48, 1))._drift() > 1e-14
+    elimination = obs.eliminate_groups(problem, groups(48, 1), iter(ones(40)))
+    assert elimination.refactorisations < 10
+    kept_K = torch.tensor([column for column in range(48) if column not in elimination.order])
+    pruned_OI = torch.zeros_like(problem.W_OI)
+    pruned_OI[:, kept_K] = obs.refit(problem, kept_K)
+    assert obs.output_error(problem.W_OI, pruned_OI, problem.H_II) == pytest.approx(elimination.errors[-1], rel=1e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), size=st.sampled_from([1, 3, 4]), count=st.integers(1, 9), more=st.integers(1, 5))
+def test_a_longer_run_begins_like_a_shorter_one(seed: int, size: int, count: int, more: int) -> None:
+    case, columns_ND = Case(inputs=24, seed=seed), groups(24, size)
+    count, total = min(count, len(columns_ND) - 1), min(count + more, len(columns_ND))
+    short, long = (obs.eliminate_groups(case.problem, columns_ND, iter(ones(rounds))) for rounds in (count, total))
+    assert long.order[:count] == short.order
+    assert long.rounds[:count] == short.rounds
+    assert long.errors[:count] == short.errors
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), removed=st.lists(st.sets(st.integers(0, 11), min_size=1), min_size=1, max_size=4))
+def test_down_dates_are_re_inversions(seed: int, removed: list[set[int]]) -> None:
+    case, gone = Case(seed=seed), set[int]()
+    W_OI, inverse_II = case.problem.W_OI.clone(), case.problem.inverse_II.clone()
+    error = 0.0
+    for columns in removed:
+        if fresh := sorted(columns - gone):
+            error += obs.eliminate_(W_OI, inverse_II, torch.tensor(fresh))
+            gone |= columns
+    kept = [column for column in range(12) if column not in gone]
+    torch.testing.assert_close(inverse_II[kept][:, kept], case.problem.H_II[kept][:, kept].inverse(), **CLOSE)
+    torch.testing.assert_close(W_OI, case.solve(sorted(gone))[0], **CLOSE)
+    assert error == pytest.approx(case.solve(sorted(gone))[1], rel=1e-8)
+
+
+@settings(max_examples=20, deadline=None)
+@given(permutation=st.permutations(range(6)), seed=st.integers(0, 10_000), count=st.integers(1, 5))
+def test_order_of_heads_does_not_depend_on_how_they_are_numbered(permutation: list[int], seed: int, count: int) -> None:
+    case = Case(inputs=24, seed=seed)
+    index = groups(24, 4)[permutation].flatten()
+    permuted = obs.prepare(
+        "o_proj", case.W_OI[:, index], Hessian(case.H_II[index][:, index], 60), dampening_frac=DAMPENING
+    )
+    elimination = obs.eliminate_groups(case.problem, groups(24, 4), iter(ones(count)))
+    other = obs.eliminate_groups(permuted, groups(24, 4), iter(ones(count)))
+    assert tuple(permutation[head] for head in other.order) == elimination.order
+    assert other.errors == pytest.approx(elimination.errors, rel=1e-8)
+
+
+SHAPES = [LayerShape(num_heads=6, num_kv_heads=kv_heads, intermediate_size=1) for kv_heads in (1, 2, 3, 6)]
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "query_head"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("seed", range(2))
+def test_heads_by_brute_force(unit: HeadUnit, shape: LayerShape, seed: int) -> None:
+    """Each round the cheapest unit goes; of query heads, only from groups that have lost least so far."""
+    case, per_group = Case(inputs=24, seed=seed + 20), shape.num_groups
+    units = shape.num_kv_heads if unit == "kv_group" else per_group
+    if units == 1:
+        return
+    found = head_groups(shape, 4, units - 1, unit)
+    elimination = obs.eliminate_groups(case.problem, found.columns_ND, iter(found.sizes), eligible=found.eligible)
+    columns = found.columns_ND.tolist()
+    gone: list[int] = []
+    for number, chosen in enumerate(elimination.order):
+        lost = [sum(head // per_group == group for head in gone) for group in range(shape.num_kv_heads)]
+        may_go = [
+            index
+            for index in range(len(columns))
+            if index not in gone and (unit == "kv_group" or lost[index // per_group] == min(lost))
+        ]
+        removed = [column for index in gone for column in columns[index]]
+        costs = {index: case.solve(removed + columns[index])[1] for index in may_go}
+        assert chosen == min(costs, key=lambda index: costs[index])
+        assert elimination.errors[number] == pytest.approx(costs[chosen], rel=1e-8)
+        gone.append(chosen)
+    if unit == "query_head":
+        assert sorted(head // per_group for head in gone) == sorted(list(range(shape.num_kv_heads)) * (units - 1))
+    else:
+        assert len(gone) == units - 1
 
 
 def test_dead_inputs_cost_nothing_and_go_first() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from pruning.hessian import Hessian
 from pruning.methods import slimgpt
 from pruning.methods.slimgpt import Config
 from pruning.pruned import Pruned
-from pruning.schedule import Allocation, LayerBudget, removed_parameters, solve_budgets
+from pruning.schedule import Allocation, HeadUnit, LayerBudget, removed_parameters, solve_budgets
 from pruning.statistics import capture_statistics
 from pruning.surgery import shrink_
 from tests.pruning.captured import CPU, hooked_moments, logits, outputs, prune_copy, same_weights, windows
@@ -131,7 +130,8 @@ def test_every_field_gives_a_valid_smaller_model(name: str, config: dict[str, An
         unit = cost.per_kv_head + shapes(dense)[0].num_groups * cost.per_query_head
     assert abs(removed - config.get("sparsity", 0.3) * before) <= unit
     several = config.get("split", "equal") == "auto" or (config.get("split", "equal") is None and name in GROUPED)
-    assert (len(pruned.split_kl) >= 2) == several
+    candidates = worth_trying(dense, config.get("sparsity", 0.3), config.get("head_unit") or unit_of(dense))
+    assert (len(pruned.split_kl) >= 2) == (several and len(candidates) > 1)
     assert not math.isnan(pruned.layers[0].measured_error)
 
 
@@ -255,14 +255,29 @@ def kl_of_logits(dense: PreTrainedModel, model: PreTrainedModel, calibration: Ca
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
-def tried(expected: dict[str, float]) -> list[str]:
-    """The splits up to the first that is worse than the one before it."""
-    names = [AUTO[0]]
-    for before, after in pairwise(AUTO):
-        names.append(after)
-        if expected[after] > expected[before]:
-            break
-    return names
+def worth_trying(model: PreTrainedModel, sparsity: float, unit: HeadUnit) -> list[str]:
+    """The splits that reach the sparsity and take at most 0.6 of the channels; if none does, those that reach it."""
+    widths, taken = shapes(model), {}
+    for split in AUTO:
+        allocation = Allocation(sparsity=sparsity, attention_ratio=SPLITS[split], head_unit=unit)
+        try:
+            budgets = solve_budgets(widths, layer_cost(model), allocation)
+        except PruningError:
+            continue
+        taken[split] = sum(budget.channels for budget in budgets) / sum(width.intermediate_size for width in widths)
+    return [split for split, share in taken.items() if share <= 0.6] or list(taken)
+
+
+def unit_of(model: PreTrainedModel) -> HeadUnit:
+    return "query_head" if shapes(model)[0].num_groups > 1 else "kv_group"
+
+
+def tried(candidates: list[str], kl: dict[str, float]) -> list[str]:
+    """Up to the first that gains less than a twentieth on the best before it."""
+    for number, name in enumerate(candidates[1:], start=1):
+        if kl[name] > 0.95 * min(kl[before] for before in candidates[:number]):
+            return candidates[: number + 1]
+    return candidates
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -275,11 +290,11 @@ def test_auto_keeps_the_split_with_the_smallest_heldout_kl(name: str, captured: 
     if captured:
         capture(dense, calibration, tmp_path)
     common: dict[str, Any] = {"sparsity": 0.2, "propagate_error": not captured, "statistics": statistics}
-    unit = "query_head" if shapes(dense)[0].num_groups > 1 else "kv_group"
-    alone = {split: prune(dense, calibration, split=split, head_unit=unit, **common) for split in AUTO}
+    unit, candidates = unit_of(dense), worth_trying(dense, 0.2, unit_of(dense))
+    alone = {split: prune(dense, calibration, split=split, head_unit=unit, **common) for split in candidates}
     chosen, pruned = prune(dense, calibration, split="auto", **common)
     expected = {split: kl_of_logits(dense, model, calibration) for split, (model, _) in alone.items()}
-    assert list(pruned.split_kl) == tried(expected)
+    assert list(pruned.split_kl) == tried(candidates, expected)
     assert pruned.split_kl == pytest.approx({split: expected[split] for split in pruned.split_kl}, rel=1e-3)
     best = min(pruned.split_kl, key=lambda split: expected[split])
     assert pruned.plan == alone[best][1].plan
@@ -290,17 +305,17 @@ def test_auto_keeps_the_split_with_the_smallest_heldout_kl(name: str, captured: 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_with_many_windows_splits_compete_on_a_part_and_the_winner_is_pruned_with_all(name: str) -> None:
     dense = tiny_model(name)
-    calibration = windows(dense, num_samples=40)
+    calibration = windows(dense, num_samples=40, num_heldout=88)
     # 4 tokens per input of the widest linear (48 channels; 64 head columns in qwen3), which is more than an eighth
     enough = {"llama": 8, "qwen3": 11}[name]
-    part = CalibrationSet(calibration.input_ids_NL[:enough], calibration.heldout_ids_ML, {})
-    scouts = {split: prune(dense, part, split=split, head_unit="query_head")[0] for split in AUTO}
-    expected = {split: kl_of_logits(dense, scout, calibration) for split, scout in scouts.items()}
+    # and 2048 held-out tokens in windows of 24
+    part = CalibrationSet(calibration.input_ids_NL[:enough], calibration.heldout_ids_ML[:86], {})
+    candidates = worth_trying(dense, 0.3, "query_head")
+    scouts = {split: prune(dense, part, split=split, head_unit="query_head")[0] for split in candidates}
+    expected = {split: kl_of_logits(dense, scout, part) for split, scout in scouts.items()}
     shares: list[float] = []
-    chosen, pruned = prune(
-        dense, calibration, split="auto", progress=lambda share, message: shares.append(share)
-    )
-    assert list(pruned.split_kl) == tried(expected)
+    chosen, pruned = prune(dense, calibration, split="auto", progress=lambda share, message: shares.append(share))
+    assert list(pruned.split_kl) == tried(candidates, expected)
     assert pruned.split_kl == pytest.approx({split: expected[split] for split in pruned.split_kl}, rel=1e-3)
     best = min(pruned.split_kl, key=lambda split: expected[split])
     whole, outcome = prune(dense, calibration, split=best, head_unit="query_head")
@@ -318,7 +333,7 @@ def test_defaults_are_measured_with_grouped_heads_and_the_papers_without(name: s
     if name in GROUPED:
         _, explicit = prune(model, split="auto", head_unit="query_head")
         assert pruned.split_kl == explicit.split_kl
-        assert list(pruned.split_kl)[:2] == ["ffn", "third"]
+        assert list(pruned.split_kl)[:2] == worth_trying(model, 0.3, "query_head")[:2]
         assert all(len(kept.kept_kv_heads) == 4 for kept in pruned.plan.layers)
     else:
         _, explicit = prune(model, split="equal", head_unit="kv_group")
@@ -329,7 +344,7 @@ def test_defaults_are_measured_with_grouped_heads_and_the_papers_without(name: s
 
 def test_auto_without_heldout_windows() -> None:
     model = tiny_model("llama")
-    with pytest.raises(PruningError, match=r"split 'auto' .*num_heldout.*equal, half, third, ffn, attention"):
+    with pytest.raises(PruningError, match=r"split 'auto' .*num_heldout.*choose a split: ffn, third, half, equal"):
         prune(model, windows(model, num_heldout=0), split="auto")
 
 
@@ -340,6 +355,14 @@ def test_auto_leaves_out_splits_that_cannot_reach_the_sparsity() -> None:
         prune(model, sparsity=0.7, split="ffn")
     _, pruned = prune(model, sparsity=0.7, split="auto", head_unit="kv_group")
     assert list(pruned.split_kl)[:2] == ["third", "half"]
+
+
+def test_auto_leaves_out_splits_that_leave_little_of_the_ffn() -> None:
+    model = tiny_model("qwen3")
+    assert prune(model, sparsity=0.3, split="ffn")[1].plan.shapes  # it could be done
+    _, pruned = prune(model, sparsity=0.3, split="auto")
+    assert next(iter(pruned.split_kl)) == worth_trying(model, 0.3, "query_head")[0] != "ffn"
+    assert sum(shape.intermediate_size for shape in pruned.plan.shapes) >= 0.4 * 3 * 48
 
 
 @pytest.mark.parametrize("name", FAMILIES)
