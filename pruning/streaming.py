@@ -7,6 +7,7 @@ goes on at the layer where it was, and its result is the same to the bit.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from pruning.checkpoint import PLAN_FILE, load_plan
 from pruning.decoder import StreamedDecoder, meta_model
+from pruning.errors import PruningError
 from pruning.folder_ledger import FolderLedger
 from pruning.modeling import pruned_config
 
@@ -48,11 +50,13 @@ def prune_checkpoint(
     """Prune the checkpoint in `source` by the method `module` and write the smaller one into `out` (weights, config,
     plan.json; no tokenizer).
 
-    work: folder of finished layers, to be kept until `out` is whole. With several processes (options.team) all call
-    this with the same folders and the leader writes `out`. Raises PruningError as the method does, or if the source is
-    no checkpoint of a supported family.
+    work: folder of finished layers, to be kept until `out` is whole; it belongs to this pruning alone. With several
+    processes (options.team) all call this with the same folders and the leader writes `out`. Raises PruningError as the
+    method does, if the source is no checkpoint of a supported family, or if the work folder holds layers of another
+    pruning.
     """
     decoder = StreamedDecoder(source)
+    _claim(work, _identity(source, module, calibration, config))
     ledger = FolderLedger(work, options.team)
     pruned: Pruned = module.prune(
         decoder,
@@ -70,6 +74,27 @@ def prune_checkpoint(
         plan = pruned.plan if before is None else before.compose(pruned.plan)
         (out / PLAN_FILE).write_text(plan.model_dump_json(), encoding="utf-8")
     return pruned
+
+
+def _identity(source: Path, module: Any, calibration: CalibrationSet, config: Any) -> str:
+    """What makes one pruning another: method, options, calibration tokens and weight files (by name and size)."""
+    tokens = torch.cat([calibration.input_ids_NL, calibration.heldout_ids_ML])
+    files = sorted((file.name, file.stat().st_size) for file in source.glob("*.safetensors"))
+    digest = hashlib.sha256(tokens.numpy().tobytes())
+    digest.update(json.dumps([module.__name__, module.VERSION, config.model_dump(mode="json"), files]).encode())
+    return digest.hexdigest()
+
+
+def _claim(work: Path, identity: str) -> None:
+    """Mark the work folder as this pruning's; every process of a team writes the same."""
+    work.mkdir(parents=True, exist_ok=True)
+    mark = work / "pruning.sha256"
+    if mark.is_file() and mark.read_text(encoding="utf-8") != identity:
+        raise PruningError(
+            f"{work} holds finished layers of another pruning (other options, calibration or model); give another work "
+            "folder or delete it"
+        )
+    mark.write_text(identity, encoding="utf-8")
 
 
 def assemble_checkpoint(decoder: StreamedDecoder, layer_files: list[Path], plan: PruningPlan, out: Path) -> None:

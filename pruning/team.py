@@ -62,18 +62,22 @@ class Team:
         return float(number)
 
     def decide(self, decision: Callable[[], T]) -> T:
-        """What the leader's call returns, in every process; a PruningError of the leader is raised in all."""
+        """What the leader's call returns, in every process; what it raises is raised in all: nobody waits for it."""
         if self.size == 1:
             return decision()
-        told: list[T | PruningError | None] = [None]
+        told: list[T | Exception | None] = [None]
         if self.leads:
             try:
                 told[0] = decision()
             except PruningError as error:
                 told[0] = error
+            except Exception as error:
+                told[0] = RuntimeError(f"the leading process failed: {type(error).__name__}: {error}")
+                dist.broadcast_object_list(told, src=0, device=_wire_device())
+                raise
         dist.broadcast_object_list(told, src=0, device=_wire_device())
         (answer,) = told
-        if isinstance(answer, PruningError):
+        if isinstance(answer, Exception):
             raise answer
         return answer  # type: ignore[return-value]  # None only if the decision returned None
 

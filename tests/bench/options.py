@@ -76,8 +76,8 @@ class Options:
     p1_calibration: Windows = Windows(32, 512)
     p1_windows: Windows = Windows(8, 1024)
     ordering_percent: int = 50
-    ordering_samples: tuple[int, ...] = (8, 16, 32, 64, 128)
-    ordering_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    ordering_samples: tuple[int, ...] = (8, 32, 128)
+    ordering_lengths: tuple[int, ...] = (64, 256, 512, 1024)
     growth: Growth = Growth()
 
 

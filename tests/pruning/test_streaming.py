@@ -271,6 +271,17 @@ def test_a_refusal_leaves_no_checkpoint(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("other", [{"sparsity": 0.4}, {"dampening_frac": 0.5}])
+def test_a_work_folder_belongs_to_one_pruning(other: dict[str, float], tmp_path: Path) -> None:
+    source = saved(tiny_model("llama"), tmp_path / "source")
+    prune(source, tmp_path / "out", tmp_path / "work")
+    with pytest.raises(PruningError, match="finished layers of another pruning"):
+        prune(source, tmp_path / "other", tmp_path / "work", **other)
+    assert not (tmp_path / "other").exists()
+    again = prune(source, tmp_path / "again", tmp_path / "work")
+    assert again.plan == load_plan(tmp_path / "out")
+
+
 def test_another_disk_gets_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = saved(tiny_model("llama"), tmp_path / "source")
     prune(source, tmp_path / "linked", tmp_path / "work")
