@@ -256,7 +256,7 @@ def kl_of_logits(dense: PreTrainedModel, model: PreTrainedModel, calibration: Ca
 
 
 def worth_trying(model: PreTrainedModel, sparsity: float, unit: HeadUnit) -> list[str]:
-    """The splits that reach the sparsity and take at most 0.6 of the channels; if none does, those that reach it."""
+    """The splits that reach the sparsity and take at most 0.65 of the channels; if none does, those that reach it."""
     widths, taken = shapes(model), {}
     for split in AUTO:
         allocation = Allocation(sparsity=sparsity, attention_ratio=SPLITS[split], head_unit=unit)
@@ -265,7 +265,7 @@ def worth_trying(model: PreTrainedModel, sparsity: float, unit: HeadUnit) -> lis
         except PruningError:
             continue
         taken[split] = sum(budget.channels for budget in budgets) / sum(width.intermediate_size for width in widths)
-    return [split for split, share in taken.items() if share <= 0.6] or list(taken)
+    return [split for split, share in taken.items() if share <= 0.65] or list(taken)
 
 
 def unit_of(model: PreTrainedModel) -> HeadUnit:
