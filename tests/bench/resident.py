@@ -29,9 +29,8 @@ class Pruning:
 
     @property
     def split(self) -> str:
-        """The split that held-out KL chose; "" when there was nothing to choose."""
-        tried = self.pruned.split_kl
-        return min(tried, key=lambda name: tried[name]) if tried else ""
+        """The split that was carried out."""
+        return self.pruned.split or ""
 
     def smaller(self, model: PreTrainedModel) -> PreTrainedModel:
         """A pruned copy of the model."""
