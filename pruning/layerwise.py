@@ -33,6 +33,8 @@ class Solver:
     grouped_cholesky: bool
     group_size: int | None
     head_unit: HeadUnit
+    dtype: torch.dtype = torch.float64
+    """Of the factorisations."""
 
 
 def prune_layerwise_(
@@ -44,15 +46,17 @@ def prune_layerwise_(
     ledger: Ledger,
     *,
     orders: Orders | None = None,
+    measured: bool = True,
     team: Team | None = None,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> Tensor:
     """Remove what `budgets` say from each linear the walk offers; its weight is changed in place, in masked form.
 
     The removed columns become zero and the kept ones are compensated. What was decided is entered in the ledger, which
-    must be the one the walk writes to. orders: what goes first, found earlier from the same Hessians. team: the
-    processes that walk together; the leader solves for all. `on_layer` is told each finished layer. Returns what the
-    walk returns: the held-out stream after the last layer.
+    must be the one the walk writes to. orders: what goes first, found earlier from the same Hessians. measured: False
+    leaves measured and held-out errors out of the reports. team: the processes that walk together; the leader solves
+    for all. `on_layer` is told each finished layer. Returns what the walk returns: the held-out stream after the last
+    layer.
     """
     team = team or Team()
     reports: list[SubLayerReport] = []
@@ -73,7 +77,7 @@ def prune_layerwise_(
             groups = head_groups(shape, head_dim, budget.head_units, solver.head_unit)
         else:
             groups = channel_groups(shape, budget.channels, solver)
-        kept_units, report = team.decide(lambda: _prune_(sub_layer, groups, solver, orders))  # noqa: B023 (called at once)
+        kept_units, report = team.decide(lambda: _prune_(sub_layer, groups, solver, orders, measured))  # noqa: B023 (called at once)
         team.copy_from_leader_(sub_layer.linear.weight.data)
         kept.append(kept_units)
         reports.append(report)
@@ -144,7 +148,7 @@ def channel_groups(shape: LayerShape, count: int, solver: Solver) -> Groups:
 
 
 def _prune_(
-    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: Orders | None
+    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: Orders | None, measured: bool
 ) -> tuple[tuple[int, ...], SubLayerReport]:
     """Choose, refit and write back; returns the kept groups (sorted) and the report."""
     start = time.perf_counter()
@@ -159,7 +163,9 @@ def _prune_(
     if orders is None:
         system, order, found = _solve(sub_layer, groups, solver)
     else:
-        system = obs.dampen(sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac)
+        system = obs.dampen(
+            sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac, dtype=solver.dtype
+        )
         traced = orders.load(sub_layer.name, solver.head_unit if sub_layer.kind == "attention" else "channel")
         order, found = traced.order[: groups.count], {"condition": traced.condition}
     kept_N = torch.ones(total, dtype=torch.bool)
@@ -172,18 +178,23 @@ def _prune_(
         found["predicted_error"] = obs.output_error(system.W_OI, pruned_OI, system.H_II)
     del system
     pruned_OI = pruned_OI.to(weight_OI)
-    measured = _measured(sub_layer, weight_OI, pruned_OI)
+    if measured:
+        found |= _measured(sub_layer, weight_OI, pruned_OI)
     sub_layer.linear.weight.data.copy_(pruned_OI)
     return tuple(kept_N.nonzero().flatten().tolist()), report.model_copy(
-        update=measured | found | {"num_tokens": sub_layer.hessian.num_tokens, "seconds": time.perf_counter() - start}
+        update={**found, "num_tokens": sub_layer.hessian.num_tokens, "seconds": time.perf_counter() - start}
     )
 
 
-def _solve(sub_layer: SubLayer, groups: Groups, solver: Solver) -> tuple[obs.System, tuple[int, ...], dict[str, float]]:
+def _solve(
+    sub_layer: SubLayer, groups: Groups, solver: Solver
+) -> tuple[obs.System, tuple[int, ...], dict[str, float | None]]:
     """The order of removal by OBS, the system it came from and what was found on the way."""
     assert sub_layer.hessian is not None
     weight_OI = sub_layer.linear.weight.detach()
-    problem = obs.prepare(sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac)
+    problem = obs.prepare(
+        sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac, dtype=solver.dtype
+    )
     elimination = obs.eliminate_groups(
         problem,
         groups.columns_ND.to(problem.W_OI.device),

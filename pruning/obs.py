@@ -35,7 +35,7 @@ _COMPACT_SHARE = 0.125
 
 @dataclass(frozen=True)
 class System:
-    """One linear and the dampened Hessian of its inputs, in float64 on one device.
+    """One linear and the dampened Hessian of its inputs, in one dtype (float64, but for trials) on one device.
 
     W_OI: weight with dead inputs zeroed. H_II: dampened Hessian. name: for error messages.
     """
@@ -68,13 +68,15 @@ class Elimination:
     refactorisations: int = 0
 
 
-def dampen(name: str, W_OI: Tensor, hessian: Hessian, *, dampening_frac: float) -> System:
+def dampen(
+    name: str, W_OI: Tensor, hessian: Hessian, *, dampening_frac: float, dtype: torch.dtype = torch.float64
+) -> System:
     """Add `dampening_frac` of the mean diagonal to the Hessian's diagonal.
 
     Dead inputs (H_ii = 0) get H_ii = 1 and a zero weight column, so that they go first and cost nothing.
     """
-    H_II = hessian.matrix_II.to(torch.float64, copy=True)
-    W_OI = W_OI.to(H_II.device, torch.float64, copy=True)
+    H_II = hessian.matrix_II.to(dtype, copy=True)
+    W_OI = W_OI.to(H_II.device, dtype, copy=True)
     diagonal_I = H_II.diagonal()
     dead_I = diagonal_I == 0
     W_OI[:, dead_I] = 0
@@ -83,12 +85,16 @@ def dampen(name: str, W_OI: Tensor, hessian: Hessian, *, dampening_frac: float) 
     return System(name, W_OI, H_II)
 
 
-def prepare(name: str, W_OI: Tensor, hessian: Hessian, *, dampening_frac: float) -> Problem:
+def prepare(
+    name: str, W_OI: Tensor, hessian: Hessian, *, dampening_frac: float, dtype: torch.dtype = torch.float64
+) -> Problem:
     """Dampen and invert the Hessian of one linear.
+
+    dtype: float32 halves time and memory and will do for a trial where `single_precision_will_do`.
 
     Raises PruningError when H is not positive definite or too ill conditioned to trust, with the way out.
     """
-    system = dampen(name, W_OI, hessian, dampening_frac=dampening_frac)
+    system = dampen(name, W_OI, hessian, dampening_frac=dampening_frac, dtype=dtype)
     way_out = f"raise dampening_frac (now {dampening_frac:g}) or num_samples"
     L_II, info = torch.linalg.cholesky_ex(system.H_II)
     if int(info) != 0:
@@ -101,6 +107,11 @@ def prepare(name: str, W_OI: Tensor, hessian: Hessian, *, dampening_frac: float)
             f"{way_out}"
         )
     return Problem(name, system.W_OI, system.H_II, inverse_II, rcond)
+
+
+def single_precision_will_do(num_inputs: int, dampening_frac: float) -> bool:
+    """Whether float32 keeps two digits of the inverse: the condition is at most num_inputs / dampening_frac + 1."""
+    return num_inputs / dampening_frac * torch.finfo(torch.float32).eps < 0.02
 
 
 def group_scores(W_OI: Tensor, inverse_II: Tensor, columns_ND: Tensor, *, conditional: bool = True) -> Tensor:
@@ -190,7 +201,7 @@ class _Matrices:
         self._gone_I = torch.zeros(num_inputs, dtype=torch.bool, device=columns_ND.device)
         self._probe_I = torch.randn(
             num_inputs, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-        ).to(problem.H_II.device)  # fmt: skip
+        ).to(problem.H_II)  # fmt: skip
         self.refactorisations = 0
         self._limit = self._acceptable_drift()
 

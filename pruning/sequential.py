@@ -79,6 +79,7 @@ def walk_layers(
     num_heldout: int = 0,
     wanted: Callable[[int, SubLayerKind], bool] = lambda layer, kind: True,
     statistics: Statistics | None = None,
+    heldout_hessians: bool = True,
     ledger: Ledger | None = None,
 ) -> Generator[SubLayer, None, Tensor]:
     """Walk all decoder layers over the calibration tokens, yielding attention then MLP of each (see SubLayer).
@@ -88,8 +89,9 @@ def walk_layers(
     see the changed outputs (error propagation).
 
     wanted: the sub-layers whose Hessian is needed; the others are yielded without. statistics: Hessians captured
-    earlier, given instead of the ones that the stream would give; only the held-out samples are then walked. ledger: is
-    told when a layer is done, and says where an interrupted walk goes on.
+    earlier, given instead of the ones that the stream would give; only the held-out samples are then walked.
+    heldout_hessians: whether the held-out samples have Hessians of their own. ledger: is told when a layer is done, and
+    says where an interrupted walk goes on.
 
     Returns (as the generator's value) the residual stream of this process's held-out samples after the last layer,
     (M, L, C), before the final norm.
@@ -99,7 +101,9 @@ def walk_layers(
         calibration_NL = calibration_NL[:0]
     calibration_NL, heldout_ML = options.team.share(calibration_NL), options.team.share(heldout_ML)
     with Shelf(options.activation_budget_bytes, ledger.folder if ledger else None) as shelf:
-        walk = _Walk(decoder, options, shelf, calibration_NL, heldout_ML, sees_heldout=num_heldout > 0)
+        walk = _Walk(
+            decoder, options, shelf, calibration_NL, heldout_ML, sees_heldout=heldout_hessians and num_heldout > 0
+        )
         walk.start(ledger)
         for index in range(ledger.layers_done if ledger else 0, decoder.num_layers):
             layer = decoder.layer(index, options.device)

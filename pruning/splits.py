@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pruning import obs
 from pruning.calibration import CalibrationSet
 from pruning.decoder import Decoder
 from pruning.divergence import final_stream, mean_kl
@@ -30,7 +31,7 @@ from pruning.statistics import Statistics
 Progress = Callable[[float, str], None]
 
 #: calibration tokens per input of the widest linear that suffice to compare splits
-_SCOUTING_TOKENS_PER_INPUT = 4
+_SCOUTING_TOKENS_PER_INPUT = 3
 #: held-out tokens that suffice to compare splits: the same ones judge all
 _JUDGING_TOKENS = 2048
 #: by how much the KL must fall before more of attention is given up. Smaller differences on a few windows of one text
@@ -96,7 +97,8 @@ def prune_best_split(job: Job, candidates: Sequence[Candidate], ledger: Ledger, 
         branch = ledger.branch(candidate.name)
         kl = branch.recall("kl")
         if kl is None:
-            _, pruned_MLC = _prune(trial, candidate, branch, _part(progress, number, rounds, candidate.name))
+            report = _part(progress, number, rounds, candidate.name)
+            _, pruned_MLC = _prune(trial, _quick(candidate, trial), branch, report, measured=False)
             if dense_MLC is None:
                 dense_MLC = final_stream(job.decoder, trial.calibration.heldout_ids_ML, job.options)
             kl = mean_kl(job.decoder, dense_MLC, pruned_MLC, job.options)
@@ -109,8 +111,13 @@ def prune_best_split(job: Job, candidates: Sequence[Candidate], ledger: Ledger, 
     return pruned.model_copy(update={"split_kl": tried})
 
 
-def _prune(job: Job, candidate: Candidate, ledger: Ledger, progress: Progress) -> tuple[Pruned, Tensor]:
-    """The outcome, and the stream of the held-out windows after the last layer of the pruned model."""
+def _prune(
+    job: Job, candidate: Candidate, ledger: Ledger, progress: Progress, *, measured: bool = True
+) -> tuple[Pruned, Tensor]:
+    """The outcome, and the stream of the held-out windows after the last layer of the pruned model.
+
+    measured: whether the reports need errors.
+    """
     decoder, allocation = job.decoder, candidate.allocation
     widths, cost = shapes(decoder.skeleton), layer_cost(decoder.skeleton)
     budgets = solve_budgets(widths, cost, allocation)
@@ -122,6 +129,7 @@ def _prune(job: Job, candidate: Candidate, ledger: Ledger, progress: Progress) -
         num_heldout=len(job.calibration.heldout_ids_ML),
         wanted=sub_layers_to_prune(budgets),
         statistics=job.statistics,
+        heldout_hessians=measured,
         ledger=ledger,
     )
     stream_MLC = prune_layerwise_(
@@ -132,6 +140,7 @@ def _prune(job: Job, candidate: Candidate, ledger: Ledger, progress: Progress) -
         candidate.solver,
         ledger,
         orders=job.orders,
+        measured=measured,
         team=job.options.team,
         on_layer=lambda layer: progress((layer + 1) / len(widths), f"layer {layer + 1} of {len(widths)}"),
     )
@@ -146,16 +155,28 @@ def _scouting_set(job: Job) -> CalibrationSet:
 
     Choosing needs less precision than pruning: the splits differ by far more than the windows do.
     """
-    calibration, model = job.calibration, job.decoder.skeleton
-    head_dim, seq_len = job.decoder.family.head_dim(model), calibration.input_ids_NL.shape[1]
-    widest = max(max(width.intermediate_size, width.num_heads * head_dim) for width in shapes(model))
-    enough = math.ceil(_SCOUTING_TOKENS_PER_INPUT * widest / seq_len)
+    calibration = job.calibration
+    seq_len = calibration.input_ids_NL.shape[1]
+    enough = math.ceil(_SCOUTING_TOKENS_PER_INPUT * _widest(job.decoder) / seq_len)
     judges = math.ceil(_JUDGING_TOKENS / seq_len)
     return replace(
         calibration,
         input_ids_NL=calibration.input_ids_NL[:enough],
         heldout_ids_ML=calibration.heldout_ids_ML[:judges],
     )
+
+
+def _quick(candidate: Candidate, job: Job) -> Candidate:
+    """In float32, if the dampening leaves it digits enough to compare by."""
+    if not obs.single_precision_will_do(_widest(job.decoder), candidate.solver.dampening_frac):
+        return candidate
+    return replace(candidate, solver=replace(candidate.solver, dtype=torch.float32))
+
+
+def _widest(decoder: Decoder) -> int:
+    """Inputs of the widest output linear."""
+    head_dim = decoder.family.head_dim(decoder.skeleton)
+    return max(max(width.intermediate_size, width.num_heads * head_dim) for width in shapes(decoder.skeleton))
 
 
 def _part(progress: Progress, index: int, count: int, what: str) -> Progress:
