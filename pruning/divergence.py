@@ -16,7 +16,7 @@ from pruning.errors import PruningError
 from pruning.sequential import WalkOptions, walk_layers
 
 #: tokens whose logits are in memory at once
-_TOKENS = 256
+_TOKENS = 128
 
 
 def final_stream(decoder: Decoder, input_ids_ML: Tensor, options: WalkOptions) -> Tensor:
@@ -43,9 +43,12 @@ def mean_kl(decoder: Decoder, dense_MLC: Tensor, pruned_MLC: Tensor, options: Wa
     total = 0.0
     for dense_LC, pruned_LC in zip(dense_MLC, pruned_MLC, strict=True):
         for dense_TC, pruned_TC in zip(dense_LC.split(_TOKENS), pruned_LC.split(_TOKENS), strict=True):
-            log_p_TV = head(norm(dense_TC.to(device))).float().log_softmax(-1)
-            log_q_TV = head(norm(pruned_TC.to(device))).float().log_softmax(-1)
-            total += float(((log_p_TV - log_q_TV) * log_p_TV.exp()).sum()) / len(dense_LC)
+            p_TV, q_TV = (head(norm(stream_TC.to(device))).float() for stream_TC in (dense_TC, pruned_TC))
+            # sum of p (log p - log q) in few passes over what is the largest tensor there is
+            distance_T = q_TV.logsumexp(-1) - p_TV.logsumexp(-1)
+            difference_TV = q_TV.neg_().add_(p_TV)
+            distance_T += (p_TV.softmax(-1).mul_(difference_TV)).sum(-1)
+            total += float(distance_T.sum()) / len(dense_LC)
     total, count = options.team.sum_of(total, len(dense_MLC))
     if not math.isfinite(total):
         raise PruningError(

@@ -7,7 +7,7 @@ For a weight W and H = mean x xᵀ (dampened), removing the columns G jointly an
 and leaves the inverse H⁻¹ - H⁻¹_:,G (H⁻¹_GG)⁻¹ H⁻¹_G,: for the columns that remain: a rank-|G| down-date, no
 re-inversion. With H the mean over tokens the error is in units of mean squared output error per token.
 
-Down-dates drift: after each the inverse is probed against the Hessian, and computed afresh when it has lost digits.
+Down-dates drift: now and then the inverse is probed against the Hessian, and computed afresh when it has lost digits.
 Columns that have gone are dropped from the matrices from time to time, so that later rounds are cheaper.
 
 Shapes: O outputs, I inputs, A columns still in the matrices, G columns of one elimination, K kept columns, N groups,
@@ -29,8 +29,8 @@ from pruning.hessian import Hessian
 _MIN_RCOND = 1e-13
 #: relative error of the down-dated inverse above which it is computed afresh
 _MAX_DRIFT = 1e-6
-#: share of the columns that must have gone before the matrices are copied without them
-_COMPACT_SHARE = 0.125
+#: shares of the columns that must have gone before the matrices are copied without them, and the inverse is probed again
+_COMPACT_SHARE = _PROBE_SHARE = 0.125
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,8 @@ class _Matrices:
         self._active_A = torch.arange(num_inputs, device=columns_ND.device)
         self._place_I = self._active_A.clone()  # where a column of the linear stands in the matrices
         self._gone_I = torch.zeros(num_inputs, dtype=torch.bool, device=columns_ND.device)
-        self._probe_I = torch.randn(
-            num_inputs, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-        ).to(problem.H_II)  # fmt: skip
+        self._probe_I = torch.randn(num_inputs, generator=torch.Generator().manual_seed(0)).to(problem.H_II)
+        self._unprobed = 0
         self.refactorisations = 0
         self._limit = self._acceptable_drift()
 
@@ -223,8 +222,11 @@ class _Matrices:
             error = _down_date_(self._W_OA, self._inverse_AA, W_OG, inverse_GA[:, places_G], inverse_GA[:, stay_A])
         else:
             error = eliminate_(self._W_OA, self._inverse_AA, places_G)
-        if self._drift() > self._limit:
-            self._refactorise_()
+        self._unprobed += len(columns_G)
+        if self._unprobed > _PROBE_SHARE * len(self._active_A):
+            self._unprobed = 0
+            if self._drift() > self._limit:
+                self._refactorise_()
         return error
 
     def _compact_(self) -> Tensor:

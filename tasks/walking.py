@@ -74,19 +74,27 @@ def _listen(team: list[Any], messages: Any, progress: Progress) -> None:
         try:
             message = messages.get(timeout=1.0)
         except Empty:
-            dead = [member.exitcode for member in team if member.exitcode]
-            if dead and messages.empty():
-                raise RuntimeError(
-                    f"a process of the walk died (exit code {dead[0]}): out of memory? The finished layers are kept; "
-                    "run again to go on"
-                ) from None
+            if messages.empty():
+                _refuse_dead(team, None)
             continue
         if isinstance(message, Exception):
+            if isinstance(message, RuntimeError):  # perhaps only the echo of another one's end
+                team[0].join(timeout=1.0)
+                _refuse_dead(team, message)
             raise message
         if message is None:
             ended += 1
         else:
             progress(*message)
+
+
+def _refuse_dead(team: list[Any], cause: Exception | None) -> None:
+    codes = [member.exitcode for member in team if member.exitcode]
+    if codes:
+        raise RuntimeError(
+            f"a process of the walk died (exit code {codes[0]}): out of memory? The finished layers are kept; "
+            "run again to go on"
+        ) from cause
 
 
 def _member(rank: int, size: int, meeting: Path, settings: Settings, job: WalkJob, messages: Any) -> None:

@@ -255,6 +255,7 @@ def test_an_inverse_made_afresh_every_round_changes_nothing(
     case = Case(inputs=48, tokens=200, seed=12)
     monkeypatch.setattr(obs, "_COMPACT_SHARE", share)
     monkeypatch.setattr(obs, "_MAX_DRIFT", 0.0)
+    monkeypatch.setattr(obs, "_PROBE_SHARE", 0.0)
     monkeypatch.setattr(obs._Matrices, "_acceptable_drift", lambda self: -1.0)
     columns_ND, sizes = groups(48, size), ones(COLUMNS[size])
     elimination = obs.eliminate_groups(case.problem, columns_ND, iter(sizes))
@@ -277,6 +278,7 @@ def test_a_drifted_inverse_is_noticed_and_made_afresh(
         return error
 
     monkeypatch.setattr(obs, "eliminate_", spoiling)
+    monkeypatch.setattr(obs, "_PROBE_SHARE", 0.0)
     elimination = obs.eliminate_groups(case.problem, columns_ND, iter(sizes))
     assert elimination.order == expected.order
     assert elimination.errors == pytest.approx(expected.errors, rel=5e-6)
@@ -290,6 +292,7 @@ def test_what_even_a_fresh_inverse_lacks_does_not_count_as_drift(monkeypatch: py
     H_II = scales_I[:, None] * case.H_II * scales_I
     problem = obs.prepare("o_proj", case.W_OI, Hessian(H_II, 200), dampening_frac=1e-12)
     monkeypatch.setattr(obs, "_MAX_DRIFT", 1e-14)
+    monkeypatch.setattr(obs, "_PROBE_SHARE", 0.0)
     assert obs._Matrices(problem, groups(48, 1))._drift() > 1e-14
     elimination = obs.eliminate_groups(problem, groups(48, 1), iter(ones(40)))
     assert elimination.refactorisations < 10
@@ -461,3 +464,31 @@ def test_fixed_sizes(count: int, size: int) -> None:
     sizes = list(obs.fixed_group_sizes(count, size))
     assert sum(sizes) == count
     assert all(value == size for value in sizes[:-1])
+
+
+@pytest.mark.parametrize("dampening_frac", [0.01, 0.1])
+def test_single_precision_chooses_nearly_the_same(dampening_frac: float) -> None:
+    inputs, count = 96, 40
+    assert obs.single_precision_will_do(inputs, dampening_frac)
+    generator = torch.Generator().manual_seed(8)
+    X_TI = torch.randn(300, inputs, generator=generator) @ torch.randn(inputs, inputs, generator=generator)
+    X_TI[:, 0] *= 1e3  # one massive activation: as ill conditioned as the dampening lets it be
+    hessian = Hessian(X_TI.T @ X_TI / 300, 300)
+    W_OI = torch.randn(20, inputs, generator=generator)
+    double, single = (
+        obs.prepare("layers.0.mlp.down_proj", W_OI, hessian, dampening_frac=dampening_frac, dtype=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert torch.linalg.cond(double.H_II) <= inputs / dampening_frac + 1, "what single_precision_will_do stands on"
+    columns_ND = groups(inputs, 1)
+    exact, quick = (
+        obs.eliminate_groups(problem, columns_ND, obs.halving_group_sizes(count)) for problem in (double, single)
+    )
+    assert len(set(exact.order) & set(quick.order)) >= count - 2
+    assert quick.errors[-1] == pytest.approx(exact.errors[-1], rel=0.01)
+
+
+def test_single_precision_is_not_trusted_beyond_its_digits() -> None:
+    assert obs.single_precision_will_do(1536, 0.01)
+    assert not obs.single_precision_will_do(11008, 0.01)
+    assert not obs.single_precision_will_do(1536, 1e-4)
