@@ -29,7 +29,7 @@ from pruning.hessian import Hessian
 _MIN_RCOND = 1e-13
 #: relative error of the down-dated inverse above which it is computed afresh
 _MAX_DRIFT = 1e-6
-#: shares of the columns that must have gone before the matrices are copied without them, and the inverse is probed again
+#: shares of the columns that must have gone before the matrices are copied without them, the inverse probed again
 _COMPACT_SHARE = _PROBE_SHARE = 0.125
 
 
