@@ -12,8 +12,8 @@ _CHILD = """
 import time
 from flows.interrupt import take_interrupts
 take_interrupts()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(30)
 except KeyboardInterrupt:
     print("finishing", flush=True)
