@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,7 @@ def _identity(source: Path, module: Any, calibration: CalibrationSet, config: An
 
 
 def _claim(work: Path, identity: str) -> None:
-    """Mark the work folder as this pruning's; every process of a team writes the same."""
+    """Mark the work folder as this pruning's. Every process of a team writes the same, none sees it half written."""
     work.mkdir(parents=True, exist_ok=True)
     mark = work / "pruning.sha256"
     if mark.is_file() and mark.read_text(encoding="utf-8") != identity:
@@ -94,7 +95,9 @@ def _claim(work: Path, identity: str) -> None:
             f"{work} holds finished layers of another pruning (other options, calibration or model); give another work "
             "folder or delete it"
         )
-    mark.write_text(identity, encoding="utf-8")
+    unfinished = work / f"{mark.name}.{os.getpid()}"
+    unfinished.write_text(identity, encoding="utf-8")
+    os.replace(unfinished, mark)
 
 
 def assemble_checkpoint(decoder: StreamedDecoder, layer_files: list[Path], plan: PruningPlan, out: Path) -> None:

@@ -265,12 +265,12 @@ def test_a_branch_writes_no_shards_and_resumes(model: PreTrainedModel, tmp_path:
     assert pruned.plan == prune_into(MemoryLedger(), ResidentDecoder(model)).plan
 
 
-@pytest.mark.parametrize("stop_after", range(1, 4 * LAYERS))
+@pytest.mark.parametrize("stop_after", range(1, 3 * LAYERS))
 def test_several_tries_interrupted_anywhere(stop_after: int, model: PreTrainedModel, tmp_path: Path) -> None:
     whole = FolderLedger(tmp_path / "whole")
     expected = prune_into(whole, ResidentDecoder(model), split="auto", sparsity=SEVERAL)
     tries = len(expected.split_kl)
-    assert tries == 3, "then progress is told four times in each, and four times for the winner"
+    assert tries == 2, "then progress is told four times in each, and four times for the winner"
     interrupted(tmp_path / "killed", model, stop_after, split="auto", sparsity=SEVERAL)
     again, decoder = FolderLedger(tmp_path / "killed"), Counted(model)
     pruned = prune_into(again, decoder, split="auto", sparsity=SEVERAL)
