@@ -186,6 +186,17 @@ def _prune_(
     )
 
 
+def search(problem: obs.Problem, groups: Groups, solver: Solver) -> obs.Elimination:
+    """The greedy order in which `groups` go; changes nothing."""
+    return obs.eliminate_groups(
+        problem,
+        groups.columns_ND.to(problem.W_OI.device),
+        iter(groups.sizes),
+        conditional=solver.grouped_cholesky,
+        eligible=groups.eligible,
+    )
+
+
 def _solve(
     sub_layer: SubLayer, groups: Groups, solver: Solver
 ) -> tuple[obs.System, tuple[int, ...], dict[str, float | None]]:
@@ -195,13 +206,7 @@ def _solve(
     problem = obs.prepare(
         sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac, dtype=solver.dtype
     )
-    elimination = obs.eliminate_groups(
-        problem,
-        groups.columns_ND.to(problem.W_OI.device),
-        iter(groups.sizes),
-        conditional=solver.grouped_cholesky,
-        eligible=groups.eligible,
-    )
+    elimination = search(problem, groups, solver)
     return obs.System(problem.name, problem.W_OI, problem.H_II), elimination.order, {
         "predicted_error": elimination.errors[-1],
         "condition": 1.0 / problem.rcond,

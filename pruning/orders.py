@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pruning import obs
 from pruning.families import shapes
-from pruning.layerwise import Groups, channel_groups, head_groups
+from pruning.layerwise import Groups, channel_groups, head_groups, search
 from pruning.schedule import MAX_RATIO, HeadUnit, num_head_units
 from pruning.sequential import SubLayer, WalkOptions, walk_layers
 from pruning.team import Team
@@ -74,13 +74,7 @@ def trace_orders(
         weight_OI = sub_layer.linear.weight
         problem = obs.prepare(sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac)
         for unit, groups in _groups(sub_layer, widths[sub_layer.layer], head_dim, solver).items():
-            found = obs.eliminate_groups(
-                problem,
-                groups.columns_ND.to(problem.W_OI.device),
-                iter(groups.sizes),
-                conditional=solver.grouped_cholesky,
-                eligible=groups.eligible,
-            )
+            found = search(problem, groups, solver)
             order = Order(
                 order=found.order,
                 rounds=found.rounds,
