@@ -9,7 +9,7 @@ from pruning.plan import PruningPlan
 
 
 class Pruned(BaseModel):
-    """Outcome of a pruning method; the model itself is in masked form until shrink_ applies the plan.
+    """Outcome of a pruning method; the compensated weights are in the ledger it was given.
 
     achieved_sparsity: share of decoder-layer parameters that the plan removes. split: the one between attention and FFN
     that was carried out. split_kl: held-out KL (nats per token) of each split that was tried, if there was a choice.
