@@ -1,0 +1,1 @@
+"""The commands of `slimline`, one module for each group of them."""

@@ -1,0 +1,103 @@
+"""`slimline results`, `slimline list`, `slimline doctor`: what there is, and whether this machine is ready."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from flows.commands.app import app, prepared
+from flows.errors import SpecError
+
+
+class Noun(StrEnum):
+    """What `slimline list` can list."""
+
+    methods = "methods"
+    recoveries = "recoveries"
+    suites = "suites"
+    families = "families"
+    specs = "specs"
+
+
+class Form(StrEnum):
+    """How `slimline results` prints."""
+
+    table = "table"
+    markdown = "markdown"
+    json = "json"
+    csv = "csv"
+
+
+@app.command()
+def results(
+    form: Annotated[
+        Form, typer.Option("--format", help="table and markdown: chosen figures; json and csv: all.")
+    ] = Form.table,
+    run_key: Annotated[str | None, typer.Option("--run", help="Run key or spec name; default: the newest run.")] = None,
+) -> None:
+    """Print what a run measured, from the results store."""
+    settings = prepared()
+    from flows.report import protocol_lines, render
+    from infra.registry import near
+    from infra.results import ResultsStore
+
+    store = ResultsStore(settings.results_path)
+    runs = sorted(store.runs(), key=lambda row: row.finished_at)
+    if not runs:
+        raise SpecError(f"there are no results in {settings.results_path} yet; run a spec first: slimline run demo")
+    wanted = [row for row in runs if run_key in (None, row.run_key, row.name)]
+    if not wanted:
+        names = sorted({row.name for row in runs})
+        raise SpecError(f"no run {run_key!r}{near(str(run_key), names)}; there are: {', '.join(names)}")
+    newest = wanted[-1]
+    metrics = store.metrics(newest.run_key)
+    if form is Form.table:
+        print(f"{newest.name} ({newest.run_key}, {newest.status}, {newest.finished_at:%Y-%m-%d %H:%M} UTC)")
+    print(render(metrics, form))
+    if form is Form.table:
+        print("\n" + "\n".join(protocol_lines(metrics, json.loads(newest.spec))))
+        if newest.message:
+            print(f"failed: {newest.message}")
+
+
+@app.command(name="list")
+def list_(noun: Annotated[Noun, typer.Argument(help="What to list.")]) -> None:
+    """List the names that a spec may use."""
+    from infra.registry import available
+
+    packages = {"methods": "pruning.methods", "recoveries": "pruning.recovery", "suites": "evaluation.suites"}
+    if noun.value in packages:
+        names = {name: _first_line(packages[noun.value], name) for name in available(packages[noun.value])}
+    elif noun is Noun.families:
+        from pruning.families import FAMILIES
+
+        names = {family.name: ", ".join(family.architectures) for family in FAMILIES}
+    else:
+        from flows.loading import load_spec, shipped_specs
+
+        names = {name: load_spec(name).description for name in shipped_specs()}
+    for name, text in names.items():
+        print(f"{name:{max(map(len, names))}}  {text}")
+
+
+@app.command()
+def doctor() -> None:
+    """Check versions, devices, sources, disk and stores."""
+    settings = prepared()
+    from flows.doctor import examine
+
+    bad = False
+    for finding in examine(settings):
+        print(f"{'BAD' if finding.bad else 'ok':4} {finding.topic}: {finding.answer}")
+        bad = bad or finding.bad
+    if bad:
+        raise typer.Exit(2)
+
+
+def _first_line(package: str, name: str) -> str:
+    from infra.registry import load
+
+    return str(load(package, name, "module").__doc__).splitlines()[0]

@@ -1,0 +1,103 @@
+"""`slimline run`, `slimline plan`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from flows.commands.app import AsJson, Overrides, Refresh, SpecName, app, prepared
+from flows.errors import StagesFailed
+from flows.interrupt import take_interrupts
+from flows.orphans import end_orphaned_servers
+
+if TYPE_CHECKING:
+    from flows.outcome import RunResult
+    from infra.settings import Settings
+
+log = logging.getLogger("slimline")
+
+
+@app.command()
+def run(
+    spec: SpecName,
+    set_: Overrides = [],
+    refresh: Refresh = [],
+    as_json: AsJson = False,
+) -> None:
+    """Run a spec: what is in the store already is not run again."""
+    settings = prepared()
+    from flows.loading import load_spec
+
+    loaded = load_spec(spec, set_)
+    started = time.monotonic()
+    take_interrupts()
+    end_orphaned_servers(os.environ["PREFECT_LOCAL_STORAGE_PATH"])
+    from flows.compress import compress
+
+    ready = time.monotonic()
+    try:
+        result = compress(loaded, tuple(refresh))
+    except StagesFailed as failed:
+        print_result(failed.result, settings, as_json)
+        raise
+    except KeyboardInterrupt:
+        raise typer.Exit(1) from None
+    log.info("done in %.1f s (imports %.1f s)", time.monotonic() - started, ready - started)
+    print_result(result, settings, as_json)
+
+
+@app.command()
+def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:
+    """Show every stage of a spec with its key, and whether it is cached; nothing is run."""
+    prepared()
+    from flows.compress import open_workplace
+    from flows.loading import load_spec
+    from flows.outline import outline
+    from flows.preflight import check
+    from flows.story import tell
+
+    loaded = load_spec(spec, set_)
+    workplace = open_workplace(loaded)
+    story = tell(loaded, workplace.sources, workplace.settings.device)
+    check(story, workplace)
+    stages = [
+        {"name": stage.name, "key": stage.ref.key, "cached": workplace.store.has(stage.ref)} for stage in story.stages
+    ]
+    cached = {entry["key"] for entry in stages if entry["cached"]}
+    lines = [("  " * depth + stage.name, stage.ref.key) for depth, stage in outline(story)]
+    width = max(len(name) for name, _ in lines)
+    for name, key in lines:
+        print(f"{'cached' if key in cached else 'to run':7} {name:{width}}  {key}")
+    print(f"{'to run':7} {'record':{width}}  (never cached)")
+    for name, first in story.twins.items():
+        print(f"{'same':7} {name} is {first} under another name")
+    if as_json:
+        print(json.dumps({"run_key": story.run_key, "stages": stages}))
+
+
+def print_result(result: RunResult, settings: Settings, as_json: bool) -> None:
+    """The table, where the checkpoints are, and on request everything as one line of JSON."""
+    from flows.report import aligned, table_rows
+
+    print(aligned(table_rows(result.metrics)))
+    print(f"\nrun {result.run_key}")
+    for name, folder in result.checkpoints.items():
+        print(f"checkpoint {name}: {folder or 'not made'}")
+    print("all figures with their protocol: slimline results; dashboards: see `make ui`")
+    if as_json:
+        print(json.dumps(_as_json(result)))
+
+
+def _as_json(result: RunResult) -> dict[str, Any]:
+    from flows.report import plain
+
+    shown = {"name", "key", "status", "seconds", "message"}
+    stages = [stage.model_dump(include=shown) | {"cached": stage.cached} for stage in result.stages]
+    metrics = [plain(row) for row in result.metrics]
+    made = {"checkpoint": result.checkpoint, "checkpoints": result.checkpoints}
+    return {"run_key": result.run_key, "stages": stages, "metrics": metrics} | made
