@@ -1,12 +1,22 @@
-"""The rows of the results file: the fields of a class are the columns of its table, in order. Imports no duckdb."""
+"""The rows of the results store: the fields of a class are the columns of its table, in order.
+
+Files and index are made from these classes alone: who adds a field gives it a default and counts `FORMAT` up. Imports
+neither pyarrow nor duckdb.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from types import NoneType
+from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict
+
+FORMAT = 2
+"""Version of the rows, in files and in the index. Version 1 was a DuckDB file alone; files of all later ones exist."""
 
 
 def _json_text(text: str) -> str:
@@ -23,13 +33,24 @@ Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 
 
 class Row(BaseModel):
-    """What every row has: the key of the run it belongs to. In JSON infinity (the ppl of a broken model) is a word."""
+    """What every row has in common. In JSON infinity (the ppl of a broken model) is a word."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class OfRun(Row):
+    """A row about a run: the key of that run."""
+
     run_key: str
 
 
-class RunRow(Row):
+class OfNight(Row):
+    """A row about a night: the id of that night."""
+
+    night_id: str
+
+
+class RunRow(OfRun):
     """One run of a spec. `spec` is its full JSON with defaults."""
 
     name: str
@@ -44,7 +65,7 @@ class RunRow(Row):
     message: str | None = None
 
 
-class StageRow(Row):
+class StageRow(OfRun):
     """One stage of a run; `stage_key` names its folder in the artifact store. `seconds` is None if it did not run."""
 
     name: str
@@ -55,7 +76,7 @@ class StageRow(Row):
     message: str | None = None
 
 
-class MetricRow(Row):
+class MetricRow(OfRun):
     """One number about one checkpoint of a run. `protocol` (JSON) says how it was measured."""
 
     checkpoint: str
@@ -70,9 +91,11 @@ class MetricRow(Row):
     num_examples: int | None = None
     task_version: str | None = None
     protocol: JsonText
+    higher_is_better: bool | None = None
+    """None in rows that an older slimline (before schema 2) recorded."""
 
 
-class LayerRow(Row):
+class LayerRow(OfRun):
     """What pruning did to one half of one layer: `sparsity` is the share removed, errors are relative to its output."""
 
     stage_key: str
@@ -89,4 +112,101 @@ class LayerRow(Row):
     num_tokens: int | None = None
 
 
-TABLES: dict[str, type[Row]] = {"runs": RunRow, "stages": StageRow, "metrics": MetricRow, "layers": LayerRow}
+class NightRow(OfNight):
+    """One night: all cells of a matrix of runs. `spec` is its full JSON with defaults; a key counts as one stage."""
+
+    name: str
+    spec: JsonText
+    status: Literal["completed", "failed"]
+    gates_passed: bool
+    started_at: Moment
+    finished_at: Moment
+    prefect_run_id: str | None = None
+    mlflow_run_id: str | None = None
+    slimline_version: str
+    git_revision: str | None = None
+    previous_night_id: str | None = None
+    num_stages: int
+    num_run: int
+    num_cached: int
+    num_failed: int
+    message: str | None = None
+
+
+class NightCellRow(OfNight):
+    """One cell of a night; `run_key` is None if its run could not be planned, `seconds` is its wall time."""
+
+    cell: str
+    run_key: str | None = None
+    status: Literal["completed", "failed"]
+    seconds: float
+    num_run: int
+    num_cached: int
+    num_failed: int
+    num_skipped: int
+    message: str | None = None
+
+
+class NightFigureRow(OfNight):
+    """One figure of a night beside that of the last good night; `p_value` says how likely chance alone is."""
+
+    cell: str
+    checkpoint: str
+    suite: str
+    task: str
+    metric: str
+    value: float
+    stderr: float | None = None
+    num_examples: int | None = None
+    higher_is_better: bool
+    stage_key: str
+    before_value: float | None = None
+    before_stderr: float | None = None
+    before_stage_key: str | None = None
+    p_value: float | None = None
+    verdict: Literal["first", "same", "better", "worse", "noise", "gone"]
+    gate: Literal["passed", "failed"] | None = None
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is recorded as a whole: rows of some tables that share a key. The first table has exactly one of them."""
+
+    name: str
+    key: str
+    tables: Mapping[str, type[Row]]
+
+    @property
+    def head(self) -> str:
+        """The table with the one row; also the name of the folder of the files."""
+        return next(iter(self.tables))
+
+
+RUN = Kind("run", "run_key", {"runs": RunRow, "stages": StageRow, "metrics": MetricRow, "layers": LayerRow})
+NIGHT = Kind("night", "night_id", {"nights": NightRow, "night_cells": NightCellRow, "night_figures": NightFigureRow})
+KINDS = (RUN, NIGHT)
+TABLES: dict[str, type[Row]] = {**RUN.tables, **NIGHT.tables}
+
+ColumnType = Literal["text", "json", "integer", "number", "flag", "moment"]
+_TYPES: dict[object, ColumnType] = {str: "text", int: "integer", float: "number", bool: "flag", AwareDatetime: "moment"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column holds, and whether it may be NULL."""
+
+    type: ColumnType
+    nullable: bool
+
+
+def columns(row: type[Row]) -> dict[str, Column]:
+    """The columns of a table, in order."""
+    found = {}
+    for name, field in row.model_fields.items():
+        options = [option for option in get_args(field.annotation) or (field.annotation,) if option is not NoneType]
+        is_json = any(isinstance(mark, AfterValidator) and mark.func is _json_text for mark in field.metadata)
+        if get_origin(field.annotation) is Literal or get_origin(options[0]) is Literal:
+            options = [str]
+        found[name] = Column("json" if is_json else _TYPES[options[0]], not field.is_required())
+    return found

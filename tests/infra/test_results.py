@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import duckdb
@@ -11,41 +11,25 @@ import pytest
 from pydantic import ValidationError
 
 from infra.errors import ResultsUnusable
-from infra.results import MIGRATIONS, TABLES, LayerRow, MetricRow, ResultsStore, RunRow, StageRow
-from tests.infra.processes import finish, kill_after_line, start
-
-NOON = datetime(2025, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
+from infra.result_rows import TABLES
+from infra.results import ResultsStore
+from infra.settings import Settings
+from tests.infra.processes import finish, start
+from tests.infra.result_examples import (
+    NOON,
+    cell_row,
+    figure_row,
+    layer_row,
+    metric_row,
+    night_row,
+    run_row,
+    stage_row,
+)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> ResultsStore:
     return ResultsStore(tmp_path / "new" / "results.duckdb")
-
-
-def run_row(key: str = "r1", **changes: object) -> RunRow:
-    fields: dict[str, object] = {
-        "run_key": key,
-        "name": "demo",
-        "spec": '{"model":  {"id": "x"}}',
-        "status": "completed",
-        "started_at": NOON,
-        "finished_at": NOON + timedelta(minutes=1),
-        "slimline_version": "0.1",
-    }
-    return RunRow.model_validate(fields | changes)
-
-
-def stage_row(key: str = "r1", name: str = "prune") -> StageRow:
-    return StageRow(run_key=key, name=name, stage_key=f"{name}-v1-0", kind="prune", status="cached")
-
-
-def metric_row(key: str = "r1", task: str = "piqa", value: float = 0.5) -> MetricRow:
-    return MetricRow(run_key=key, checkpoint="dense", checkpoint_key="c", stage_key="s", suite="zero_shot", task=task,
-                     metric="acc", value=value, stderr=0.01, num_fewshot=0, protocol='{"limit": null}')  # fmt: skip
-
-
-def layer_row(key: str = "r1", layer: int = 0) -> LayerRow:
-    return LayerRow(run_key=key, stage_key="s", layer=layer, sub_layer="mlp", kept=3, total=4, sparsity=0.25)
 
 
 def test_rows_come_back_as_they_were(store: ResultsStore) -> None:
@@ -62,9 +46,28 @@ def test_rows_come_back_as_they_were(store: ResultsStore) -> None:
     assert store.metrics("other") == ()
 
 
+def test_nights_come_back_by_their_start(store: ResultsStore) -> None:
+    later = night_row("n0", started_at=NOON + timedelta(days=1), previous_night_id="n1", gates_passed=False)
+    other = night_row("n2", name="other", message="no")
+    for night in (later, night_row(), other):
+        cells = [cell_row(night.night_id, cell) for cell in ("b", "a")]
+        store.record_night(night, cells, [figure_row(night.night_id, task) for task in ("piqa", "arc")])
+    assert store.nights() == (night_row(), other, later)
+    assert store.nights("small") == (night_row(), later)
+    assert store.night_cells("n0") == (cell_row("n0", "b"), cell_row("n0", "a"))
+    assert store.night_figures("n1") == (figure_row("n1", "piqa"), figure_row("n1", "arc"))
+    assert store.nights("none") == store.night_cells("none") == store.runs() == ()
+    store.record_night(night_row(status="failed"))
+    assert [night.status for night in store.nights("small")] == ["failed", "completed"]
+    assert store.night_cells("n1") == store.night_figures("n1") == ()
+    store.record(run_row("n1"))
+    assert len(store.nights()) == 3
+
+
 def test_before_the_first_record_there_is_nothing(store: ResultsStore) -> None:
-    assert [store.runs(), store.metrics(), store.stages(), store.layers()] == [(), (), (), ()]
+    assert [store.runs(), store.metrics(), store.stages(), store.layers(), store.nights()] == [()] * 5
     assert not store.path.exists()
+    assert not store.files.folder.exists()
 
 
 def test_odd_numbers_survive(store: ResultsStore) -> None:
@@ -94,8 +97,8 @@ def test_json_columns_hold_json(store: ResultsStore) -> None:
 def test_recording_again_replaces(store: ResultsStore) -> None:
     store.record(run_row("other"), [stage_row("other")], [metric_row("other")], [layer_row("other")])
     store.record(run_row(status="failed"), [stage_row()], [metric_row(), metric_row(task="boolq")], [layer_row()])
-    for _ in range(2):
-        store.record(run_row(), [stage_row()], [metric_row(value=0.75)])
+    for value in (0.25, 0.75):
+        store.record(run_row(), [stage_row()], [metric_row(value=value)])
     assert [(run.run_key, run.status) for run in store.runs()] == [("other", "completed"), ("r1", "completed")]
     assert store.metrics("r1") == (metric_row(value=0.75),)
     assert store.layers("r1") == ()
@@ -104,8 +107,8 @@ def test_recording_again_replaces(store: ResultsStore) -> None:
 
 def test_a_row_that_cannot_be_written_leaves_the_old_record(store: ResultsStore) -> None:
     store.record(run_row(), [stage_row()], [metric_row()])
-    broken = metric_row().model_copy(update={"num_fewshot": 2**40})
-    with pytest.raises(ResultsUnusable):
+    broken = metric_row().model_copy(update={"num_fewshot": 2**70})
+    with pytest.raises(OverflowError):
         store.record(run_row(status="failed"), [], [metric_row(), broken])
     assert store.runs()[0].status == "completed"
     assert store.metrics() == (metric_row(),)
@@ -116,6 +119,23 @@ def test_rows_of_another_run_are_our_mistake(store: ResultsStore) -> None:
         store.record(run_row("r1"), [stage_row("r2")])
 
 
+@pytest.mark.parametrize("key", ["../r1", "a/b", "", ".r1", "é", "r\n"])
+def test_a_key_cannot_lead_out_of_the_folder(key: str, store: ResultsStore) -> None:
+    with pytest.raises(ResultsUnusable, match="cannot be the key of a run"):
+        store.record(run_row(key))
+    with pytest.raises(ResultsUnusable, match="cannot be the key of a run"):
+        store.export_file(key)
+
+
+def test_a_key_may_be_longer_than_the_name_of_a_file(store: ResultsStore) -> None:
+    keys = ["r" * 300 + end for end in "ab"]
+    for key in keys:
+        store.record(run_row(key), metrics=[metric_row(key)])
+    assert [run.run_key for run in store.runs()] == keys
+    assert store.metrics(keys[1]) == (metric_row(keys[1]),)
+    assert store.export_file(keys[0]) != store.export_file(keys[1])
+
+
 def test_columns_are_the_fields(store: ResultsStore) -> None:
     store.record(run_row())
     with duckdb.connect(str(store.path)) as connection:
@@ -124,11 +144,29 @@ def test_columns_are_the_fields(store: ResultsStore) -> None:
             assert columns == list(row.model_fields)
 
 
+def test_the_folder_is_beside_the_index_or_where_the_settings_say(tmp_path: Path) -> None:
+    assert ResultsStore(tmp_path / "results.duckdb").files.folder == tmp_path / "results"
+    assert ResultsStore(tmp_path / "results").files.folder == tmp_path / "results.files"
+    store = ResultsStore.of(Settings(home=tmp_path / "home", results_folder=tmp_path / "shared"))
+    store.record(run_row())
+    assert store.path == tmp_path / "home" / "results.duckdb"
+    assert store.export_file("r1") == tmp_path / "shared" / "runs" / "r1.parquet"
+
+
+def test_two_machines_share_a_folder(tmp_path: Path) -> None:
+    first, second = (ResultsStore(tmp_path / name / "index.duckdb", tmp_path / "shared") for name in "ab")
+    first.record(run_row("a"))
+    second.record(run_row("b"))
+    first.record(run_row("b", status="failed"))
+    for store in (first, second):
+        assert [(run.run_key, run.status) for run in store.runs()] == [("a", "completed"), ("b", "failed")]
+
+
 RECORDER = """
 import sys
 from pathlib import Path
 from infra.results import ResultsStore
-from tests.infra.test_results import layer_row, metric_row, run_row, stage_row
+from tests.infra.result_examples import layer_row, metric_row, run_row, stage_row
 store, name = ResultsStore(Path(sys.argv[1])), sys.argv[2]
 for index in range(int(sys.argv[3])):
     key = f"{name}{index}"
@@ -137,12 +175,16 @@ for index in range(int(sys.argv[3])):
 """
 
 
-def test_four_processes_record_ten_runs_each_at_once(store: ResultsStore) -> None:
-    for child in [start(RECORDER, store.path, name, 10) for name in "abcd"]:
+def test_four_processes_record_fifty_runs_each_at_once(
+    store: ResultsStore, record_property: pytest.RecordProperty
+) -> None:
+    started = time.monotonic()
+    for child in [start(RECORDER, store.path, name, 50) for name in "abcd"]:
         finish(child)
-    assert {run.run_key for run in store.runs()} == {f"{name}{index}" for name in "abcd" for index in range(10)}
-    assert len(store.runs()) == 40
-    assert len(store.metrics()) == 800
+    record_property("seconds", time.monotonic() - started)
+    assert {run.run_key for run in store.runs()} == {f"{name}{index}" for name in "abcd" for index in range(50)}
+    assert len(store.runs()) == 200
+    assert len(store.metrics()) == 4000
 
 
 def test_threads_read_and_write_at_once(store: ResultsStore) -> None:
@@ -178,104 +220,3 @@ def test_a_killed_process_leaves_whole_runs_only(store: ResultsStore) -> None:
     for key in recorded:
         assert (len(store.stages(key)), len(store.metrics(key)), len(store.layers(key))) == (1, 20, 1)
     store.record(run_row("after"))
-
-
-def test_a_kill_inside_the_transaction_leaves_no_partial_run(store: ResultsStore) -> None:
-    store.record(run_row("before"))
-    code = """
-import sys, time
-from pathlib import Path
-import infra.results as results
-from tests.infra.test_results import metric_row, run_row
-real = results._insert
-def slow(connection, table, rows):
-    real(connection, table, rows)
-    if table == "metrics":
-        print("half", flush=True)
-        time.sleep(600)
-results._insert = slow
-results.ResultsStore(Path(sys.argv[1])).record(run_row("partial"), metrics=[metric_row("partial")])
-"""
-    assert kill_after_line(start(code, store.path)) == "half"
-    assert [run.run_key for run in store.runs()] == ["before"]
-    assert store.metrics() == ()
-
-
-def add_note(connection: duckdb.DuckDBPyConnection) -> None:
-    connection.execute("ALTER TABLE runs ADD COLUMN note VARCHAR DEFAULT 'old'")
-
-
-def versions(path: Path) -> list[int]:
-    with duckdb.connect(str(path)) as connection:
-        found = connection.execute("SELECT version FROM schema_version ORDER BY version").fetchall()
-    return [version for (version,) in found]
-
-
-@pytest.mark.parametrize("first", ["read", "write"])
-def test_an_old_file_is_migrated_once(store: ResultsStore, first: str) -> None:
-    store.record(run_row("old"), metrics=[metric_row("old")])
-    assert versions(store.path) == [1]
-    newer = ResultsStore(store.path, migrations=(*MIGRATIONS, add_note))
-    for _ in range(2):
-        newer.record(run_row("new")) if first == "write" else newer.runs()
-    assert versions(store.path) == [1, 2]
-    with duckdb.connect(str(store.path)) as connection:
-        assert connection.execute("SELECT note FROM runs WHERE run_key = 'old'").fetchall() == [("old",)]
-    assert newer.metrics("old") == (metric_row("old"),)
-
-
-def test_a_failed_migration_changes_nothing(store: ResultsStore) -> None:
-    def broken(connection: duckdb.DuckDBPyConnection) -> None:
-        add_note(connection)
-        connection.execute("SELECT nonsense")
-
-    store.record(run_row())
-    with pytest.raises(ResultsUnusable):
-        ResultsStore(store.path, migrations=(*MIGRATIONS, broken)).record(run_row("new"))
-    assert versions(store.path) == [1]
-    assert store.runs() == (run_row(),)
-    ResultsStore(store.path, migrations=(*MIGRATIONS, add_note)).record(run_row("new"))
-
-
-def test_a_file_of_a_newer_slimline_is_refused(store: ResultsStore) -> None:
-    ResultsStore(store.path, migrations=(*MIGRATIONS, add_note)).record(run_row())
-    for use in (store.runs, lambda: store.record(run_row())):
-        with pytest.raises(ResultsUnusable, match=r"newer slimline \(schema 2, this one knows 1\); upgrade"):
-            use()
-
-
-def test_unusable_files_are_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "corrupt.duckdb").write_bytes(b"not a database" * 1000)
-    (tmp_path / "empty.duckdb").touch()
-    (tmp_path / "folder.duckdb").mkdir()
-    (tmp_path / "file").touch()
-    for path in ("corrupt.duckdb", "empty.duckdb", "folder.duckdb", "file/results.duckdb", "/proc/no/r.duckdb"):
-        store = ResultsStore(tmp_path / path)
-        with pytest.raises(ResultsUnusable, match=r"cannot be used: .*SLIMLINE_RESULTS_DB") as caught:
-            store.record(run_row())
-        assert str(store.path) in str(caught.value)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_damaged_block_is_one_sentence(store: ResultsStore) -> None:
-    store.record(run_row(), metrics=[metric_row(task=f"t{index}") for index in range(500)])
-    content = bytearray(store.path.read_bytes())
-    content[4096:] = bytes(len(content) - 4096)
-    store.path.write_bytes(content)
-    with pytest.raises(ResultsUnusable, match="cannot be used"):
-        store.runs()
-
-
-def test_a_file_that_stays_in_use_is_named_with_its_user(store: ResultsStore) -> None:
-    store.record(run_row())
-    code = "import duckdb, sys, time; c = duckdb.connect(sys.argv[1]); print('open', flush=True); time.sleep(600)"
-    user = start(code, store.path)
-    assert user.stdout is not None
-    user.stdout.readline()
-    try:
-        with pytest.raises(ResultsUnusable, match=rf"in use for 0 s; close the program .*PID {user.pid}"):
-            ResultsStore(store.path, timeout_seconds=0.3).record(run_row())
-    finally:
-        user.kill()
-        user.communicate()
-    store.record(run_row())
