@@ -11,55 +11,35 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import JsonValue, ValidationError
 
 from infra.disk import check_free, check_writable, digest, full_disk_named, make_folder, sync_folder, write_durably
 from infra.errors import ArtifactMissing
 from infra.locks import flocked
+from infra.manifests import (
+    MANIFEST,
+    ArtifactRef,
+    FileEntry,
+    Kind,
+    Manifest,
+    files_below,
+    first_difference,
+    seal,
+    sync_folders,
+)
+from infra.shared_locks import check_locks
 
-Kind = Literal["checkpoint", "calibration", "statistics", "report"]
-
-MANIFEST = "manifest.json"
+__all__ = ["MANIFEST", "ArtifactRef", "ArtifactStore", "FileEntry", "Kind", "Manifest"]
 
 log = logging.getLogger(__name__)
 
 # Prefect decodes a cached reference about twice per hit: a broken folder is worth one warning, not one per look.
 _warned: set[Path] = set()
-
-
-class ArtifactRef(BaseModel):
-    """The only handle that tasks pass on. It has no path in it: the store knows the root."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: Kind
-    key: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=200)
-
-
-class FileEntry(BaseModel):
-    """Size in bytes and sha256 (hex) of one file of an artifact."""
-
-    model_config = ConfigDict(frozen=True)
-    bytes: int
-    sha256: str
-
-
-class Manifest(BaseModel):
-    """What an artifact is, what it was made from and which files it has (by path relative to its folder)."""
-
-    # Unknown fields are ignored: an older slimline must not throw away what a newer one took hours to make.
-    model_config = ConfigDict(frozen=True)
-    ref: ArtifactRef
-    created_at: AwareDatetime
-    seconds: float
-    files: dict[str, FileEntry]
-    request: dict[str, JsonValue]
-    versions: dict[str, str]
 
 
 class ArtifactStore:
@@ -88,7 +68,7 @@ class ArtifactStore:
     def manifest(self, ref: ArtifactRef) -> Manifest:
         """Manifest of a complete artifact. Raises ArtifactMissing, which says what is wrong with it."""
         manifest = self._read_manifest(ref)
-        problem = _first_difference(self._folder(ref), manifest, ref)
+        problem = first_difference(self._folder(ref), manifest, ref)
         if problem:
             raise self._broken(ref, problem)
         return manifest
@@ -108,7 +88,7 @@ class ArtifactStore:
         one stays readable until ours is complete. `request` and `versions` go into the manifest. Raises DiskFull.
         """
         started = time.monotonic()
-        with full_disk_named(self.root), self._workspace(ref) as workspace:
+        with full_disk_named(self.root), self._workspace(ref.key) as workspace:
             folder = workspace / "new"
             folder.mkdir()
             yield folder
@@ -116,18 +96,58 @@ class ArtifactStore:
                 ref=ref,
                 created_at=datetime.now(UTC),
                 seconds=round(time.monotonic() - started, 3),
-                files=_seal(folder),
+                files=seal(folder),
                 request=dict(request),
                 versions=dict(versions),
             )
             write_durably(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
             self._commit(ref, workspace, replace)
 
+    def adopt(self, folder: Path, manifest: Manifest) -> None:
+        """Make a folder of this disk, whose files were found to be those of `manifest`, the artifact; it moves.
+
+        One that is there already and complete is kept, and the folder vanishes. Raises DiskFull.
+        """
+        with full_disk_named(self.root), self._workspace(manifest.ref.key) as workspace:
+            write_durably(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+            sync_folders(folder)
+            folder.rename(workspace / "new")
+            self._commit(manifest.ref, workspace, replace=False)
+
     @contextmanager
-    def lock(self, ref: ArtifactRef) -> Iterator[None]:
-        """Hold the key of `ref` against other processes and threads; freed by the kernel when the holder dies."""
-        with flocked(make_folder(self.root / ".locks") / f"{ref.key}.lock"):
-            yield
+    def trash(self) -> Iterator[Path]:
+        """A folder to `discard` into; what is in it is deleted when the block ends, or by whoever comes next."""
+        with self._workspace("trash") as workspace:
+            yield workspace
+
+    def discard(self, ref: ArtifactRef, trash: Path) -> bool:
+        """Move an artifact, whole or broken, out of the store in one step, and forget that there was one.
+
+        False, and nothing is done, if somebody is at work on its key.
+        """
+        folder = self._folder(ref)
+        with self.lock(ref, wait=False) as ours:
+            if not ours:
+                return False
+            with flocked(record := self._commit_record(ref)):
+                # first the record: a kill in between must not look as if the folder was deleted behind our back
+                write_durably(record, b"")
+                if folder.exists():
+                    folder.rename(trash / f"{ref.kind}.{ref.key}")
+                    sync_folder(folder.parent)
+                record.unlink()
+            self._lock_file(ref).unlink()
+        _warned.discard(folder)
+        return True
+
+    @contextmanager
+    def lock(self, ref: ArtifactRef, *, wait: bool = True) -> Iterator[bool]:
+        """Hold the key of `ref` against other processes and threads; freed by the kernel when the holder dies.
+
+        Yields True; with `wait=False` False at once if somebody else holds it.
+        """
+        with flocked(self._lock_file(ref), wait=wait) as ours:
+            yield ours
 
     def scratch(self, ref: ArtifactRef) -> Path:
         """Working folder of a resumable stage: it outlives a killed process. The stage drops it when it is done."""
@@ -137,22 +157,29 @@ class ArtifactStore:
         """Delete the working folder of `ref`, if there is one."""
         shutil.rmtree(self.root / ".scratch" / ref.key, ignore_errors=True)
 
-    def verify(self, ref: ArtifactRef) -> list[str]:
-        """Read every byte; a sentence per file that is missing, changed or foreign. Raises ArtifactMissing."""
+    def verify(self, ref: ArtifactRef, hashed: Callable[[int], None] = lambda size: None) -> list[str]:
+        """Read every byte; a sentence per file that is missing, changed or foreign. Raises ArtifactMissing.
+
+        hashed: told the size of every file that was read.
+        """
         manifest = self._read_manifest(ref)
-        present = {name: path for name, path in _files(self._folder(ref)) if name != MANIFEST}
+        present = {name: path for name, path in files_below(self._folder(ref)) if name != MANIFEST}
         problems = [f"{name} is not in the manifest" for name in present if name not in manifest.files]
         for name, entry in manifest.files.items():
             if name not in present:
                 problems.append(f"{name} is missing")
-            elif digest(present[name]) != entry.sha256:
+                continue
+            if digest(present[name]) != entry.sha256:
                 problems.append(f"{name} has changed since it was written")
+            hashed(entry.bytes)
         return problems
 
     def preflight(self, min_free_bytes: int = 0) -> None:
-        """Raise StoreUnwritable or DiskFull now rather than after hours; remove what killed processes left behind."""
+        """Raise StoreUnwritable, StoreUnsafe or DiskFull now rather than after hours; remove what killed processes left
+        behind."""
         check_writable(self.root)
-        self._sweep()
+        check_locks(self.root)
+        self.sweep()
         check_free(self.root, min_free_bytes)
 
     def _folder(self, ref: ArtifactRef) -> Path:
@@ -166,6 +193,9 @@ class ArtifactStore:
             return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
         except (OSError, ValidationError) as error:
             raise self._broken(ref, "its manifest cannot be read") from error
+
+    def _lock_file(self, ref: ArtifactRef) -> Path:
+        return make_folder(self.root / ".locks") / f"{ref.key}.lock"
 
     def _commit_record(self, ref: ArtifactRef) -> Path:
         """Lock file of commits; not empty once there was one, which tells a deleted artifact from a new request."""
@@ -183,10 +213,10 @@ class ArtifactStore:
             log.warning("%s (counted as not there: it will be made again)", error)
 
     @contextmanager
-    def _workspace(self, ref: ArtifactRef) -> Iterator[Path]:
+    def _workspace(self, name: str) -> Iterator[Path]:
         """A folder of our own on the store's disk, locked while we live, so that others know when we died."""
-        self._sweep()
-        workspace = make_folder(self.root / ".writing") / f"{ref.key}.{secrets.token_hex(6)}"
+        self.sweep()
+        workspace = make_folder(self.root / ".writing") / f"{name}.{secrets.token_hex(6)}"
         lock = workspace.with_name(f"{workspace.name}.lock")
         with flocked(lock):
             try:
@@ -196,7 +226,7 @@ class ArtifactStore:
                 shutil.rmtree(workspace, ignore_errors=True)
                 lock.unlink(missing_ok=True)
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
         """Remove the workspaces of dead processes: those whose lock is free."""
         for lock in sorted((self.root / ".writing").glob("*.lock")):
             with flocked(lock, wait=False) as free:
@@ -229,35 +259,3 @@ def _swap(workspace: Path, folder: Path) -> None:
             old.rename(folder)
         raise
     sync_folder(folder.parent)
-
-
-def _seal(folder: Path) -> dict[str, FileEntry]:
-    """Hash every file and force it to the disk."""
-    entries = {}
-    for name, path in _files(folder):
-        assert name != MANIFEST, f"{MANIFEST} is the store's own file"
-        assert not path.is_symlink(), f"{name} is a link: an artifact must own its bytes"
-        entries[name] = FileEntry(bytes=path.stat().st_size, sha256=digest(path, sync=True))
-    assert entries, "an artifact without files"
-    for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        sync_folder(inner)
-    return entries
-
-
-def _files(folder: Path) -> list[tuple[str, Path]]:
-    """(path relative to `folder`, path) of every file inside, sorted."""
-    found = (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
-    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
-
-
-def _first_difference(folder: Path, manifest: Manifest, ref: ArtifactRef) -> str:
-    if manifest.ref != ref:
-        return f"its manifest belongs to {manifest.ref.kind} {manifest.ref.key}"
-    for name, entry in manifest.files.items():
-        try:
-            size = (folder / name).stat().st_size
-        except OSError:
-            return f"{name} is missing"
-        if size != entry.bytes:
-            return f"{name} has {size} bytes instead of {entry.bytes}"
-    return ""
