@@ -1,12 +1,14 @@
-"""`slimline doctor`: is this machine ready? One line per question, none of them expensive."""
+"""`slimline doctor`: is this machine ready, and does it tell or allow more than it should? One line per question."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from flows.exposures import exposures
 from infra.artifacts import ArtifactStore
 from infra.offline_repository import WHEELS, installed
 from infra.provenance import git_revision, versions
@@ -19,15 +21,18 @@ from tasks.devices import device_names
 
 @dataclass(frozen=True)
 class Finding:
-    """One question and its answer; `bad` findings make the command fail."""
+    """One question and its answer; `bad` findings make the command fail, warnings do not."""
 
     topic: str
     answer: str
-    bad: bool = False
+    level: Literal["ok", "warn", "bad"] = "ok"
 
 
-def examine(settings: Settings) -> Iterator[Finding]:
-    """Versions, devices, sources, disk, stores, in this order."""
+def examine(settings: Settings, specs: Sequence[str] = ()) -> Iterator[Finding]:
+    """Versions, devices, sources, disk, stores, security, in this order.
+
+    specs: files or names of specs to be looked at for tokens, besides those that are shipped.
+    """
     yield Finding("versions", ", ".join(f"{name} {version}" for name, version in versions().items()))
     yield Finding("git revision", git_revision() or "not a checkout")
     yield _asked("devices", lambda: _devices(settings))
@@ -37,13 +42,17 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _asked("artifact store", lambda: _store(settings))
     yield _asked("results (DuckDB)", lambda: _results(settings))
     yield _asked("tracking (MLflow)", Tracker(settings.tracking_uri).check)
+    warnings = list(exposures(settings, specs))
+    yield from (Finding("security", warning, "warn") for warning in warnings)
+    if not warnings:
+        yield Finding("security", "servers on this machine only, no passwords in URLs or specs, nobody else may write")
 
 
 def _asked(topic: str, question: Callable[[], str]) -> Finding:
     try:
         return Finding(topic, question())
     except (ValueError, OSError) as error:
-        return Finding(topic, str(error), bad=True)
+        return Finding(topic, str(error), "bad")
 
 
 def _devices(settings: Settings) -> str:
@@ -74,7 +83,7 @@ def _hub() -> str:
 
 
 def _results(settings: Settings) -> str:
-    return f"{settings.results_path}: {len(ResultsStore(settings.results_path).runs())} runs"
+    return ResultsStore.of(settings).check()
 
 
 def _offline() -> str:
