@@ -15,6 +15,21 @@ def take_interrupts() -> None:
     signal.signal(signal.SIGINT, _on_interrupt)
 
 
+def shield_server() -> None:
+    """Start Prefect's temporary server, where there is no other, so that Ctrl-C in the terminal does not reach it.
+
+    A terminal interrupts all of its processes, and stages that finish need the server as much as the record does.
+    """
+    from prefect.client.orchestration import get_client
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process inherits what is blocked
+    try:
+        with get_client(sync_client=True):
+            pass
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
     global _interrupted
     if _interrupted:

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
-import queue
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import SettingsInvalid
+from tasks.leasing import Lease, host_lease, lease_named
 
 if TYPE_CHECKING:
     import torch
 
 BALANCED = "balanced"
 
+#: seconds between two looks at devices that other processes use
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
+
+log = logging.getLogger("slimline")
+
 
 @dataclass(frozen=True)
 class Placement:
     """Where a stage puts its model: on one device, or (device_map) spread over all of them.
 
-    device: where computation happens, for a spread model the first device.
+    device: where computation happens, for a spread model the first device. accelerators: what the host calls the
+    devices it computes on; none for the CPU.
     """
 
     device: torch.device
     device_map: str | None = None
+    accelerators: tuple[str, ...] = ()
 
     @property
     def load(self) -> dict[str, Any]:
@@ -38,45 +46,110 @@ class Placement:
 
 
 class DevicePool:
-    """Hands out places; who asks while all are taken waits. Shared by the threads of one run."""
+    """Hands out places; who asks while all are taken waits. Shared by the threads of one run.
 
-    def __init__(self, places: tuple[Placement, ...]) -> None:
+    An accelerator is also leased from the other processes of the host: several runs never compute on the same one.
+    """
+
+    def __init__(self, places: tuple[Placement, ...], lease: Lease = host_lease) -> None:
         self._places = places
-        self._free: queue.SimpleQueue[Placement] = queue.SimpleQueue()
+        self._lease = lease
+        self._free = list(places)
+        self._changed = threading.Condition()
         self._taking_all = threading.Lock()
-        for place in places:
-            self._free.put(place)
 
     @contextmanager
     def one(self) -> Iterator[Placement]:
-        """A place of one's own for the length of the block."""
-        place = self._free.get()
-        try:
+        """A place of one's own for the length of the block: the first that nobody uses, here or on the host."""
+        place, leases = self._take_any()
+        with self._given_back(place, leases):
             yield place
-        finally:
-            self._free.put(place)
 
     @contextmanager
     def all(self) -> Iterator[Placement]:
         """Every place at once (a Trainer uses all visible GPUs); the first one is named."""
-        with self._taking_all:  # two that wait for all of them would each hold some
-            taken = [self._free.get() for _ in self._places]
-        try:
+        # Two that wait for all would each hold some: here one after the other, between processes in the same order.
+        with ExitStack() as taken:
+            with self._taking_all:
+                for place in sorted(self._places, key=lambda place: place.accelerators):
+                    taken.enter_context(self._this(place))
             yield self._places[0]
+
+    @contextmanager
+    def _this(self, place: Placement) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: place in self._free)
+            self._free.remove(place)
+        leases = ExitStack()
+        with self._given_back(place, leases):
+            for name in sorted(place.accelerators):
+                leases.enter_context(self._lease(name, True))
+            yield
+
+    def _take_any(self) -> tuple[Placement, ExitStack]:
+        pause, told = _FIRST_PAUSE, False
+        with self._changed:
+            while True:
+                for place in self._free:
+                    leases = self._try(place)
+                    if leases is not None:
+                        self._free.remove(place)
+                        return place, leases
+                if self._free and not told:
+                    log.info("waiting for a device: other processes of this host use %s", _named(self._free))
+                    told = True
+                # A place that is given back here wakes us up; one that another process gives back must be asked for.
+                self._changed.wait(pause if self._free else None)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _try(self, place: Placement) -> ExitStack | None:
+        """Leases of all accelerators of a place, or None as soon as one of them is not free."""
+        with ExitStack() as leases:
+            if all(leases.enter_context(self._lease(name, False)) for name in sorted(place.accelerators)):
+                return leases.pop_all()
+        return None
+
+    @contextmanager
+    def _given_back(self, place: Placement, leases: ExitStack) -> Iterator[None]:
+        try:
+            with leases:
+                yield
         finally:
-            for place in taken:
-                self._free.put(place)
+            with self._changed:
+                self._free.append(place)
+                self._changed.notify_all()
 
 
 @cache
-def pool(setting: str) -> DevicePool:
-    """The pool of this process for a `device` setting."""
+def pool(setting: str, lease: str = "host") -> DevicePool:
+    """The pool of this process for a `device` and a `device_lease` setting."""
     import torch
 
     names = device_names(setting)
+    accelerators = tuple(name for device in names if (name := accelerator_name(device)))
     if setting == BALANCED:
-        return DevicePool((Placement(torch.device(names[0]), device_map="auto"),))
-    return DevicePool(tuple(Placement(torch.device(name)) for name in names))
+        spread = Placement(torch.device(names[0]), device_map="auto", accelerators=accelerators)
+        return DevicePool((spread,), lease_named(lease))
+    places = (Placement(torch.device(name), accelerators=_alone(accelerator_name(name))) for name in names)
+    return DevicePool(tuple(places), lease_named(lease))
+
+
+def accelerator_name(device: str) -> str | None:
+    """What a device is called on its host, whatever CUDA_VISIBLE_DEVICES makes of it; None for the CPU, which several
+    processes may use at once."""
+    import torch
+
+    if device.startswith("cuda"):
+        return f"cuda-{torch.cuda.get_device_properties(torch.device(device)).uuid}"
+    return None if torch.device(device).type in ("cpu", "meta") else device
+
+
+def _alone(name: str | None) -> tuple[str, ...]:
+    return () if name is None else (name,)
+
+
+def _named(places: list[Placement]) -> str:
+    return ", ".join(str(place.device) for place in places)
 
 
 def device_names(setting: str) -> tuple[str, ...]:

@@ -91,8 +91,10 @@ def _listen(team: list[Any], messages: Any, progress: Progress) -> None:
 def _refuse_dead(team: list[Any], cause: Exception | None) -> None:
     codes = [member.exitcode for member in team if member.exitcode]
     if codes:
+        # the kernel kills with 9 when memory is short, and only what says so is tried again
+        perhaps = ", perhaps out of memory" if codes[0] == -signal.SIGKILL else ""
         raise RuntimeError(
-            f"a process of the walk died (exit code {codes[0]}): out of memory? The finished layers are kept; "
+            f"a process of the walk died (exit code {codes[0]}){perhaps}; the finished layers are kept; "
             "run again to go on"
         ) from cause
 

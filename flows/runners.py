@@ -1,0 +1,150 @@
+"""Where stages run: in threads of this process, or in the processes of a Dask or Ray cluster.
+
+Clusters share the home (one machine, or a network file system) and Prefect's server with the flow.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from uuid import UUID
+
+from flows.errors import SpecError
+from infra.registry import near
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
+    from prefect.futures import PrefectFuture
+    from prefect.task_runners import TaskRunner
+
+    from infra.settings import Settings
+
+RunnerName = Literal["threads", "dask", "ray"]
+
+#: stages wait for devices, not for threads: enough threads that every stage that could run has one
+_THREADS = 16
+_CPU_WORKERS = 2
+
+
+def runner_called(name: str) -> RunnerName:
+    """A name from the command line. Raises SpecError."""
+    if name not in get_args(RunnerName):
+        known = get_args(RunnerName)
+        raise SpecError(f"unknown runner {name!r}{near(name, known)}; available: {', '.join(known)}")
+    return cast(RunnerName, name)
+
+
+def runner_named(name: RunnerName, settings: Settings) -> TaskRunner[PrefectFuture[Any]]:
+    """The task runner for a flow. Raises SpecError, before any work, if it is not installed or settings contradict."""
+    check_runner(name, settings)
+    runner: object
+    if name == "dask":
+        from flows.dask_runner import dask_runner
+
+        runner = dask_runner(settings.runner_address, _workers(settings))
+    elif name == "ray":
+        from flows.ray_runner import ray_runner
+
+        runner = ray_runner(settings.runner_address, _workers(settings))
+    else:
+        from prefect.task_runners import ThreadPoolTaskRunner
+
+        runner = ThreadPoolTaskRunner(max_workers=settings.runner_workers or _THREADS)
+    return cast("TaskRunner[PrefectFuture[Any]]", runner)
+
+
+def check_runner(name: RunnerName, settings: Settings) -> None:
+    """Raise SpecError for a runner that cannot work."""
+    if name == "threads":
+        if settings.runner_address is not None:
+            raise SpecError(
+                f"SLIMLINE_RUNNER_ADDRESS={settings.runner_address} names a cluster and the runner is threads; "
+                "unset it or use --runner dask or ray"
+            )
+        return
+    for module in (f"prefect_{name}", "distributed" if name == "dask" else "ray"):
+        if importlib.util.find_spec(module) is None:
+            raise SpecError(f"--runner {name} needs {module}; install it with `pip install 'slimline[{name}]'`")
+    if settings.runner_address is not None and settings.runner_workers is not None:
+        raise SpecError(
+            f"SLIMLINE_RUNNER_WORKERS={settings.runner_workers} is the size of a cluster that slimline starts, and the "
+            f"one at SLIMLINE_RUNNER_ADDRESS={settings.runner_address} runs already; unset one of them"
+        )
+
+
+def final_state(future: PrefectFuture[Any]) -> State[Any]:
+    """How a stage ended, its tries included: completed, failed, or "NotReady" when one before it failed.
+
+    A stage whose process died, again and again, has no state of its own: it has failed with the runner's error.
+    """
+    from prefect.states import Failed
+
+    future.wait()
+    state = future.state
+    if state.is_final() or state.name == "NotReady":
+        return state
+    try:
+        future.result()
+    except Exception as error:
+        return Failed(message=str(error), data=error)
+    return future.state
+
+
+@contextmanager
+def server_for_workers() -> Iterator[None]:
+    """Have the processes of a cluster report to the server of this one, also if that is a temporary one.
+
+    Without this each of them would start a server of its own.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    before = os.environ.get("PREFECT_API_URL")
+    with get_client(sync_client=True) as client:
+        url = str(client.api_url).rstrip("/")
+    os.environ["PREFECT_API_URL"] = url
+    try:
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield
+    finally:
+        os.environ.pop("PREFECT_API_URL")
+        if before is not None:
+            os.environ["PREFECT_API_URL"] = before
+
+
+class Submitted:
+    """The stages of one flow run that were handed to a cluster."""
+
+    def __init__(self) -> None:
+        self._futures: list[PrefectFuture[Any]] = []
+        self._flow_run_id: UUID | None = None
+
+    def add(self, future: PrefectFuture[Any]) -> None:
+        """Remember one; to be called in the flow."""
+        from prefect.context import FlowRunContext
+
+        context = FlowRunContext.get()
+        self._flow_run_id = context.flow_run.id if context and context.flow_run else None
+        self._futures.append(future)
+
+    def finish_running(self) -> None:
+        """After Ctrl-C: wait for the stages that run; those that have not begun do not begin any more."""
+        from infra.settings import load_settings
+        from tasks.interrupts import interrupted
+
+        if self._flow_run_id is None:
+            return
+        with interrupted(load_settings(), self._flow_run_id):
+            for future in self._futures:
+                future.wait()
+
+
+def _workers(settings: Settings) -> int:
+    from tasks.devices import accelerator_name, device_names
+
+    names = device_names(settings.device)
+    devices = len(names) if accelerator_name(names[0]) else _CPU_WORKERS
+    return settings.runner_workers or devices

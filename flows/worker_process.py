@@ -1,0 +1,23 @@
+"""A process of a Dask or Ray cluster: it logs, finds its settings and takes interrupts as the command line does."""
+
+from __future__ import annotations
+
+import signal
+
+from flows.environment import log_to_terminal, prepare_environment
+from infra.secrets import keep_secrets_out_of_logs
+from infra.settings import load_settings
+
+
+def prepare() -> None:
+    """Called once in each new process of the cluster."""
+    # Ctrl-C goes to every process of the terminal; what it means to stages is the flow's affair
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prepare_environment(load_settings())
+    log_to_terminal(verbose=False)
+    keep_secrets_out_of_logs()
+
+
+def dask_setup(worker: object) -> None:
+    """Dask's name for that."""
+    prepare()
