@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
 import os
 import sys
 import warnings
+from pathlib import Path
 
-from infra.settings import Settings
+from infra.secrets import keep_secrets_out_of_logs
+from infra.settings import Settings, load_settings
 
 _DEFAULTS = {
     # a first start creates Prefect's database; twenty seconds, the default, is not always enough
@@ -19,6 +22,8 @@ _DEFAULTS = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    # a sign of life every so many seconds (Prefect allows no fewer), for the automation that finds dead flow runs
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "true",
@@ -38,6 +43,26 @@ def prepare_environment(settings: Settings) -> None:
     atexit.register(_silence_interpreter_exit)
 
 
+def entered_by_prefect() -> bool:
+    """Whether this process runs our flows for Prefect, so that our own command line has prepared nothing: an engine
+    that a worker started, a child of `slimline serve`, or Prefect's own command line (`prefect flow-run retry`)."""
+    by_engine = "PREFECT__FLOW_RUN_ID" in os.environ
+    by_command_line = "prefect" in Path(sys.argv[0]).parts[-2:]
+    return by_engine or by_command_line or multiprocessing.parent_process() is not None
+
+
+def prepare_engine() -> None:
+    """What the command line does before it imports Prefect, for a process that has imported it: our environment, our
+    log. Raises SettingsInvalid."""
+    prepare_environment(load_settings())
+    log_to_terminal(verbose=False)
+    from prefect.context import refresh_global_settings_context
+    from prefect.logging.configuration import setup_logging
+
+    refresh_global_settings_context()
+    setup_logging(incremental=False)
+
+
 def _silence_interpreter_exit() -> None:
     """duckdb 2.0 prints a page of "leaked" types when the interpreter is torn down in a process that imported Prefect.
 
@@ -49,6 +74,7 @@ def _silence_interpreter_exit() -> None:
 
 def log_to_terminal(*, verbose: bool) -> None:
     """One line per stage on standard error; libraries only when they warn."""
+    keep_secrets_out_of_logs()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     ours = logging.getLogger("slimline")

@@ -1,0 +1,42 @@
+"""The flows that schedules, workers and Prefect's pages run. Their parameters are plain JSON, so that Prefect can keep
+them and run the same flow run again: what is in the store by then is not run again.
+
+Importing this module prepares a process that Prefect started (prefect.yaml names the flows by this module).
+"""
+
+from __future__ import annotations
+
+from flows.environment import entered_by_prefect, prepare_engine
+
+if entered_by_prefect():
+    prepare_engine()
+
+from prefect import flow
+from prefect.context import FlowRunContext
+
+from flows.compress import compress
+from flows.loading import load_spec
+from flows.nightly import nightly, on_runner
+from flows.outcome import RunResult
+from flows.runners import runner_named
+from infra.settings import load_settings
+
+__all__ = ["nightly", "run"]
+
+if entered_by_prefect():
+    nightly = on_runner(load_settings().runner, load_settings())
+
+
+@flow(name="run", flow_run_name="{spec}", persist_result=False)
+def run(spec: str, overrides: tuple[str, ...] = (), refresh: tuple[str, ...] = ()) -> RunResult:
+    """One run of a spec.
+
+    spec: a shipped name, or a path on the machine that runs it. overrides: such as "steps.0.sparsity=0.5". refresh:
+    stages to run again although they are in the store; a retry leaves those that the first try got done. Raises
+    SpecError, and all that `compress` raises.
+    """
+    context = FlowRunContext.get()
+    created = context.flow_run.created if context and context.flow_run else None
+    settings = load_settings()
+    runner = runner_named(settings.runner, settings)
+    return compress.with_options(task_runner=runner)(load_spec(spec, overrides), refresh, created)

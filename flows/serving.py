@@ -1,0 +1,184 @@
+"""`slimline serve`: one process that runs specs on a schedule, with a Prefect server of its own unless there is one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import signal
+import zoneinfo
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, cast
+
+from flows.errors import SpecError
+from flows.loading import is_night, load_night, load_spec
+from flows.servers import prefect_server
+
+if TYPE_CHECKING:
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.runner import Runner
+    from prefect.schedules import Schedule
+
+log = logging.getLogger("slimline")
+
+#: a flow run gets this long to end after it was told to
+_GRACE = 20.0
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """When to run: by cron, every `interval` seconds, or (neither) only when asked to. Raises SpecError."""
+
+    cron: str | None = None
+    interval: float | None = None
+    timezone: str = "UTC"
+    """Of the cron expression, e.g. "Europe/Berlin"."""
+
+    def __post_init__(self) -> None:
+        if self.cron is not None and self.interval is not None:
+            raise SpecError("--cron and --interval: give one of them")
+        if self.interval is not None and self.interval < 1:
+            raise SpecError(f"--interval {self.interval:g} is less than a second; give seconds")
+        if self.timezone not in zoneinfo.available_timezones():
+            raise SpecError(f"--timezone {self.timezone!r} is no time zone; give one such as UTC or Europe/Berlin")
+        if self.cron is not None:
+            _check_cron(self.cron)
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        """As Prefect has it."""
+        from prefect.schedules import Cron, Interval
+
+        if self.cron is not None:
+            return [Cron(self.cron, timezone=self.timezone)]
+        if self.interval is not None:
+            return [Interval(timedelta(seconds=self.interval), timezone=self.timezone)]
+        return []
+
+
+def serve_specs(
+    specs: Sequence[str],
+    timetable: Timetable,
+    *,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    paused: bool = False,
+    limit: int = 1,
+    prefect_port: int = 4200,
+) -> None:
+    """Run nights and specs by the timetable until SIGTERM or Ctrl-C; then every process that was started here ends too.
+
+    name: of the deployment, by default that of the spec. limit: flow runs at once. Raises SpecError before anything is
+    started if a spec cannot be used.
+    """
+    if name is not None and len(specs) > 1:
+        raise SpecError(f"--name {name!r} is one name for {len(specs)} specs; leave it out and each has its spec's")
+    for spec in specs:
+        load = load_night if is_night(spec) else load_spec
+        load(spec, overrides)
+    signal.signal(signal.SIGTERM, _end_on_signal)
+    with _server(prefect_port) as url:
+        from flows.automations import ensure_zombie_automation
+
+        deployments = [_deployment(spec, timetable, overrides, name=name, paused=paused) for spec in specs]
+        ensure_zombie_automation()
+        for deployment in deployments:
+            log.info("serving %s/%s", deployment.flow_name, deployment.name)
+        log.info("Prefect: %s; Ctrl-C ends the serving", url.removesuffix("/api"))
+        _run(deployments, limit)
+
+
+def _run(deployments: Sequence[RunnerDeployment], limit: int) -> None:
+    from prefect.runner import Runner
+
+    runner = Runner(limit=limit)
+    for deployment in deployments:
+        runner.add_deployment(deployment)
+    try:
+        asyncio.run(_until_told(runner))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        log.info("ending")
+    finally:
+        _end_children()
+
+
+async def _until_told(runner: Runner) -> None:
+    """What `prefect.serve` does, but for SIGTERM: its own way leaves a coroutine behind that complains."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None, "inside a coroutine"
+
+    def end(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(task.cancel)
+
+    runner.handle_sigterm = end  # type: ignore[method-assign]
+    await runner.start()
+
+
+def _deployment(
+    spec: str, timetable: Timetable, overrides: Sequence[str], *, name: str | None, paused: bool
+) -> RunnerDeployment:
+    from flows.deployments import nightly, run
+
+    path = Path(spec).expanduser()
+    flow = nightly if is_night(spec) else run
+    deployment = flow.to_deployment(
+        name=name or path.stem,
+        schedules=timetable.schedules,
+        paused=paused,
+        # a flow run starts in whatever folder its process was given
+        parameters={"spec": str(path.absolute()) if path.is_file() else spec, "overrides": list(overrides)},
+        tags=["slimline"],
+    )
+    deployment = cast("RunnerDeployment", deployment)  # it would be a coroutine in a coroutine
+    # not the module that defines the flow: this one prepares the process that runs it
+    deployment.entrypoint = f"flows.deployments.{flow.name}"
+    return deployment
+
+
+@contextmanager
+def _server(port: int) -> Iterator[str]:
+    """The URL of the API of the server that is configured, or of one that is started for as long as the block lasts."""
+    from prefect.context import refresh_global_settings_context
+    from prefect.settings import PREFECT_API_URL
+
+    configured = PREFECT_API_URL.value()
+    if configured:
+        yield str(configured)
+        return
+    with prefect_server(port) as url:
+        os.environ["PREFECT_API_URL"] = url  # children get it too
+        refresh_global_settings_context()
+        yield url
+
+
+def _check_cron(cron: str) -> None:
+    from prefect.schedules import Cron
+
+    try:
+        Cron(cron)
+    except ValueError as error:
+        raise SpecError(
+            f"--cron {cron!r} is no cron expression; give minute, hour, day, month and weekday, e.g. '0 2 * * *'"
+        ) from error
+
+
+def _end_on_signal(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_children() -> None:
+    """Prefect tells the processes of its flow runs to end, but does not wait for all of them."""
+    children = multiprocessing.active_children()
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(_GRACE)
+        if child.is_alive():
+            child.kill()
+            child.join()

@@ -1,0 +1,84 @@
+"""`slimline serve`: a schedule fires, what failed is retried alone, and nothing is left when it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows.errors import SpecError
+from flows.loading import load_spec
+from flows.outcome import RunResult
+from flows.serving import Timetable, serve_specs
+from flows.story import tell
+from tests.flows.home import Home, stages_run
+from tests.flows.serving import Api, alive_in, free_port, started, wait_for
+from tests.flows.test_compress import mirror_of, spoil
+
+SMOKE = str(Path(__file__).parents[2] / "flows/specs/smoke.yaml")
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ({"cron": "0 2 * *"}, "--cron '0 2 * *' is no cron expression"),
+        ({"cron": "0 2 * * *", "interval": 60}, "give one of them"),
+        ({"interval": 0}, "less than a second"),
+        ({"cron": "0 2 * * *", "timezone": "Mars"}, "--timezone 'Mars' is no time zone"),
+    ],
+)
+def test_a_timetable_that_cannot_be_is_refused(times: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message.replace("*", r"\*")):
+        Timetable(**times)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_served_is_refused_before_a_server_starts() -> None:
+    with pytest.raises(SpecError, match="did you mean 'smoke'"):
+        serve_specs(["smok"], Timetable())
+    with pytest.raises(SpecError, match="sparsity"):
+        serve_specs([SMOKE], Timetable(), overrides=["steps.0.sparsity=2"])
+    with pytest.raises(SpecError, match="one name for 2 specs"):
+        serve_specs(["demo", "smoke"], Timetable(), name="both")
+
+
+@pytest.mark.slow
+def test_a_schedule_fires_and_a_retry_runs_what_failed(
+    smoke_copy: Home, smoke: tuple[Home, RunResult], offline_root: Path, tmp_path: Path
+) -> None:
+    home = Home(smoke_copy.folder)  # it has no server: one must be started
+    mirror = mirror_of(offline_root, tmp_path / "mirror")
+    overrides = [f"mirror={mirror}", "evals.1.limit=5"]
+    with home.lived_in():  # fingerprints are remembered by size and time: the keys are those of the good files
+        from flows.compress import open_workplace
+
+        loaded = load_spec(SMOKE, overrides)
+        tell(loaded, open_workplace(loaded).sources, "cpu")
+    good = spoil(mirror / "baber/piqa")
+    port, log = free_port(), tmp_path / "serve.log"
+    api = Api(f"http://127.0.0.1:{port}/api")
+    sets = [part for override in overrides for part in ("--set", override)]
+    command = ["flows", "serve", SMOKE, *sets, "--interval", "3", "--prefect-port", str(port)]
+    with started(home, log, *command, PREFECT_HOME=str(tmp_path / "prefect")) as process:
+        wait_for(lambda: "Ctrl-C ends the serving" in log.read_text(), 120, process)
+        running = {"deployments": {"name": {"any_": ["smoke"]}}, "flow_runs": {"start_time": {"is_null_": False}}}
+        first = wait_for(lambda: api.flow_runs(**running), 60, process)[-1]
+        api.post(f"deployments/{first['deployment_id']}/pause_deployment", {})
+        assert first["parameters"]["overrides"] == overrides
+        wait_for(lambda: api.state(first["id"]) == "FAILED", 90, process)
+        (zombies,) = api.post("automations/filter", {})
+        assert zombies["trigger"]["posture"] == "Proactive"
+
+        for path, content in good.items():
+            path.write_bytes(content)
+        before = log.read_text()
+        failed = {name for name in stages_run(before) if name.startswith("evaluate:zero_shot")}
+        assert len(failed) == 3
+        api.retry(first["id"])
+        wait_for(lambda: api.state(first["id"]) == "COMPLETED", 90, process)
+        assert api.flow_run(first["id"])["run_count"] == 2
+        assert set(stages_run(log.read_text()[len(before) :])) == failed
+    assert process.returncode == 0, log.read_text()
+    assert alive_in(home) == []
+    assert (home.folder / "prefect-results").exists()
+    assert "Traceback" not in log.read_text()
+    assert "never awaited" not in log.read_text()
