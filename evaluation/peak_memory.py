@@ -1,6 +1,6 @@
 """Peak memory on CPU, taken in a process that loads and runs one model and nothing else.
 
-    python -m evaluation.peak_memory FOLDER '{"prompt_len": 128}' [--trust-remote-code]
+    python -m evaluation.peak_memory FOLDER '{"prompt_len": 128}' transformers:LlamaForCausalLM
 
 A worker's own high-water mark would include every model it held before. The child reads VmHWM and not
 getrusage's ru_maxrss, because Linux lets a child inherit its parent's ru_maxrss across fork and exec.
@@ -9,10 +9,12 @@ getrusage's ru_maxrss, because Linux lets a child inherit its parent's ru_maxrss
 from __future__ import annotations
 
 import argparse
+import importlib
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -38,14 +40,14 @@ class PeakMemory(BaseModel):
         return self.peak_gib - self.libraries_gib
 
 
-def peak_resident_gib(folder: Path, config: ProfileConfig, *, trust_remote_code: bool) -> PeakMemory:
+def peak_resident_gib(folder: Path, config: ProfileConfig, model_class: str) -> PeakMemory:
     """Load the checkpoint in `folder` in a fresh process, in the dtype it was saved in, and run it once.
 
-    `trust_remote_code` runs the modelling file that lies in the folder (checkpoints with uneven layers need it): say
-    yes only for a folder you made. Raises EvaluationError if the process fails, with its last words.
+    model_class: where the child finds the model's class, "module:name"; code that lies in the folder is not run.
+    Raises EvaluationError if the process fails, with its last words.
     """
     command = [sys.executable, "-m", "evaluation.peak_memory", str(folder.resolve()), config.model_dump_json()]
-    command += ["--trust-remote-code"] if trust_remote_code else []
+    command += [model_class]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -59,21 +61,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m evaluation.peak_memory")
     parser.add_argument("folder", type=Path)
     parser.add_argument("config", type=ProfileConfig.model_validate_json)
-    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("model_class")
     given = parser.parse_args(arguments)
 
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from evaluation.generation import random_prompt, timed_run
 
-    trust = given.trust_remote_code
-    shape = AutoConfig.from_pretrained(given.folder, local_files_only=True, trust_remote_code=trust)
-    with torch.device("meta"):  # imports the modelling code, allocates nothing
-        AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
+    module, _, name = given.model_class.partition(":")
+    model_class: Any = getattr(importlib.import_module(module), name)
+    shape = model_class.config_class.from_pretrained(given.folder, local_files_only=True)
+    with torch.device("meta"):  # imports all that the model needs, allocates nothing
+        model_class(shape)
     libraries = _high_water_gib()
-    model = AutoModelForCausalLM.from_pretrained(
-        given.folder, dtype="auto", local_files_only=True, trust_remote_code=trust
+    model = model_class.from_pretrained(
+        given.folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
     timed_run(model, random_prompt(model, given.config), given.config.new_tokens)
     measured = PeakMemory(libraries_gib=libraries, peak_gib=_high_water_gib())

@@ -1,18 +1,23 @@
-"""The command line. Exit codes: 0; 2 for what the user can mend (one sentence, no traceback); 1 for the rest."""
+"""The command line. Exit codes: 0; 2 for what you can mend (in one sentence); 3 for a gate; 1 for the rest."""
 
 from __future__ import annotations
 
 import logging
 import sys
 
-from flows.commands import looking, runs, serving
+from flows.commands import looking, nights, retrying, runs, serving, store
 from flows.commands.app import app
 from flows.environment import log_to_terminal
 from flows.errors import USER_ERRORS, StagesFailed
+from flows.night_outcome import NightFailed
+from infra.secrets import redacted
 
-__all__ = ["app", "looking", "main", "runs", "serving"]
+__all__ = ["app", "looking", "main", "nights", "retrying", "runs", "serving", "store"]
 
 log = logging.getLogger("slimline")
+
+#: exit code of a night in which everything ran but a gate does not hold
+_GATE = 3
 
 
 def main() -> None:
@@ -26,16 +31,18 @@ def main() -> None:
         _fail(error, 2, verbose)
     except StagesFailed as error:
         _fail(error, 2 if error.by_user else 1, verbose)
+    except NightFailed as error:
+        _fail(error, _GATE if not error.result.failures else 2 if error.by_user else 1, verbose)
     except Exception as error:  # the last resort: an unforeseen error still gets one line and a way to see more
         log.debug("traceback", exc_info=True)
         _fail(error, 1, verbose)
 
 
 def _fail(error: Exception, code: int, verbose: bool) -> None:
-    unforeseen = code == 1 and not isinstance(error, StagesFailed)
+    unforeseen = code == 1 and not isinstance(error, StagesFailed | NightFailed)
     text = f"{type(error).__name__}: {error}" if unforeseen else str(error)
-    hint = "" if code == 2 or verbose else " (--verbose shows the traceback)"
-    print(f"slimline: {text}{hint}", file=sys.stderr)
+    hint = "" if code != 1 or verbose else " (--verbose shows the traceback)"
+    print(f"slimline: {redacted(text)}{hint}", file=sys.stderr)
     sys.exit(code)
 
 

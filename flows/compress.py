@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, cast
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
@@ -18,15 +18,19 @@ from flows.errors import USER_ERRORS, SpecError, StagesFailed
 from flows.outcome import RunResult, StageOutcome
 from flows.preflight import check
 from flows.report import table_rows
+from flows.runners import final_state
 from flows.spec import RunSpec
 from flows.story import Stage, Story, tell
+from infra.claims import claimed
 from infra.registry import near
 from infra.result_rows import StageRow
+from infra.secrets import redacted, secrets_kept
 from infra.settings import load_settings
 from infra.sources import sources_from
 from tasks.record import Measured, RunOutcome, record
 from tasks.requests import EvaluateRequest, ProfileRequest
-from tasks.stage import Made, Workplace, cached_teller
+from tasks.retrying import retry_options
+from tasks.stage import Made, Workplace, cached_teller, tell_cached
 
 log = logging.getLogger("slimline")
 
@@ -40,25 +44,51 @@ _THREADS = 16
     task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_THREADS)),
     persist_result=False,
 )
-def compress(spec: RunSpec, refresh: tuple[str, ...] = ()) -> RunResult:
+def compress(spec: RunSpec, refresh: tuple[str, ...] = (), refreshed_since: datetime | None = None) -> RunResult:
     """Run what is not in the store yet, record everything, and fail at the end if a stage failed.
 
-    refresh: stages (and all that follow from them) to run again although they are in the store. Raises StagesFailed
-    after recording; the preflight's errors before any work.
+    refresh: stages (and all that follow from them) to run again although they are in the store, unless they were made
+    after `refreshed_since`: runs that share stages refresh each once. Raises StagesFailed after recording; the
+    preflight's errors before any work.
     """
+    with secrets_kept():
+        return _compress(spec, refresh, refreshed_since)
+
+
+def _compress(spec: RunSpec, refresh: tuple[str, ...], refreshed_since: datetime | None) -> RunResult:
     started_at = datetime.now(UTC)
-    workplace = open_workplace(spec)
+    workplace = replace(open_workplace(spec), refreshed_since=refreshed_since)
     story = tell(spec, workplace.sources, workplace.settings.device)
     check(story, workplace)
-    again = _stages_to_refresh(story, refresh)
+    again = _keys_to_refresh(story, refresh)
+    # the run needs all of them up to its record: `slimline gc` must leave alone what it found, too
+    with claimed(workplace.store.root, [stage.ref for stage in story.stages], story.run_key):
+        if not again and all(workplace.store.has(stage.ref) for stage in story.stages):
+            outcomes = tuple(_found(stage, workplace) for stage in story.stages)
+        else:
+            outcomes = _run_stages(story, workplace, again)
+        return _finish(story, outcomes, workplace, started_at)
+
+
+def _run_stages(story: Story, workplace: Workplace, again: set[str]) -> tuple[StageOutcome, ...]:
+    """Every stage as a Prefect task, of which those in the store are cached. again: keys to make anew."""
+    retries = retry_options(workplace.settings)
     futures: dict[str, PrefectFuture[Made]] = {}
     for stage in story.stages:
         # the key is no tag: Prefect takes seconds per task to ask its server for a concurrency limit on every tag
-        task = stage.task.with_options(refresh_cache=stage.ref.key in again, on_completion=[cached_teller(stage.ref)])
+        task = stage.task.with_options(
+            refresh_cache=stage.ref.key in again, on_completion=[cached_teller(stage.ref)], **retries
+        )
         after = [futures[ref.key] for ref in stage.request.inputs]
         futures[stage.ref.key] = task.submit(stage.request, stage.name, workplace, wait_for=after)
-    outcomes = tuple(_outcome(stage, futures[stage.ref.key]) for stage in story.stages)
-    return _finish(story, outcomes, workplace, started_at)
+    return tuple(_outcome(stage, futures[stage.ref.key]) for stage in story.stages)
+
+
+def _found(stage: Stage, workplace: Workplace) -> StageOutcome:
+    """A stage of a run of which the store has everything: a task for each would cost 0.1 s and say no more."""
+    tell_cached(stage.name, stage.ref)
+    seconds = workplace.store.manifest(stage.ref).seconds
+    return StageOutcome(name=stage.name, key=stage.ref.key, kind=stage.ref.kind, status="cached", seconds=seconds)
 
 
 def open_workplace(spec: RunSpec) -> Workplace:
@@ -101,8 +131,7 @@ def _finish(story: Story, outcomes: Sequence[StageOutcome], workplace: Workplace
 
 
 def _outcome(stage: Stage, future: PrefectFuture[Made]) -> StageOutcome:
-    future.wait()
-    state: State[Any] = future.state
+    state = final_state(future)
     ref = stage.ref
     common = {"name": stage.name, "key": ref.key, "kind": ref.kind}
     if state.is_completed():
@@ -114,7 +143,7 @@ def _outcome(stage: Stage, future: PrefectFuture[Made]) -> StageOutcome:
         return StageOutcome(**common, status="skipped", seconds=None, message="a stage before it failed")
     error = state.result(raise_on_failure=False)
     by_user = isinstance(error, USER_ERRORS)
-    message = str(error) if by_user else f"{type(error).__name__}: {error}"
+    message = redacted(str(error) if by_user else f"{type(error).__name__}: {error}")
     log.error("%s: failed: %s", stage.name, message)
     return StageOutcome(**common, status="failed", seconds=None, message=message, by_user=by_user)
 
@@ -135,15 +164,26 @@ def _measured(stage: Stage) -> Measured:
     )
 
 
-def _stages_to_refresh(story: Story, names: Sequence[str]) -> set[str]:
-    """Keys of the named stages and of all that follow from them; "prune" names every "prune:..."."""
+def stages_to_refresh(stages: Sequence[str], name: str) -> set[str]:
+    """The stages that a name means: "prune" names every "prune:..."."""
+    return {stage for stage in stages if stage == name or stage.startswith(f"{name}:")}
+
+
+def unknown_stage(name: str, known: Sequence[str]) -> SpecError:
+    """The error for a stage to refresh that is none of the known ones."""
+    heads = dict.fromkeys(stage.partition(":")[0] for stage in known)
+    return SpecError(f"--refresh: unknown stage {name!r}{near(name, [*heads, *known])}; there are: {', '.join(known)}")
+
+
+def _keys_to_refresh(story: Story, names: Sequence[str]) -> set[str]:
+    """Keys of the named stages and of all that follow from them."""
     keys: set[str] = set()
     for name in names:
-        found = {stage.ref.key for stage in story.stages if stage.name == name or stage.name.startswith(f"{name}:")}
-        if not found:
-            known = [stage.name for stage in story.stages]
-            raise SpecError(f"--refresh: unknown stage {name!r}{near(name, known)}; this run has: {', '.join(known)}")
-        keys |= found
+        known = [stage.name for stage in story.stages]
+        meant = stages_to_refresh(known, name)
+        if not meant:
+            raise unknown_stage(name, known)
+        keys |= {stage.ref.key for stage in story.stages if stage.name in meant}
     for stage in story.stages:  # inputs come first, so one pass reaches everything
         if any(ref.key in keys for ref in stage.request.inputs):
             keys.add(stage.ref.key)

@@ -9,7 +9,8 @@ ValueError
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from evaluation.errors import EvaluationError
 from infra.errors import InfraError
@@ -33,6 +34,10 @@ class StagesFailed(RuntimeError):
         super().__init__(message)
         self.result = result
         self.by_user = by_user
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of keyword arguments pickle knows nothing; a cell of a night may run in another process."""
+        return partial(StagesFailed, result=self.result, by_user=self.by_user), self.args
 
 
 USER_ERRORS: tuple[type[Exception], ...] = (SpecError, PruningError, EvaluationError, InfraError)

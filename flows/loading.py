@@ -1,8 +1,7 @@
-"""Finding and reading a spec: a shipped name or a path, YAML, overrides from the command line."""
+"""Finding and reading the spec of a run or of a night: a shipped name or a path, YAML, overrides."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,10 @@ from pydantic import ValidationError
 
 from flows.errors import SpecError
 from flows.messages import first_problem
+from flows.night_spec import NightSpec
 from flows.spec import RunSpec
+from infra.registry import near
+from infra.secrets import secrets_kept
 
 SHIPPED = Path(__file__).parent / "specs"
 
@@ -22,24 +24,58 @@ def shipped_specs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
 
 
+def shipped_nights() -> dict[str, Path]:
+    """The nights that come with slimline, by name."""
+    return {path.stem: path for path in sorted((SHIPPED / "nights").glob("*.yaml"))}
+
+
 def load_spec(name_or_path: str, overrides: Sequence[str] = ()) -> RunSpec:
     """Read a spec and apply overrides such as "steps.0.sparsity=0.5"; values are YAML.
 
     Raises SpecError with one sentence: no such spec, not YAML, unknown key (and the nearest known), value out of range.
     """
-    path = _find(name_or_path)
-    raw = _read_yaml(path)
-    for override in overrides:
-        _apply_(raw, override)
+    raw = _read(name_or_path, overrides, shipped_specs(), "spec")
+    if "matrix" in raw:
+        raise SpecError(
+            f"{name_or_path} is a night, since it has a `matrix`; run it with: slimline nightly {name_or_path}"
+        )
     return parse_spec(raw, source=str(name_or_path))
+
+
+def load_night(name_or_path: str, overrides: Sequence[str] = ()) -> NightSpec:
+    """The same for a night. Raises SpecError."""
+    raw = _read(name_or_path, overrides, shipped_nights(), "night")
+    if "matrix" not in raw:
+        raise SpecError(f"{name_or_path} has no `matrix`, so it is no night; run it with: slimline run {name_or_path}")
+    return parse_night(raw, source=str(name_or_path))
+
+
+def find_spec(name_or_path: str) -> Path:
+    """The file of a run's or a night's spec. Raises SpecError."""
+    return _find(name_or_path, shipped_specs() | shipped_nights(), "spec")
+
+
+def is_night(name_or_path: str) -> bool:
+    """Whether it is a night's spec; a name that both a run and a night have is the night's. Raises SpecError."""
+    return "matrix" in _read_yaml(find_spec(name_or_path))
 
 
 def parse_spec(raw: Any, *, source: str) -> RunSpec:
     """A RunSpec from plain data; `source` names it in the error."""
-    try:
-        return RunSpec.model_validate(raw)
-    except ValidationError as error:
-        raise SpecError(f"{source}: {first_problem(error, model=RunSpec)}") from error
+    with secrets_kept():  # pydantic's error repeats the input
+        try:
+            return RunSpec.model_validate(raw)
+        except ValidationError as error:
+            raise SpecError(f"{source}: {first_problem(error, model=RunSpec)}") from error
+
+
+def parse_night(raw: Any, *, source: str) -> NightSpec:
+    """A NightSpec from plain data; `source` names it in the error."""
+    with secrets_kept():
+        try:
+            return NightSpec.model_validate(raw)
+        except ValidationError as error:
+            raise SpecError(f"{source}: {first_problem(error, model=NightSpec)}") from error
 
 
 def dump_spec(spec: RunSpec) -> str:
@@ -47,19 +83,24 @@ def dump_spec(spec: RunSpec) -> str:
     return str(yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
-def _find(name_or_path: str) -> Path:
+def _read(name_or_path: str, overrides: Sequence[str], shipped: dict[str, Path], noun: str) -> dict[str, Any]:
+    raw = _read_yaml(_find(name_or_path, shipped, noun))
+    for override in overrides:
+        _apply_(raw, override)
+    return raw
+
+
+def _find(name_or_path: str, shipped: dict[str, Path], noun: str) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
-    shipped = shipped_specs()
     if name_or_path in shipped:
         return shipped[name_or_path]
-    close = difflib.get_close_matches(name_or_path, shipped, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise SpecError(f"there is no spec file {name_or_path!r}{hint}; shipped specs: {', '.join(shipped)}")
+    hint = near(name_or_path, shipped)
+    raise SpecError(f"there is no {noun} file {name_or_path!r}{hint}; shipped {noun}s: {', '.join(shipped)}")
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flows.errors import SpecError
 from flows.spec import RunSpec
 from flows.story import Story
@@ -12,11 +14,11 @@ from infra.sources import Sources
 from pruning.errors import PruningError
 from pruning.families import FAMILIES
 from tasks.devices import device_names
-from tasks.requests import CalibrateRequest
+from tasks.disk_needs import Forecast, Need, check_room
+from tasks.leasing import check_lease
+from tasks.requests import CalibrateRequest, Request
+from tasks.sharing import sharing_of
 from tasks.stage import Workplace
-
-#: a pruned checkpoint is written beside the dense one, and training keeps optimizer state and two checkpoints
-_CHECKPOINTS_PER_MISSING_STAGE = 1.2
 
 
 def check(story: Story, workplace: Workplace) -> None:
@@ -24,9 +26,12 @@ def check(story: Story, workplace: Workplace) -> None:
     model, windows longer than the model's context, calibration data without the columns, too little disk."""
     store, settings = workplace.store, workplace.settings
     store.preflight()
+    sharing = sharing_of(settings)
     missing = [stage for stage in story.stages if not store.has(stage.ref)]
     if not missing:
         return
+    sharing.check()
+    check_lease(settings)
     card = _card(story.spec, workplace.sources)
     _check_family(card, story.spec)
     _check_context(card, story.spec)
@@ -34,8 +39,16 @@ def check(story: Story, workplace: Workplace) -> None:
     for request in (stage.request for stage in missing):
         if isinstance(request, CalibrateRequest):
             workplace.sources.check_columns(request.data, request.data.columns)
-    checkpoints = sum(stage.ref.kind == "checkpoint" for stage in missing)
-    store.preflight(int(_CHECKPOINTS_PER_MISSING_STAGE * checkpoints * card.bytes))
+    _check_disk([stage.request for stage in missing], workplace)
+
+
+def _check_disk(requests: Sequence[Request], workplace: Workplace) -> None:
+    """All that the run will keep, and the largest scratch folder on top of it, must have room."""
+    forecast = Forecast(workplace.store, workplace.sources)
+    needs = [forecast.need(request) for request in requests]
+    need = Need(sum(need.artifact for need in needs), max(need.scratch for need in needs))
+    what = f"the run ({len(needs)} stages that are still to be made)"
+    check_room(what, need, workplace.store, workplace.settings, requests=requests)
 
 
 def _card(spec: RunSpec, sources: Sources) -> ModelCard:

@@ -11,6 +11,7 @@ from evaluation.profile_config import ProfileConfig
 from flows.branches import DENSE, Derivation, derive
 from flows.entries import NAME, NAME_OR_DEFAULT, PluginEntry, SpecPart
 from flows.messages import first_problem
+from flows.refusals import refuse_unsafe
 from flows.steps import PruneStep, Step
 from infra import registry
 from tasks.calibration_data import CalibrationData, expanded
@@ -24,6 +25,8 @@ class ModelSpec(SpecPart):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights from here on; auto keeps the checkpoint's own."""
+    trust_remote_code: bool = False
+    """Run the code that comes with this model's tokenizer. Its modelling code is not run in any case."""
 
 
 class CalibrationSpec(SpecPart):
@@ -109,6 +112,8 @@ class RunSpec(SpecPart):
             return self.calibration
         own = self.calibration.model_dump(mode="json") if self.calibration else {}
         return CalibrationSpec.model_validate(own | made.changes.calibration)
+
+    _safe = model_validator(mode="before")(refuse_unsafe)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

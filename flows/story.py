@@ -5,7 +5,6 @@ Nothing runs here. Requests hold references to artifacts that need not exist yet
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from flows.branches import DENSE, Derivation
 from flows.spec import CalibrationSpec, EvalSpec, RunSpec
 from flows.steps import PruneStep, RecoverStep
 from infra.artifacts import ArtifactRef
-from infra.keys import stage_key
+from infra.keys import slug, stage_key
 from infra.sources import Sources
 from tasks.calibrate import calibrate
 from tasks.capture import capture
@@ -83,8 +82,7 @@ class Story:
     def run_key(self) -> str:
         """Identity of the run: its name and the keys of its stages. The same spec on the same data is the same run."""
         name = self.spec.name
-        slug = "-".join(re.findall(r"[a-z0-9]+", name.lower()))
-        return stage_key(f"run-{slug}", 1, {"name": name, "stages": [stage.ref.key for stage in self.stages]})
+        return stage_key(f"run-{slug(name)}", 1, {"name": name, "stages": [stage.ref.key for stage in self.stages]})
 
 
 def tell(spec: RunSpec, sources: Sources, device_setting: str) -> Story:
@@ -118,7 +116,13 @@ def _once(stages: list[Stage]) -> tuple[Stage, ...]:
 def _import(spec: RunSpec, sources: Sources) -> Stage:
     model = spec.model
     located = sources.find(model.id, "model", revision=model.revision)
-    request = ImportRequest(source=located.identity, dtype=model.dtype, model_id=model.id, revision=model.revision)
+    request = ImportRequest(
+        source=located.identity,
+        dtype=model.dtype,
+        trust_remote_code=model.trust_remote_code,
+        model_id=model.id,
+        revision=model.revision,
+    )
     return Stage("import-model", import_model, request, DENSE)
 
 

@@ -17,16 +17,20 @@ from pydantic import BaseModel, ConfigDict
 
 from infra.baichuan import is_baichuan, llama_config
 from infra.errors import SourceInvalid
+from infra.foreign_code import NOTE
 from infra.gguf_header import read_gguf_header
 
 INDEX = "model.safetensors.index.json"
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# What is not carried over: other forms of the weights, and anything pickled.
-NOT_COPIED = (*_PICKLED, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".npz")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+# What is not carried over: other forms of the weights, anything pickled, any code.
+_NOT_COPIED = (*_PICKLED, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".npz", ".npy", ".py", ".so")
+# Names under which slimline itself keeps notes in an artifact: a model must not bring its own.
+_OUR_NOTES = ("manifest.json", NOTE)
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # The three spellings of old and new config.json files.
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 _HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model")
+_FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner")
 
 
 class ModelCard(BaseModel):
@@ -44,6 +48,7 @@ class ModelCard(BaseModel):
     bytes: int
     dtype: str | None  # the floating type most weights have; None for GGUF and where only the hub knows
     max_position_embeddings: int | None = None  # None where the config does not say
+    intermediate_size: int | None = None  # of the FFN, the same
 
 
 def card_of_folder(folder: Path) -> ModelCard:
@@ -89,6 +94,7 @@ def card_of_config(
         model_type=config["model_type"], num_layers=layers, hidden_size=hidden,
         num_parameters=num_parameters, bytes=size, dtype=dtype,
         max_position_embeddings=config.get("max_position_embeddings"),
+        intermediate_size=next((config[key] for key in _FFN_KEYS if config.get(key)), None),
     )  # fmt: skip
 
 
@@ -126,6 +132,11 @@ def gguf_file(folder: Path) -> Path | None:
     return files[0]
 
 
+def is_left_behind(file: Path) -> bool:
+    """Whether a file of a model's folder does not come along when the model is imported."""
+    return file.suffix in _NOT_COPIED or file.name in _OUR_NOTES
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a folder, in order.
 
@@ -133,7 +144,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """
     index = folder / INDEX
     if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        files = [folder / name for name in _shard_names(index)]
         for file in files:
             if not file.is_file():
                 raise SourceInvalid(f"{folder} lacks {file.name}, a shard that its index names; fetch the model again")
@@ -147,6 +158,18 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if files:
         return tuple(files)
     raise SourceInvalid(_why_no_weights(folder))
+
+
+def _shard_names(index: Path) -> list[str]:
+    """Names of the shards in an index; SourceInvalid unless they are safetensors files beside it."""
+    try:
+        names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceInvalid(f"{index} is no index of shards ({error!r}); fetch it again") from error
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise SourceInvalid(f"{index} names {name!r}, which is no safetensors file beside it; fetch it again")
+    return names
 
 
 def tensor_header(file: Path) -> dict[str, dict[str, Any]]:

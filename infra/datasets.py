@@ -156,8 +156,22 @@ def _explained(located: Located, config: str | None, split: str, home: Path) -> 
         raise SourceMissing(
             f"the hub did not answer while {located.repo_id} was downloaded; run again to continue"
         ) from error
+    except RuntimeError as error:  # datasets 5 says so, and no more
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise _only_a_script(located) from error
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        scripts = [] if located.folder is None else list(located.folder.glob("*.py"))
+        if scripts and "data files found" in str(error):
+            raise _only_a_script(located) from error
         raise SourceInvalid(_diagnosis(located, config, split, home) or f"{located.repo_id}: {error}") from error
+
+
+def _only_a_script(located: Located) -> SourceInvalid:
+    return SourceInvalid(
+        f"{located.repo_id} in {located.mirror} is a loading script, and code of a data set is never run; take a copy "
+        "with the data as parquet, json or csv (on the hub often the revision refs/convert/parquet)"
+    )
 
 
 def _diagnosis(located: Located, config: str | None, split: str, home: Path) -> str | None:

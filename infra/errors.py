@@ -31,6 +31,26 @@ class StoreUnwritable(InfraError):
     """The store's root folder cannot be created or written."""
 
 
+class StoreUnsafe(InfraError):
+    """The store lies on a file system whose locks do not exclude those who share it."""
+
+
+class LeaseUnusable(InfraError):
+    """The host's device leases cannot be read or made."""
+
+
+class RemoteUnusable(InfraError):
+    """The object store that artifacts are shared through cannot be reached, written, or locked."""
+
+
+class StoreInUse(InfraError):
+    """Somebody is at work on what was to be cleared away, moved or replaced."""
+
+
+class BundleInvalid(InfraError):
+    """A file of an exported run is cut short, changed, or holds what has no place in one."""
+
+
 class SourceMissing(InfraError):
     """A model or data set was found neither in the mirrors nor in the offline default, and the hub is not allowed."""
 
@@ -40,7 +60,7 @@ class SourceInvalid(InfraError):
 
 
 class ResultsUnusable(InfraError):
-    """The DuckDB results file is corrupt, unwritable, locked for too long or written by a newer slimline."""
+    """The results' folder cannot be read or written, or a file is damaged or was written by a newer slimline."""
 
 
 class TrackingUnusable(InfraError):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from infra.disk import digest as content_hash
+from infra.errors import SourceInvalid
 
 # A file written just now may change again without its mtime moving, as git knows ("racy git"): only older files count.
 _SETTLED_NS = 2_000_000_000
@@ -48,10 +49,19 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
         return
     for root, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        _refuse_circles(root, folders)
         for name in sorted(names):
             file = Path(root, name)
             if not name.startswith(".") and file.is_file():
                 yield file.relative_to(folder).as_posix(), file
+
+
+def _refuse_circles(root: str, folders: list[str]) -> None:
+    """Links may lead anywhere but back: following those takes for ever."""
+    here = Path(root).resolve()
+    for name in folders:
+        if os.path.islink(os.path.join(root, name)) and here.is_relative_to(Path(root, name).resolve()):
+            raise SourceInvalid(f"{root}/{name} is a link to a folder that it lies in; remove it")
 
 
 def _read(memo: Path | None) -> _Memo:

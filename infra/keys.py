@@ -38,6 +38,11 @@ def stage_key(label: str, version: int, inputs: Mapping[str, object]) -> str:
     return f"{slug}-v{version}-{digest[:_HEX_DIGITS]}"
 
 
+def slug(name: str) -> str:
+    """A name as part of a key: lower case letters and digits, joined by dashes."""
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
 def _plain(value: object, where: str) -> object:
     """`value` made of dict, list, str, int, float, bool and None only."""
     match value:

@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from infra import baichuan, hub
+from infra import baichuan, foreign_code, hub
 from infra.checkpoint_files import (
     INDEX,
-    NOT_COPIED,
     ModelCard,
     card_of_config,
     card_of_folder,
     gguf_file,
+    is_left_behind,
     read_config,
     tensor_header,
     weight_files,
@@ -60,15 +60,19 @@ def describe(located: Located) -> ModelCard:
     return card_of_config(values, located.repo_id, num_parameters=None, size=sum(weights.values()), dtype=None)
 
 
-def import_model(located: Located, out: Path, dtype: Dtype, *, progress: Progress = _silent) -> ModelCard:
+def import_model(
+    located: Located, out: Path, dtype: Dtype, *, trust_remote_code: bool = False, progress: Progress = _silent
+) -> ModelCard:
     """Write the model into `out` (an empty folder) as a plain checkpoint and return its card.
 
     dtype "auto" keeps every tensor as it is stored; for GGUF it means float32, which holds the dequantised values
-    exactly. safetensors are read one shard at a time. Every other top-level file that is no weight comes along
-    (tokenizer, plan.json, modelling code: copied, never run). A Baichuan-7B becomes the Llama that it is.
+    exactly. safetensors are read one shard at a time. Every other top-level file that is neither weight nor code comes
+    along (tokenizer, plan.json). A Baichuan-7B becomes the Llama that it is. trust_remote_code: the tokenizer's own
+    code comes along too, and is run here and by whoever loads the tokenizer of the checkpoint or of one made from it;
+    modelling code never is (see infra/foreign_code.py).
 
-    Raises SourceInvalid for pickled or quantised weights, NaN or infinity (naming the tensor), a missing tokenizer, a
-    Baichuan-13B; hub.Unreachable; DiskFull.
+    Raises SourceInvalid for pickled or quantised weights, NaN or infinity (naming the tensor), a missing tokenizer or
+    one that needs code which is not trusted, a Baichuan-13B; hub.Unreachable; DiskFull.
     """
     folder = located.folder
     if folder is None:
@@ -80,6 +84,8 @@ def import_model(located: Located, out: Path, dtype: Dtype, *, progress: Progres
             _import_gguf(gguf, out, "float32" if dtype == "auto" else dtype, progress)
         else:
             _import_safetensors(folder, out, dtype, progress)
+            if trust_remote_code:
+                foreign_code.copy_trusted_code(folder, out, located.repo_id)
     card = card_of_folder(out)
     _check_tokenizer(out, located.repo_id)
     progress(1.0, f"imported {located.repo_id}")
@@ -87,17 +93,25 @@ def import_model(located: Located, out: Path, dtype: Dtype, *, progress: Progres
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder; no network, no foreign code.
+    """The tokenizer of a checkpoint folder; no network, and no foreign code but what the spec trusted.
 
-    Raises SourceInvalid if there is none that loads.
+    Raises SourceInvalid if there is none that loads, or none without code that is not trusted.
     """
     from transformers import AutoTokenizer
 
+    trusted = foreign_code.is_trusted(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            folder, local_files_only=True, trust_remote_code=trusted
         )
     except Exception as error:  # a dozen types, down to those of the Rust tokenizer
+        code = foreign_code.tokenizer_code(folder)
+        if code is not None and not trusted:
+            raise SourceInvalid(
+                f"the tokenizer in {folder} is code of its own ({foreign_code.code_file(code)}), which is not run "
+                "unless the spec trusts this model: read that file and set model.trust_remote_code to true, or take a "
+                "copy of the model with a stock tokenizer"
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceInvalid(
             f"{folder} has no tokenizer that loads ({reason}); put tokenizer.json or tokenizer.model beside the model"
@@ -108,6 +122,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _import_gguf(file: Path, out: Path, dtype: Dtype, progress: Progress) -> None:
     from transformers import AutoTokenizer
 
+    foreign_code.refuse_adapter(file.parent)
     with quiet():
         progress(0.05, f"dequantising {file.name}")
         model = _dequantised(file, dtype)
@@ -115,7 +130,9 @@ def _import_gguf(file: Path, out: Path, dtype: Dtype, progress: Progress) -> Non
             assert tensor.is_floating_point(), f"{name} came out of {file} still quantised"
             _check_finite(name, tensor, file, dtype)
         progress(0.6, f"reading the tokenizer of {file.name}")
-        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(out)
+        AutoTokenizer.from_pretrained(
+            str(file.parent), gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        ).save_pretrained(out)
         progress(0.9, "writing safetensors")
         model.save_pretrained(out)
 
@@ -132,6 +149,8 @@ def _dequantised(file: Path, dtype: Dtype) -> Any:
             str(file.parent),
             gguf_file=file.name,
             dtype=getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
             **options,
         )
     except (ValueError, NotImplementedError, KeyError) as error:
@@ -144,11 +163,12 @@ def _dequantised(file: Path, dtype: Dtype) -> Any:
 
 
 def _import_safetensors(folder: Path, out: Path, dtype: Dtype, progress: Progress) -> None:
-    config = read_config(folder)
+    config = foreign_code.without_code(read_config(folder), str(folder))
     _refuse_quantised(config, str(folder))
+    foreign_code.refuse_adapter(folder)
     files = weight_files(folder)
     for file in sorted(folder.iterdir()):
-        if file.is_file() and not file.name.startswith(".") and file.suffix not in NOT_COPIED:
+        if file.is_file() and not file.name.startswith(".") and not is_left_behind(file):
             shutil.copyfile(file, out / file.name)
     unpack: Unpack | None = None
     if baichuan.is_baichuan(config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -29,13 +30,30 @@ class Settings(BaseSettings):
     """"auto" or a torch device such as "cpu", "cuda", "cuda:1"."""
     mlflow_uri: str | None = None
     results_db: Path | None = None
+    results_folder: Path | None = None
+    """Folder of the results' files, perhaps one that machines share; by default beside the DuckDB file, their index."""
     eval_batch_size: int = Field(default=8, ge=1)
     walk_batch_size: int = Field(default=8, ge=1)
     walk_processes: int = Field(default=1, ge=1)
     """Processes that share the calibration samples of a capture or a pruning; on CUDA each has a device of its own."""
     activation_budget_gib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    disk_budget_gib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Size that the artifact store may reach; by default the free disk is the only limit."""
+    device_lease: Literal["host", "server"] = "host"
+    """Who must agree that an accelerator is free: all processes of the host, or also those of Prefect's server."""
+    runner: Literal["threads", "dask", "ray"] = "threads"
+    runner_address: str | None = None
+    """Scheduler of a Dask or Ray cluster that runs already."""
+    runner_workers: int | None = Field(default=None, ge=1)
+    """Size of the cluster that slimline starts; by default one process per device, two on a CPU."""
+    retries: int = Field(default=3, ge=0, le=20)
+    """How often a stage is tried again after network and out-of-memory errors."""
+    retry_delay: float = Field(default=10, gt=0, allow_inf_nan=False)
+    """Seconds before the first of them; each further pause is twice as long."""
+    remote: str | None = None
+    """Object store behind the artifact store: any fsspec URL with exclusive creation, e.g. s3://bucket/prefix."""
 
-    @field_validator("home", "results_db")
+    @field_validator("home", "results_db", "results_folder")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         # Prefect runs tasks in other processes with other working directories: a relative folder would split the store.
@@ -48,7 +66,7 @@ class Settings(BaseSettings):
 
     @property
     def results_path(self) -> Path:
-        """The DuckDB file of all results."""
+        """The DuckDB file over all results."""
         return self.results_db or self.home / "results.duckdb"
 
     @property

@@ -13,9 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from infra import hub
+from infra.containment import check_card, check_data_files, check_name, check_revision, is_repository_id
 from infra.errors import SourceMissing
 from infra.fingerprints import fingerprint
 from infra.hub import RepoType
@@ -46,6 +47,10 @@ class TextData(BaseModel):
     text_field: str = "text"
     revision: str | None = None
     data_files: str | None = None
+
+    _inside = field_validator("data_files")(check_data_files)
+    _named = field_validator("config", "split")(check_name)
+    _revision = field_validator("revision")(check_revision)
 
 
 @dataclass(frozen=True)
@@ -132,25 +137,33 @@ class Sources:
 
     def _find(self, repo_id: str, repo_type: RepoType, revision: str | None) -> Located:
         memo = self.home / "cache" / "fingerprints.json"
-        path = Path(repo_id).expanduser()
-        if path.exists():
+        path = Path(os.path.expanduser(repo_id))
+        if os.path.exists(path):  # unlike Path.exists it also takes what no path can be
             return Located(repo_id, repo_type, path.absolute(), None, LOCAL_PATH, memo)
         if repo_id.startswith((".", "/", "~")):
             raise SourceMissing(
                 f"{repo_type} path {repo_id} does not exist; give an existing folder or file, or a hub id (owner/name)"
+            )
+        try:
+            check_revision(revision)
+        except ValueError as error:
+            raise SourceMissing(f"{repo_type} {repo_id} has no revision {revision!r}: {error}") from error
+        if not is_repository_id(repo_id):
+            raise SourceMissing(
+                f"{repo_type} {repo_id!r} is neither an existing path nor an id (owner/name); a path begins with / or ."
             )
         for mirror in self.mirrors:
             if (mirror / repo_id).is_dir():
                 return Located(repo_id, repo_type, mirror / repo_id, None, str(mirror), memo)
         if self.offline is not None and self.offline.offers(repo_id, repo_type):
             return Located(repo_id, repo_type, self.offline.folder(repo_id), None, "offline default", memo)
-        answer = "the hub was not asked, the mirror setting leaves it out"
-        if self.hub:
-            try:
-                return Located(repo_id, repo_type, None, hub.resolve(repo_id, repo_type, revision), "hub")
-            except SourceMissing as error:
-                answer = str(error)
-        raise SourceMissing(self._missing(repo_id, repo_type, answer))
+        if not self.hub:
+            answer = "the hub was not asked, the mirror setting leaves it out"
+            raise SourceMissing(self._missing(repo_id, repo_type, answer))
+        try:
+            return Located(repo_id, repo_type, None, hub.resolve(repo_id, repo_type, revision), "hub")
+        except SourceMissing as error:  # chained: "did not answer" is worth another try, "knows no such" is not
+            raise SourceMissing(self._missing(repo_id, repo_type, str(error))) from error
 
     def _missing(self, repo_id: str, repo_type: RepoType, answer: str) -> str:
         looked = [str(mirror / repo_id) for mirror in self.mirrors]
@@ -187,6 +200,8 @@ def sources_from(mirror: str | Sequence[str] | None, settings: Settings) -> Sour
 def named_by_content(located: Located, home: Path) -> Path:
     """A symbolic link to a located folder, named after its content; made once, replaced if it points elsewhere."""
     assert located.folder is not None, "the hub has no folder"
+    if located.folder.is_dir():
+        check_card(located.folder, located.repo_id)
     target = located.folder.resolve()
     link = home / "cache" / "by-content" / f"{located.identity['content'][:16]}-{target.name}"
     if link.is_symlink() and link.resolve() == target:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import sqlite3
 import tempfile
 import time
@@ -24,6 +23,7 @@ from urllib.parse import quote
 from infra import mlflow_rules as rules
 from infra.errors import TrackingUnusable
 from infra.locks import flocked
+from infra.secrets import redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -112,7 +112,7 @@ class Tracker:
             return f"{self.uri} will be made by the first run"
         with self._errors_named("(none yet)"), flocked(self._lock_file()):
             names = [experiment.name for experiment in self._client().search_experiments()]
-        return f"{_without_password(self.uri)} answers, experiments: {', '.join(names)}"
+        return f"{redacted(self.uri)} answers, experiments: {', '.join(names)}"
 
     def _write(self, record: _Record, visit_tags: Mapping[str, str]) -> str:
         client = self._client()
@@ -189,7 +189,7 @@ class Tracker:
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise TrackingUnusable(
-                f"MLflow at {_without_password(self.uri)} did not take run {run_key}: {_without_password(reason)}; "
+                f"MLflow at {redacted(self.uri)} did not take run {run_key}: {redacted(reason)}; "
                 "correct SLIMLINE_MLFLOW_URI or the server and run again: finished stages are not repeated"
             ) from error
 
@@ -295,7 +295,3 @@ def _register(client: MlflowClient, run_id: str, run_key: str, name: str, folder
         if error.error_code != "INVALID_PARAMETER_VALUE":
             raise
         log.warning("the MLflow server does not register %s: %s", source, error.message)
-
-
-def _without_password(uri: str) -> str:
-    return re.sub(r"://([^:/@]+):[^@/]+@", r"://\1:***@", uri)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from pruning.errors import PruningError
+from pruning.families import FAMILIES
 from pruning.modeling import class_of
 
 
@@ -27,6 +30,23 @@ def class_of_folder(folder: Path) -> Any:
     model_class = class_of(model_type)
     _check_weights(folder)
     return model_class
+
+
+def with_own_modelling_file_(folder: Path) -> None:
+    """Put our modelling file into a checkpoint folder of uneven layers, so that transformers alone can load it.
+
+    What a model of that kind brought along as modelling code is not taken over: it need not be ours.
+    """
+    path = folder / "config.json"
+    config: dict[str, Any] = json.loads(path.read_bytes())
+    if config["model_type"] not in {family.model_types[1] for family in FAMILIES}:
+        return
+    model_class = class_of(config["model_type"])
+    source = Path(inspect.getfile(model_class))
+    shutil.copyfile(source, folder / source.name)
+    classes = {"AutoConfig": model_class.config_class, "AutoModelForCausalLM": model_class}
+    config["auto_map"] = {name: f"{source.stem}.{found.__name__}" for name, found in classes.items()}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

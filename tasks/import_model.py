@@ -9,8 +9,12 @@ from tasks.stage import Bench, stage
 
 def fill(request: ImportRequest, bench: Bench) -> None:
     """Write the checkpoint; every tensor is checked for NaN on the way."""
+    from pruning.folders import with_own_modelling_file_
+
     located = bench.workplace.sources.find(request.model_id, "model", revision=request.revision)
-    import_into(located, bench.folder, request.dtype, progress=bench.progress)
+    trust = request.trust_remote_code
+    import_into(located, bench.folder, request.dtype, trust_remote_code=trust, progress=bench.progress)
+    with_own_modelling_file_(bench.folder)
 
 
 import_model = stage(

@@ -12,6 +12,7 @@ def fill(request: ProfileRequest, bench: Bench) -> None:
     from evaluation.peak_memory import peak_resident_gib
     from evaluation.profiler import profile as measure
     from pruning.checkpoint import load_checkpoint
+    from pruning.folders import class_of_folder
 
     settings = ProfileConfig.model_validate(request.settings)
     folder, reference = bench.store.path(request.checkpoint), request.reference
@@ -23,8 +24,8 @@ def fill(request: ProfileRequest, bench: Bench) -> None:
         progress=bench.progress,
     )
     if report.peak_memory_gib is None:
-        # the folder is our own artifact, so the modelling file in it is ours too
-        peak = peak_resident_gib(folder, settings, trust_remote_code=True)
+        model_class = class_of_folder(folder)  # stock or ours: whatever code lies in the folder is not run
+        peak = peak_resident_gib(folder, settings, f"{model_class.__module__}:{model_class.__qualname__}")
         report = report.model_copy(update={"peak_memory_gib": peak.model_gib})
     (bench.folder / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from tqdm import tqdm
 
 #: seconds between two updates of the artifact: each is a call to Prefect's server
 _INTERVAL = 2.0
+
+log = logging.getLogger("slimline")
 
 
 class Progress(Protocol):
@@ -32,7 +35,8 @@ def stage_progress(stage: str) -> Iterator[Progress]:
     bar = tqdm(total=100, desc=stage, unit="%", file=sys.stderr, disable=None, leave=False, bar_format=form)
     artifact_id: UUID | None = None
     if TaskRunContext.get() is not None:
-        artifact_id = cast("UUID", create_progress_artifact(progress=0.0, description=stage))
+        with _not_worth_a_stage(stage):
+            artifact_id = cast("UUID", create_progress_artifact(progress=0.0, description=stage))
     told = time.monotonic()
 
     def tell(share: float, message: str) -> None:
@@ -42,11 +46,23 @@ def stage_progress(stage: str) -> Iterator[Progress]:
         bar.refresh()
         if artifact_id is not None and time.monotonic() - told > _INTERVAL:
             told = time.monotonic()
-            update_progress_artifact(artifact_id, progress=min(100.0, 100 * share), description=f"{stage}: {message}")
+            words = f"{stage}: {message}"
+            with _not_worth_a_stage(stage):
+                update_progress_artifact(artifact_id, progress=min(100.0, 100 * share), description=words)
 
     try:
         yield tell
         if artifact_id is not None:
-            update_progress_artifact(artifact_id, progress=100.0, description=f"{stage}: done")
+            with _not_worth_a_stage(stage):
+                update_progress_artifact(artifact_id, progress=100.0, description=f"{stage}: done")
     finally:
         bar.close()
+
+
+@contextmanager
+def _not_worth_a_stage(stage: str) -> Iterator[None]:
+    """A server that is gone, perhaps for a moment, must not end hours of work for the sake of a bar in its pages."""
+    try:
+        yield
+    except Exception as error:  # of its client, of its answer
+        log.debug("%s: its progress could not be told to Prefect's server: %s", stage, error)

@@ -49,6 +49,7 @@ class _Job:
 
 def fill(request: PruneRequest, bench: Bench) -> None:
     """Write the smaller checkpoint, its plan and pruning.json (what each layer paid); interrupted, it goes on."""
+    from infra.foreign_code import hand_on_trusted_code
     from infra.models import load_tokenizer
     from tasks.walking import run_walk
 
@@ -58,6 +59,7 @@ def fill(request: PruneRequest, bench: Bench) -> None:
     statistics, orders = (store.path(ref) if ref else None for ref in (request.statistics, request.orders))
     run_walk(bench, _Job(request, source, calibration, statistics, orders, bench.folder, store.scratch(bench.ref)))
     load_tokenizer(source).save_pretrained(bench.folder)
+    hand_on_trusted_code(source, bench.folder)
 
 
 prune = stage(

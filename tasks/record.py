@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from pydantic import BaseModel, ConfigDict
 
 from evaluation.report import EvalReport, Metric, ProfileReport
 from infra.artifacts import ArtifactRef
+from infra.errors import TrackingUnusable
 from infra.provenance import git_revision, versions
 from infra.result_rows import LayerRow, MetricRow, RunRow, StageRow
 from infra.results import ResultsStore
+from infra.secrets import secrets_kept
 from infra.tracking import MetricPoint, Tracker
 from tasks.stage import Workplace
 
@@ -52,10 +54,18 @@ class RunOutcome(BaseModel):
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE, persist_result=False)
 def record(outcome: RunOutcome, workplace: Workplace) -> tuple[MetricRow, ...]:
-    """Write the run; returns its metric rows. A run recorded again replaces its rows and continues its MLflow run."""
+    """Write the run; returns its metric rows. A run recorded again replaces its rows and continues its MLflow run.
+
+    Raises ResultsUnusable, and TrackingUnusable after the rows are written.
+    """
+    with secrets_kept():
+        return _record(outcome, workplace)
+
+
+def _record(outcome: RunOutcome, workplace: Workplace) -> tuple[MetricRow, ...]:
     metrics = tuple(_metric_rows(outcome, workplace))
     layers = tuple(_layer_rows(outcome, workplace))
-    mlflow_run_id = _track(outcome, workplace, metrics, layers)
+    mlflow_run_id, problem = tracked(lambda: _track(outcome, workplace, metrics, layers))
     run = RunRow(
         run_key=outcome.run_key,
         name=outcome.name,
@@ -63,14 +73,24 @@ def record(outcome: RunOutcome, workplace: Workplace) -> tuple[MetricRow, ...]:
         status="failed" if outcome.failed else "completed",
         started_at=outcome.started_at,
         finished_at=datetime.now(UTC),
-        prefect_run_id=_flow_run_id(),
+        prefect_run_id=flow_run_id(),
         mlflow_run_id=mlflow_run_id,
         slimline_version=versions().get("slimline", "unknown"),
         git_revision=git_revision(),
         message=outcome.message,
     )
-    ResultsStore(workplace.settings.results_path).record(run, outcome.stages, metrics, layers)
+    ResultsStore.of(workplace.settings).record(run, outcome.stages, metrics, layers)
+    if problem:
+        raise problem
     return metrics
+
+
+def tracked(write: Callable[[], str]) -> tuple[str | None, TrackingUnusable | None]:
+    """The id of the MLflow run that `write` made, or why there is none: what was measured is recorded all the same."""
+    try:
+        return write(), None
+    except TrackingUnusable as error:
+        return None, error
 
 
 def _metric_rows(outcome: RunOutcome, workplace: Workplace) -> Iterator[MetricRow]:
@@ -146,7 +166,7 @@ def _track(
     return Tracker(workplace.settings.tracking_uri).record(
         run_key=outcome.run_key,
         name=outcome.name,
-        params=_flat(outcome.spec),
+        params=flat(outcome.spec),
         metrics=points,
         tags={
             **{f"stage.{stage.name}": stage.stage_key for stage in outcome.stages},
@@ -155,7 +175,7 @@ def _track(
         artifacts=artifacts,
         checkpoints=folders,
         status="failed" if outcome.failed else "completed",
-        visit_tags={"prefect.flow_run_id": _flow_run_id() or ""},
+        visit_tags={"prefect.flow_run_id": flow_run_id() or ""},
     )
 
 
@@ -164,7 +184,7 @@ def _losses(folder: Path) -> list[tuple[int, float]]:
     return json.loads(path.read_text(encoding="utf-8"))["losses"] if path.exists() else []
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+def flat(value: Any, prefix: str = "") -> dict[str, str]:
     """A nested spec as MLflow params: "steps.0.sparsity" -> "0.2"."""
     if isinstance(value, dict):
         items = [(str(key), inner) for key, inner in value.items()]
@@ -172,12 +192,13 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
         items = [(str(index), inner) for index, inner in enumerate(value)]
     else:
         return {prefix: str(value)}
-    flat: dict[str, str] = {}
+    params: dict[str, str] = {}
     for key, inner in items:
-        flat |= _flat(inner, f"{prefix}.{key}" if prefix else key)
-    return flat
+        params |= flat(inner, f"{prefix}.{key}" if prefix else key)
+    return params
 
 
-def _flow_run_id() -> str | None:
+def flow_run_id() -> str | None:
+    """Of the flow run that the running task belongs to."""
     context = TaskRunContext.get()
     return str(context.task_run.flow_run_id) if context and context.task_run.flow_run_id else None

@@ -9,6 +9,7 @@ from tasks.stage import Bench, stage
 
 def fill(request: RecoverRequest, bench: Bench) -> None:
     """Write the repaired checkpoint and recovery.json (the loss curve)."""
+    from infra.foreign_code import hand_on_trusted_code
     from infra.models import load_tokenizer
     from pruning.checkpoint import load_checkpoint, load_plan, save_checkpoint
 
@@ -28,6 +29,7 @@ def fill(request: RecoverRequest, bench: Bench) -> None:
         progress=bench.progress,
     )
     save_checkpoint(model.cpu(), tokenizer, bench.folder, load_plan(source))
+    hand_on_trusted_code(source, bench.folder)
     (bench.folder / "recovery.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
 
 

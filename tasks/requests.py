@@ -62,6 +62,8 @@ class ImportRequest(Request):
 
     source: dict[str, str]
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    trust_remote_code: bool = Field(default=False, exclude_if=lambda trusted: not trusted)
+    """Left out of the key where it is false: then the checkpoint is what it was before there was this field."""
     model_id: str = Field(exclude=True)
     revision: str | None = Field(default=None, exclude=True)
 

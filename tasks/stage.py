@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,11 +20,16 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from infra.artifacts import ArtifactRef, ArtifactStore
 from infra.provenance import versions
+from infra.secrets import secrets_kept
 from infra.settings import Settings, load_settings
 from infra.sources import Sources
 from tasks.devices import Placement, pool
+from tasks.disk_needs import Forecast, check_room
+from tasks.interrupts import refuse_elsewhere, refuse_interrupted
 from tasks.progress import Progress, stage_progress
 from tasks.requests import Request
+from tasks.retrying import eased, passes_by_itself
+from tasks.sharing import sharing_of
 
 log = logging.getLogger("slimline")
 
@@ -36,6 +42,8 @@ class Workplace:
 
     settings: Settings
     sources: Sources
+    refreshed_since: datetime | None = None
+    """A stage that is to be refreshed and was made after this moment has been refreshed."""
 
     @property
     def store(self) -> ArtifactStore:
@@ -94,7 +102,11 @@ def stage(name: str, fill: Fill, *, devices: Devices, imports: tuple[str, ...]) 
     """
 
     def run(request: Request, stage_name: str, workplace: Workplace) -> Made:
-        return run_stage(request, stage_name, workplace, fill, devices=devices, imports=imports)
+        with secrets_kept():  # Prefect writes an error into its database, and beside the result
+            refuse_elsewhere(workplace.settings)
+            refuse_interrupted(workplace.settings)
+            workplace = eased(workplace, stage_name)
+            return run_stage(request, stage_name, workplace, fill, devices=devices, imports=imports)
 
     return Task(
         fn=run,
@@ -103,6 +115,7 @@ def stage(name: str, fill: Fill, *, devices: Devices, imports: tuple[str, ...]) 
         cache_key_fn=_cache_key,
         persist_result=True,
         result_serializer="json",
+        retry_condition_fn=passes_by_itself,
     )
 
 
@@ -117,19 +130,39 @@ def run_stage(
 ) -> Made:
     """Make the artifact of `request` unless the store has it. One process at a time works on one key."""
     store, ref = workplace.store, request.ref
+    sharing = sharing_of(workplace.settings)
     with store.lock(ref):
-        if store.has(ref) and not _refreshing():
+        if store.has(ref) and not (_refreshing() and _older(store, ref, workplace.refreshed_since)):
             log.info("%s: %s found in the store, not run", stage_name, ref.key)
-            return Made(ref=ref, seconds=store.manifest(ref).seconds, found=True)
-        _import_in_turn(imports)
-        with _placed(workplace.settings, devices) as place:
-            reason = "refreshed" if _refreshing() else "not in the store"
-            log.info("%s: running, %s is %s", stage_name, ref.key, reason)
-            started = time.monotonic()
-            _make(request, stage_name, workplace, fill, place)
-            seconds = time.monotonic() - started
-        log.info("%s: done in %.1f s", stage_name, seconds)
-        return Made(ref=ref, seconds=seconds)
+            sharing.share(ref, store)
+            return _found(ref, store)
+        if not _refreshing() and sharing.fetch(ref, store):
+            return _found(ref, store)
+        with sharing.lock(ref):
+            # once more: another machine may have made it while we waited for its lock
+            if not _refreshing() and sharing.fetch(ref, store):
+                return _found(ref, store)
+            check_room(
+                f"stage {stage_name}",
+                Forecast(store, workplace.sources).need(request),
+                store,
+                workplace.settings,
+                requests=[request],
+            )
+            _import_in_turn(imports)
+            with _placed(workplace.settings, devices) as place:
+                reason = "refreshed" if _refreshing() else "not in the store"
+                log.info("%s: running, %s is %s", stage_name, ref.key, reason)
+                started = time.monotonic()
+                _make(request, stage_name, workplace, fill, place)
+                seconds = time.monotonic() - started
+            log.info("%s: done in %.1f s", stage_name, seconds)
+            sharing.share(ref, store, replace=True)
+            return Made(ref=ref, seconds=seconds)
+
+
+def _found(ref: ArtifactRef, store: ArtifactStore) -> Made:
+    return Made(ref=ref, seconds=store.manifest(ref).seconds, found=True)
 
 
 def _make(request: Request, stage_name: str, workplace: Workplace, fill: Fill, place: Placement | None) -> None:
@@ -147,11 +180,18 @@ def _make(request: Request, stage_name: str, workplace: Workplace, fill: Fill, p
 def cached_teller(ref: ArtifactRef) -> Callable[[Task[..., Made], TaskRun, State[Any]], None]:
     """A completion hook that says when a stage was a hit: then the stage itself does not run and cannot say so."""
 
-    def tell_cached(task: Task[..., Made], task_run: TaskRun, state: State[Any]) -> None:
+    def tell_if_cached(task: Task[..., Made], task_run: TaskRun, state: State[Any]) -> None:
         if state.name == "Cached":
-            log.info("%s: not run, %s is cached", task_run.name, ref.key)
+            tell_cached(task_run.name, ref)
 
-    return tell_cached
+    return tell_if_cached
+
+
+def tell_cached(stage_name: str, ref: ArtifactRef) -> None:
+    """Say that a stage is not run; what could not be shared when it was made is shared now."""
+    log.info("%s: not run, %s is cached", stage_name, ref.key)
+    settings = load_settings()
+    sharing_of(settings).share(ref, ArtifactStore(settings.store_root))
 
 
 def _import_in_turn(modules: tuple[str, ...]) -> None:
@@ -166,12 +206,17 @@ def _placed(settings: Settings, devices: Devices) -> AbstractContextManager[Plac
     if devices == "none":
         return nullcontext()
     alone = devices == "one" or (devices == "team" and settings.walk_processes == 1)
-    return pool(settings.device).one() if alone else pool(settings.device).all()
+    places = pool(settings.device, settings.device_lease)
+    return places.one() if alone else places.all()
 
 
 def _cache_key(context: Any, parameters: dict[str, Any]) -> str:
     request: Request = parameters["request"]
     return request.ref.key
+
+
+def _older(store: ArtifactStore, ref: ArtifactRef, moment: datetime | None) -> bool:
+    return moment is None or store.manifest(ref).created_at < moment
 
 
 def _refreshing() -> bool:

@@ -28,6 +28,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one last line of JSO
 Refresh = Annotated[
     list[str], typer.Option(metavar="STAGE", help="Run this stage and all that follow from it again; repeatable.")
 ]
+Runner = Annotated[
+    str | None,
+    typer.Option(metavar="threads|dask|ray", help="Where stages run; SLIMLINE_RUNNER, or threads, by default."),
+]
 
 
 def prepared() -> Settings:

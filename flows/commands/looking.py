@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from flows.commands.app import app, prepared
-from flows.errors import SpecError
 
 
 class Noun(StrEnum):
@@ -40,19 +39,12 @@ def results(
 ) -> None:
     """Print what a run measured, from the results store."""
     settings = prepared()
+    from flows.finding import find_run
     from flows.report import protocol_lines, render
-    from infra.registry import near
     from infra.results import ResultsStore
 
-    store = ResultsStore(settings.results_path)
-    runs = sorted(store.runs(), key=lambda row: row.finished_at)
-    if not runs:
-        raise SpecError(f"there are no results in {settings.results_path} yet; run a spec first: slimline run demo")
-    wanted = [row for row in runs if run_key in (None, row.run_key, row.name)]
-    if not wanted:
-        names = sorted({row.name for row in runs})
-        raise SpecError(f"no run {run_key!r}{near(str(run_key), names)}; there are: {', '.join(names)}")
-    newest = wanted[-1]
+    store = ResultsStore.of(settings)
+    newest = find_run(store, run_key)
     metrics = store.metrics(newest.run_key)
     if form is Form.table:
         print(f"{newest.name} ({newest.run_key}, {newest.status}, {newest.finished_at:%Y-%m-%d %H:%M} UTC)")
@@ -84,16 +76,19 @@ def list_(noun: Annotated[Noun, typer.Argument(help="What to list.")]) -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Check versions, devices, sources, disk and stores."""
+def doctor(
+    spec: Annotated[list[str], typer.Option(help="A spec to look through for tokens and passwords; repeatable.")] = [],
+) -> None:
+    """Check versions, devices, sources, disk, stores, and what is open that should not be."""
     settings = prepared()
     from flows.doctor import examine
+    from infra.secrets import redacted
 
-    bad = False
-    for finding in examine(settings):
-        print(f"{'BAD' if finding.bad else 'ok':4} {finding.topic}: {finding.answer}")
-        bad = bad or finding.bad
-    if bad:
+    findings = []
+    for finding in examine(settings, spec):
+        findings.append(finding)
+        print(f"{'BAD' if finding.level == 'bad' else finding.level:4} {finding.topic}: {redacted(finding.answer)}")
+    if any(finding.level == "bad" for finding in findings):
         raise typer.Exit(2)
 
 

@@ -6,17 +6,20 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flows.commands.app import AsJson, Overrides, Refresh, SpecName, app, prepared
+from flows.commands.app import AsJson, Overrides, Refresh, Runner, SpecName, app, prepared
 from flows.errors import StagesFailed
-from flows.interrupt import take_interrupts
+from flows.interrupt import shield_server, take_interrupts
 from flows.orphans import end_orphaned_servers
+from flows.runners import check_runner, runner_called, runner_named
 
 if TYPE_CHECKING:
     from flows.outcome import RunResult
+    from flows.spec import RunSpec
     from infra.settings import Settings
 
 log = logging.getLogger("slimline")
@@ -27,21 +30,39 @@ def run(
     spec: SpecName,
     set_: Overrides = [],
     refresh: Refresh = [],
+    runner: Runner = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a spec: what is in the store already is not run again."""
     settings = prepared()
     from flows.loading import load_spec
 
-    loaded = load_spec(spec, set_)
+    run_spec(load_spec(spec, set_), settings, refresh=refresh, runner=runner, as_json=as_json)
+
+
+def run_spec(
+    spec: RunSpec,
+    settings: Settings,
+    *,
+    refresh: Sequence[str] = (),
+    runner: str | None = None,
+    as_json: bool = False,
+) -> None:
+    """Run a spec from the command line and print what came out. Raises StagesFailed after printing the rest.
+
+    runner: "threads", "dask" or "ray"; by default as the settings say.
+    """
     started = time.monotonic()
+    chosen = runner_called(runner or settings.runner)
+    check_runner(chosen, settings)
     take_interrupts()
     end_orphaned_servers(os.environ["PREFECT_LOCAL_STORAGE_PATH"])
     from flows.compress import compress
 
+    shield_server()
     ready = time.monotonic()
     try:
-        result = compress(loaded, tuple(refresh))
+        result = compress.with_options(task_runner=runner_named(chosen, settings))(spec, tuple(refresh))
     except StagesFailed as failed:
         print_result(failed.result, settings, as_json)
         raise

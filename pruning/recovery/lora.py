@@ -35,6 +35,10 @@ VERSION = 1
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 
 
+#: two are kept while a third is written
+_CHECKPOINTS_AT_ONCE = 3
+
+
 class Config(BaseModel):
     """LoRA training. batch_size: examples per optimizer step; micro_batch_size: per forward pass, a divisor of it.
 
@@ -71,6 +75,14 @@ class Config(BaseModel):
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self
+
+
+def scratch_bytes(config: Config, num_layers: int, hidden_size: int, intermediate_size: int) -> int:
+    """What the checkpoints of a training in progress take on the disk at most: adapters and two moments of each."""
+    sides = {"q": 2 * hidden_size, "k": 2 * hidden_size, "v": 2 * hidden_size, "o": 2 * hidden_size}
+    widths = (sides.get(target, hidden_size + intermediate_size) for target in config.targets)
+    adapters = num_layers * config.rank * sum(widths)
+    return _CHECKPOINTS_AT_ONCE * 3 * 4 * adapters
 
 
 def recover(
@@ -206,7 +218,7 @@ def _arguments(config: Config, num_examples: int, scratch: Path, device: torch.d
         seed=config.seed,
         data_seed=config.seed,
         save_steps=config.save_steps or min(25, max(1, num_steps // 10)),
-        save_total_limit=2,  # the last may be half-written when the run is killed
+        save_total_limit=_CHECKPOINTS_AT_ONCE - 1,  # the last may be half-written when the run is killed
         logging_steps=1,
         logging_nan_inf_filter=False,
         label_names=["labels"],

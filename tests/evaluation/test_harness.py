@@ -269,3 +269,21 @@ def test_the_papers_average_takes_each_tasks_own_metric() -> None:
     assert average.num_examples == 70
     assert average.num_fewshot == 0
     assert set(zero_shot.AVERAGE_RECIPE) == set(PAPER_TASKS)
+
+
+def test_a_mirror_brings_data_and_neither_tasks_nor_code(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: LocalData
+) -> None:
+    """lm-eval runs what a task file names by `!function`; a task file in a data folder must not be found."""
+    config = zero_shot.Config(tasks=("piqa",))
+    expected = zero_shot.evaluate(model, tokenizer, data, config)
+    folder = data.root / "baber/piqa"
+    mark = data.root / "code was run"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\ndef run(doc): return 0\n")
+    task = "task: piqa\ndataset_path: baber/piqa\nvalidation_split: validation\ndoc_to_target: !function evil.run\n"
+    (folder / "piqa.yaml").write_text(task)
+    assert zero_shot.evaluate(model, tokenizer, data, config) == expected
+    (folder / "piqa.py").write_text((folder / "evil.py").read_text())
+    with pytest.raises(EvaluationError, match=r"scripts are no longer supported, but found piqa\.py"):
+        zero_shot.evaluate(model, tokenizer, data, config)
+    assert not mark.exists()

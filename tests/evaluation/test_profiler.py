@@ -134,8 +134,8 @@ def test_peak_memory_is_that_of_the_child_alone(tmp_path: Path) -> None:
     weights = sum(p.numel() for p in model.parameters()) * 4 / GIB
     ballast = torch.ones(2**28)  # 1 GiB here must not show there
 
-    little = peak_resident_gib(small, CONFIG, trust_remote_code=False)
-    much = peak_resident_gib(large, CONFIG, trust_remote_code=False)
+    little = peak_resident_gib(small, CONFIG, "transformers:LlamaForCausalLM")
+    much = peak_resident_gib(large, CONFIG, "transformers:LlamaForCausalLM")
 
     assert ballast.numel()
     assert 0.05 < little.libraries_gib < little.peak_gib < 1.0
@@ -146,4 +146,4 @@ def test_peak_memory_is_that_of_the_child_alone(tmp_path: Path) -> None:
 @pytest.mark.slow  # a fresh process that imports transformers
 def test_peak_memory_of_no_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=f"peak memory of {tmp_path / 'none'} could not be measured"):
-        peak_resident_gib(tmp_path / "none", CONFIG, trust_remote_code=False)
+        peak_resident_gib(tmp_path / "none", CONFIG, "transformers:LlamaForCausalLM")

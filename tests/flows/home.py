@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flows.loading import load_spec
+from flows.night_outcome import NightResult
 from flows.outcome import RunResult
 from infra.artifacts import ArtifactRef, ArtifactStore
 from infra.results import ResultsStore
@@ -52,7 +53,7 @@ class Home:
 
     @property
     def results(self) -> ResultsStore:
-        return ResultsStore(self.settings.results_path)
+        return ResultsStore.of(self.settings)
 
     def delete(self, ref: ArtifactRef) -> None:
         shutil.rmtree(self.store.path(ref))
@@ -77,6 +78,13 @@ class Home:
 
         with self.lived_in():
             return compress(load_spec(spec, overrides), refresh)
+
+    def night(self, spec: str, overrides: Sequence[str] = (), refresh: Sequence[str] = ()) -> NightResult:
+        """Run a night in this process."""
+        from flows.nightly import nightly
+
+        with self.lived_in():
+            return nightly(spec, list(overrides), list(refresh))
 
     @property
     def environment(self) -> dict[str, str]:

@@ -202,7 +202,7 @@ def test_doctor_is_content_with_a_healthy_machine(idle: Home) -> None:
 
 
 def test_doctor_finds_what_is_broken(idle: Home) -> None:
-    idle.settings.results_path.write_bytes(b"this is no database at all" * 1000)
+    (idle.folder / "results").write_text("this is no folder at all")
     idle.variables["SLIMLINE_MIRROR"] = str(idle.folder / "missing")
     child = idle.slimline("doctor", code=2)
     bad = [line.split(":")[0] for line in child.stdout.splitlines() if line.startswith("BAD")]

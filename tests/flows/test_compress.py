@@ -185,9 +185,7 @@ def test_the_second_run_runs_nothing_but_record(smoke_copy: Home, filled: list[s
     assert filled == []
     assert set(statuses(result).values()) == {"cached"}
     assert all(stage.seconds for stage in result.stages)
-    states = prefect_states(smoke_copy, result)
-    assert states.pop("record") == "Completed"
-    assert states == dict.fromkeys(STAGES, "Cached")
+    assert prefect_states(smoke_copy, result) == {"record": "Completed"}
     assert len(smoke_copy.results.runs()) == 1
     assert (smoke_copy.results.metrics(), smoke_copy.results.layers(result.run_key)) == before
     assert len(smoke_copy.results.stages(result.run_key)) == len(STAGES)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+
+from flows.interrupt import shield_server
 
 _CHILD = """
 import time
@@ -42,3 +46,22 @@ def test_first_waits_second_drops(seconds: int, again: bool, told: str) -> None:
     assert out == told
     assert "the same command goes on from there" in err
     assert child.returncode == (1 if again else 0)
+
+
+def test_the_temporary_server_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is started by the first client; what it is told in a terminal is also told to us."""
+    children = []
+
+    @contextmanager
+    def client(sync_client: bool) -> Iterator[None]:
+        children.append(subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(1)"],
+                                         stdout=subprocess.PIPE))  # fmt: skip
+        yield
+
+    monkeypatch.setattr("prefect.client.orchestration.get_client", client)
+    shield_server()
+    (server,) = children
+    assert server.stdout.read(2) == b"up"
+    server.send_signal(signal.SIGINT)
+    assert server.wait(timeout=20) == 0
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

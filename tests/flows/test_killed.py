@@ -122,6 +122,7 @@ def test_killed_in_recover(tmp_path: Path, uninterrupted: tuple[Home, RunResult]
             shutil.rmtree(home.store.root / stage.kind / stage.key)
     for name in ("results.duckdb", "mlflow.db"):
         (home.folder / name).unlink()
+    shutil.rmtree(home.folder / "results")
     shutil.copyfile(blank_mlflow, home.folder / "mlflow.db")
     scratch = home.store.root / ".scratch" / recovered.key
 

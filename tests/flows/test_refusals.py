@@ -10,7 +10,7 @@ import pytest
 
 from flows.errors import StagesFailed
 from flows.outcome import RunResult
-from infra.errors import SourceInvalid
+from infra.errors import DiskFull, SourceInvalid
 from tests.flows.home import Home
 from tests.flows.models import overflowing, with_nan
 
@@ -94,18 +94,24 @@ def test_results_that_cannot_be_written_leave_the_stages_done(smoke_copy: Home, 
     """The figures could not be recorded; nothing of the work is lost."""
     from infra.errors import ResultsUnusable
 
-    good = smoke_copy.settings.results_path.read_bytes()
-    smoke_copy.settings.results_path.write_bytes(b"no database " * 1000)
+    results = smoke_copy.results.files.folder
+    good = results.rename(results.with_name("good"))
+    results.write_text("no folder")
     with pytest.raises(ResultsUnusable):
         smoke_copy.run("smoke", [*ONLY_PRUNE, "steps.0.sparsity=0.3"])
     assert filled == ["prune:slimgpt-30"]
-    smoke_copy.settings.results_path.write_bytes(good)
+    results.unlink()
+    good.rename(results)
     smoke_copy.run("smoke", [*ONLY_PRUNE, "steps.0.sparsity=0.3"])
     assert filled == ["prune:slimgpt-30"]
 
 
-def test_a_full_disk(smoke_copy: Home, small_disk: Path, tmp_path: Path, blank_mlflow: Path) -> None:
+def test_a_full_disk(
+    smoke_copy: Home, small_disk: Path, tmp_path: Path, blank_mlflow: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only the store is on the small disk: databases and caches have room, as they would on a cluster."""
+    from tasks import stage
+
     home = Home.create(small_disk / "home", smoke_copy.folder / "offline", smoke_copy.api_url)
     shutil.copyfile(blank_mlflow, tmp_path / "mlflow.db")
     home.variables.update(
@@ -114,15 +120,31 @@ def test_a_full_disk(smoke_copy: Home, small_disk: Path, tmp_path: Path, blank_m
     )
     nothing_else = ["evals=[]", "profile=null"]
     home.run("smoke", ["steps=[]", "calibration=null", *nothing_else])
-    free = os.statvfs(small_disk)
-    (small_disk / "ballast").write_bytes(b"x" * (free.f_bavail * free.f_bsize - 1_550_000))
-    # 1.5 MB suffice for the pruned checkpoint, the preflight thinks, but its layers come with a residual stream
-    spec = ["steps=[{method: slimgpt, sparsity: 0.2, split: equal}]", "calibration.num_samples=60", *nothing_else]
+    spec = ["steps=[{method: slimgpt, sparsity: 0.2, split: equal}]", "calibration.num_samples=40", *nothing_else]
+
+    def fill_up(leave: int) -> None:
+        free = os.statvfs(small_disk)
+        (small_disk / "ballast").write_bytes(b"x" * (free.f_bavail * free.f_bsize - leave))
+
+    fill_up(1_550_000)
+    # the pruned checkpoint would fit, but its layers come with a residual stream
+    with pytest.raises(DiskFull, match=r"2 stages .* while it works.* MiB free; make room with `slimline gc --delete`"):
+        home.run("smoke", spec)
+    (small_disk / "ballast").unlink()
+    make = stage._make
+
+    def overtaken(request: object, stage_name: str, *rest: object) -> None:
+        if stage_name.startswith("prune"):
+            fill_up(1_550_000)  # somebody else, after we looked
+        make(request, stage_name, *rest)
+
+    monkeypatch.setattr(stage, "_make", overtaken)
     message, _ = failed(home, *spec)
     assert message.startswith("prune:slimgpt-20: ")
     assert str(small_disk) in message
     assert "full" in message or "space" in message
     (small_disk / "ballast").unlink()
+    monkeypatch.setattr(stage, "_make", make)
     again = home.run("smoke", spec)
     assert {stage.name: stage.status for stage in again.stages} == {
         "import-model": "cached",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -13,8 +13,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def fake_hub(repo_type: str, repo_id: str, files: Mapping[str, bytes]) -> Iterator[str]:
-    """Serve `files` as that repository; yields the endpoint for HF_ENDPOINT."""
+def fake_hub(
+    repo_type: str, repo_id: str, files: Mapping[str, bytes], *, telling: Collection[str] = ()
+) -> Iterator[str]:
+    """Serve `files` as that repository; yields the endpoint for HF_ENDPOINT.
+
+    telling: files whose download is refused with an error message that repeats the token they were asked with.
+    """
     prefix = "/datasets" if repo_type == "dataset" else ""
 
     class Handler(BaseHTTPRequestHandler):
@@ -39,18 +44,24 @@ def fake_hub(repo_type: str, repo_id: str, files: Mapping[str, bytes]) -> Iterat
                 self.send(200, json.dumps(entries).encode(), body)
             elif path in (f"/api/{repo_type}s/{repo_id}", f"/api/{repo_type}s/{repo_id}/revision/{COMMIT}"):
                 self.send(200, json.dumps(_info(repo_id, files)).encode(), body)
+            elif name in telling and body:
+                self.send(403, b"{}", body, message=f"no {name} for {self.headers['Authorization']}")
             elif name in files:
                 self.send(200, files[name], body)
             else:
                 code = "EntryNotFound" if name != path else "RepoNotFound"
                 self.send(404, b"{}", body, code)
 
-        def send(self, status: int, content: bytes, body: bool, code: str | None = None) -> None:
+        def send(
+            self, status: int, content: bytes, body: bool, code: str | None = None, message: str | None = None
+        ) -> None:
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.send_header("Content-Type", "application/json")
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_header("X-Repo-Commit", COMMIT)
+            if message is not None:
+                self.send_header("X-Error-Message", message)
             if code is not None:
                 self.send_header("X-Error-Code", code)
             self.end_headers()

@@ -24,6 +24,7 @@ def test_defaults_lie_under_the_users_home() -> None:
     assert settings.home == home
     assert settings.store_root == home / "store"
     assert settings.results_path == home / "results.duckdb"
+    assert settings.results_folder is None
     assert settings.tracking_uri == f"sqlite:///{home}/mlflow.db"
     assert settings.offline_root == home / "offline"
     assert (settings.mirror, settings.device) == (None, "auto")
@@ -35,12 +36,14 @@ def test_environment_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("SLIMLINE_DEVICE", "cuda:1")
     monkeypatch.setenv("SLIMLINE_MLFLOW_URI", "http://tracking:5000")
     monkeypatch.setenv("SLIMLINE_RESULTS_DB", str(tmp_path / "other.duckdb"))
+    monkeypatch.setenv("SLIMLINE_RESULTS_FOLDER", "~/shared")
     monkeypatch.setenv("SLIMLINE_EVAL_BATCH_SIZE", "16")
     monkeypatch.setenv("SLIMLINE_ACTIVATION_BUDGET_GIB", "1.5")
     settings = load_settings()
     assert settings.store_root == tmp_path / "store"
     assert settings.tracking_uri == "http://tracking:5000"
     assert settings.results_path == tmp_path / "other.duckdb"
+    assert settings.results_folder == Path.home() / "shared"
     assert (settings.mirror, settings.device) == ("offline", "cuda:1")
     assert (settings.eval_batch_size, settings.activation_budget_gib) == (16, 1.5)
 

@@ -42,3 +42,14 @@ def test_a_failure_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     with pytest.raises(RuntimeError, match="inside"), stage_progress("prune:x"):
         raise RuntimeError("inside")
+
+
+def test_a_server_that_is_gone_does_not_end_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*arguments: object, **named: object) -> None:
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr("tasks.progress.TaskRunContext.get", lambda: object())
+    monkeypatch.setattr("tasks.progress.create_progress_artifact", gone)
+    monkeypatch.setattr("tasks.progress.update_progress_artifact", gone)
+    with stage_progress("prune:x") as tell:
+        tell(0.5, "half")

@@ -38,6 +38,7 @@ PROFILE = ProfileRequest(checkpoint=CHECKPOINT, reference=None, settings={}, dev
     [
         (IMPORT, {"source": {"content": "b"}}),
         (IMPORT, {"dtype": "float32"}),
+        (IMPORT, {"trust_remote_code": True}),
         (CALIBRATE, {"checkpoint": ArtifactRef(kind="checkpoint", key="import-model-v1-1")}),
         (CALIBRATE, {"source": {"content": "b"}}),
         (CALIBRATE, {"config": "x"}),

@@ -1,0 +1,112 @@
+"""`slimline nightly`, `slimline nights`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.commands.app import AsJson, Overrides, Refresh, Runner, SpecName, app, prepared
+from flows.errors import SpecError
+from flows.interrupt import shield_server, take_interrupts
+from flows.orphans import end_orphaned_servers
+from flows.runners import check_runner, runner_called
+from infra.settings import load_settings
+
+if TYPE_CHECKING:
+    from flows.night_outcome import NightResult
+
+
+@app.command()
+def nightly(
+    spec: SpecName,
+    set_: Overrides = [],
+    refresh: Refresh = [],
+    runner: Runner = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run every cell of a night's matrix, compare with the last good night, hold the gates.
+
+    Exit codes: 0 good; 3 a gate does not hold; 1 or 2 a cell failed (2: all for reasons that you can mend).
+    """
+    prepared()
+    from flows.loading import load_night
+
+    load_night(spec, set_)
+    run_night(spec, set_, refresh=refresh, runner=runner, as_json=as_json)
+
+
+@app.command()
+def nights(
+    name: Annotated[str | None, typer.Argument(help="Name or id of a night; default: all.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the nights, and print the page of the newest: what ran, what failed, what got better or worse."""
+    settings = prepared()
+    from infra.registry import near
+    from infra.results import ResultsStore
+
+    store = ResultsStore.of(settings)
+    every = store.nights()
+    if not every:
+        raise SpecError(f"there are no nights in {settings.results_path} yet; run one first: slimline nightly smoke")
+    found = [row for row in every if name in (None, row.name, row.night_id)]
+    if not found:
+        names = sorted({row.name for row in every})
+        raise SpecError(f"no night {name!r}{near(str(name), names)}; there are: {', '.join(names)}")
+    for row in found:
+        good = "good" if row.status == "completed" and row.gates_passed else "not good"
+        counts = f"{row.num_stages} stages, {row.num_run} run, {row.num_cached} cached, {row.num_failed} failed"
+        print(f"{row.night_id}  {row.finished_at:%Y-%m-%d %H:%M} UTC  {good}: {counts}")
+    newest = found[-1]
+    for figure in store.night_figures(newest.night_id):
+        if figure.verdict in ("better", "worse", "gone") or figure.gate == "failed":
+            place = f"{figure.cell} {figure.checkpoint} {figure.suite}/{figure.task}/{figure.metric}"
+            before = "" if figure.before_value is None else f", before {figure.before_value:.4g}"
+            print(f"{figure.verdict:6} {place} = {figure.value:.4g}{before}")
+    if newest.message:
+        print(f"failed: {newest.message}")
+    if as_json:
+        print(json.dumps([json.loads(row.model_dump_json()) for row in found]))
+
+
+def run_night(
+    spec: str | dict[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    refresh: Sequence[str] = (),
+    runner: str | None = None,
+    as_json: bool = False,
+) -> None:
+    """Run a night from the command line and print what came out. Raises NightFailed after printing the rest.
+
+    runner: where cells run, "threads", "dask" or "ray"; by default as the settings say.
+    """
+    settings = load_settings()
+    chosen = runner_called(runner or settings.runner)
+    check_runner(chosen, settings)
+    take_interrupts()
+    shield_server()
+    end_orphaned_servers(os.environ["PREFECT_LOCAL_STORAGE_PATH"])
+    from flows.night_outcome import NightFailed
+    from flows.nightly import on_runner
+
+    try:
+        result = on_runner(chosen, settings)(spec, overrides, refresh)
+    except NightFailed as failed:
+        _print(failed.result, as_json)
+        raise
+    except KeyboardInterrupt:
+        raise typer.Exit(1) from None
+    _print(result, as_json)
+
+
+def _print(result: NightResult, as_json: bool) -> None:
+    from flows.night_report import terminal
+
+    print(terminal(result))
+    if as_json:
+        print(result.model_dump_json())
