@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := infra/constraints.txt
 STAMP := $(VENV)/.slimline-installed
 
-.PHONY: help install demo test bench lint ui clean
+.PHONY: help install demo test bench chaos lint ui clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
@@ -28,10 +28,14 @@ demo: $(STAMP)  ## calibrate, prune, repair and measure a real model offline; ab
 	@echo "Prefect and MLflow: make ui   (then http://127.0.0.1:4200 and http://127.0.0.1:5000)"
 
 test: $(STAMP)  ## all tests, with real Prefect, MLflow and DuckDB
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: $(STAMP)  ## benchmarks into build/bench.md, some in `make bench PARTS="speed stream"`; hours on two cores
 	$(BIN)/python -m tests.bench $(PARTS)
+
+chaos: $(STAMP)  ## faults done to a small night into build/chaos.md, some in `make chaos FAULTS="kill full_disk"`; half an hour
+	$(BIN)/python -m tests.chaos $(FAULTS)
+	$(BIN)/python -m pytest tests/chaos/long_deployments.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ FOREIGN = {
 }
 ONLY_IMPORTER = {
     "mlflow": "infra/tracking.py",
-    "duckdb": "infra/results.py",
+    "duckdb": "infra/result_index.py",
     "lm_eval": "evaluation/harness.py",
     "peft": "pruning/recovery/lora.py",
     "datasets": "infra/datasets.py",
@@ -37,7 +37,7 @@ ONLY_IMPORTER = {
 HEAVY = ("torch", "transformers", "datasets", "mlflow", "lm_eval", "peft", "duckdb")
 PLUGINS = {
     "pruning.methods": ("needs_statistics", "order_config", "prune"),
-    "pruning.recovery": ("recover",),
+    "pruning.recovery": ("recover", "scratch_bytes"),
     "evaluation.suites": ("needs", "check", "evaluate"),
 }
 FILES = [path for room in ROOMS for path in sorted((PROJECT / room).rglob("*.py"))]

@@ -11,7 +11,7 @@ import yaml
 from typer.main import get_command
 
 from flows.__main__ import app
-from flows.loading import load_spec, parse_spec, shipped_specs
+from flows.loading import load_night, load_spec, parse_night, parse_spec, shipped_specs
 from infra.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parents[1]
@@ -31,9 +31,11 @@ def test_every_slimline_command_is_understood(command: str) -> None:
     name, *rest = shlex.split(command)[1:]
     subcommand = get_command(app).commands[name]  # type: ignore[attr-defined]
     context = subcommand.make_context(name, rest)
-    spec = context.params.get("spec")
-    if spec is not None and spec != "my-spec.yaml":
-        load_spec(spec, context.params["set_"])
+    specs = context.params.get("specs") or [context.params.get("spec")]
+    for spec in specs:
+        if isinstance(spec, str) and spec != "my-spec.yaml":
+            load = load_night if name in ("nightly", "serve") else load_spec
+            load(spec, context.params["set_"])
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make")])
@@ -42,11 +44,12 @@ def test_every_make_target_exists(command: str) -> None:
 
 
 def test_the_readmes_specs_are_specs() -> None:
-    run, branches = [yaml.safe_load(block) for language, block in BLOCKS if language == "yaml"]
+    run, branches, night = [yaml.safe_load(block) for language, block in BLOCKS if language == "yaml"]
     assert parse_spec(run, source="README").checkpoints == ("dense", "slimgpt-20", "slimgpt-20+lora")
     names = parse_spec(run | branches, source="README").checkpoints
     assert len(names) == 1 + 3 * 2 * 2
     assert names[1:4] + names[-1:] == ("full-20", "full-20+lora", "full-50", "short-50+lora")
+    assert len(parse_night(night, source="README").cells) == 2 * 2 * 2 * 2 - 2 * 2
 
 
 def test_every_setting_is_told_and_exists() -> None:

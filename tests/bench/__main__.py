@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tests.bench import against_naive, growth, ordering, p1, report, speed, streaming
+from tests.bench import against_naive, growth, night, ordering, p1, report, speed, streaming
 from tests.bench.materials import Materials
 from tests.bench.options import Options, parse_options
 from tests.bench.report import Result, Skipped
@@ -29,6 +29,7 @@ PARTS: dict[str, Callable[[Materials, Options], Result]] = {
     "naive": against_naive.run,
     "stream": streaming.run,
     "growth": growth.run,
+    "night": night.run,
     "p1": p1.run,
     "ordering": ordering.run,
 }

@@ -26,6 +26,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "naive": ("The naive schedule against ours", ("naive",)),
     "stream": ("A checkpoint larger than the memory it is pruned in", ("stream",)),
     "growth": ("Growth with depth, width, tokens and sparsity", ("growth",)),
+    "night": ("What a night costs beside the work", ("night",)),
     "ordering": ("The paper's ordering: P1 perplexity", ("ordering",)),
     "ordering_kv_group": ("The paper's ordering by kv groups: P1 perplexity", ("ordering_kv_group",)),
     "ordering_query_head": ("The paper's ordering by query heads: P1 perplexity", ("ordering_query_head",)),

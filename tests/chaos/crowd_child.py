@@ -1,0 +1,28 @@
+"""One of several processes that run small specs into one home: python -m tests.chaos.crowd_child NUMBER RUNS"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from flows.environment import log_to_terminal, prepare_environment
+from infra.settings import load_settings
+
+
+def main(number: str, runs: str) -> None:
+    """Runs called crowd-NUMBER-0 and so on; their stages are those of the other processes."""
+    prepare_environment(load_settings())
+    log_to_terminal(verbose=False)
+    from flows.compress import compress
+    from flows.loading import load_spec
+
+    text = "suite: perplexity, dataset: slimline/wikipedia, config: null, max_windows: 1"
+    bare = ["steps=[]", "calibration=null", "profile=null"]
+    for index in range(int(runs)):
+        name, evals = f"name=crowd-{number}-{index}", f"evals=[{{{text}, windows: [{16 + index}]}}]"
+        compress(load_spec("smoke", [name, *bare, evals]))
+    logging.getLogger("slimline").info("done")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
