@@ -64,7 +64,7 @@ def _compress(spec: RunSpec, refresh: tuple[str, ...], refreshed_since: datetime
     # the run needs all of them up to its record: `slimline gc` must leave alone what it found, too
     with claimed(workplace.store.root, [stage.ref for stage in story.stages], story.run_key):
         if not again and all(workplace.store.has(stage.ref) for stage in story.stages):
-            outcomes = tuple(_found(stage, workplace) for stage in story.stages)
+            outcomes = tuple(found(stage, workplace) for stage in story.stages)
         else:
             outcomes = _run_stages(story, workplace, again)
         return _finish(story, outcomes, workplace, started_at)
@@ -84,7 +84,7 @@ def _run_stages(story: Story, workplace: Workplace, again: set[str]) -> tuple[St
     return tuple(_outcome(stage, futures[stage.ref.key]) for stage in story.stages)
 
 
-def _found(stage: Stage, workplace: Workplace) -> StageOutcome:
+def found(stage: Stage, workplace: Workplace) -> StageOutcome:
     """A stage of a run of which the store has everything: a task for each would cost 0.1 s and say no more."""
     tell_cached(stage.name, stage.ref)
     seconds = workplace.store.manifest(stage.ref).seconds

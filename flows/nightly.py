@@ -25,6 +25,7 @@ from flows.night_outcome import CellFailed, CellOutcome, NightFailed, NightResul
 from flows.night_report import headline, summary
 from flows.night_spec import Cell, NightSpec
 from flows.outcome import RunResult
+from flows.recorded import recorded_result
 from flows.runners import RunnerName, final_state, runner_named
 from flows.spec import RunSpec
 from flows.story import tell
@@ -85,7 +86,7 @@ def on_runner(name: RunnerName, settings: Settings) -> Flow[..., NightResult]:
 
 @task(name="cell", cache_policy=NO_CACHE, persist_result=False)
 def _run_cell(cell: Cell, refresh: tuple[str, ...], since: datetime | None) -> CellOutcome:
-    """One cell as a sub-run. Raises CellFailed with everything that the cell came to."""
+    """One cell as a sub-run, unless there is nothing to do. Raises CellFailed with everything that the cell came to."""
     started = time.monotonic()
 
     def outcome(result: RunResult | None, message: str | None = None, by_user: bool = False) -> CellOutcome:
@@ -100,7 +101,8 @@ def _run_cell(cell: Cell, refresh: tuple[str, ...], since: datetime | None) -> C
         )
 
     try:
-        return outcome(compress(cell.spec, refresh, since))
+        known = None if refresh else recorded_result(cell.spec)
+        return outcome(known or compress(cell.spec, refresh, since))
     except StagesFailed as error:
         raise CellFailed(outcome(error.result, str(error), error.by_user)) from error
     except USER_ERRORS as error:

@@ -106,12 +106,20 @@ class Tracker:
         with self._errors_named(run_key), flocked(self._lock_file()):
             return self._recorded(record) or self._write(record, visit_tags or {})
 
+    def has(self, run_key: str) -> bool:
+        """Whether a whole record of that run is there. Raises TrackingUnusable."""
+        if self._database is not None and not self._database.exists():
+            return False
+        with self._errors_named(run_key), flocked(self._lock_file()):
+            run = _find(client := self._client(), self._experiment_id(client), run_key)
+            return run is not None and CONTENT_TAG in run.data.tags
+
     def check(self) -> str:
         """What is at the tracking URI, in words. Raises TrackingUnusable."""
         if self._database is not None and not self._database.exists():
             return f"{self.uri} will be made by the first run"
         with self._errors_named("(none yet)"), flocked(self._lock_file()):
-            names = [experiment.name for experiment in self._client().search_experiments()]
+            names = [found.name for found in self._client().search_experiments()]
         return f"{redacted(self.uri)} answers, experiments: {', '.join(names)}"
 
     def _write(self, record: _Record, visit_tags: Mapping[str, str]) -> str:
@@ -216,14 +224,19 @@ def _connect(uri: str) -> MlflowClient:
 
 
 def _find_or_create(client: MlflowClient, experiment_id: str, record: _Record) -> Run:
-    assert "'" not in record.run_key, f"{record.run_key!r} is not a key"
-    wanted = f"tags.`{RUN_KEY_TAG}` = '{record.run_key}'"
-    found = client.search_runs([experiment_id], wanted, max_results=1, order_by=["attributes.start_time ASC"])
-    if not found:
+    found = _find(client, experiment_id, record.run_key)
+    if found is None:
         return client.create_run(experiment_id, tags={RUN_KEY_TAG: record.run_key}, run_name=record.name)
-    if found[0].info.run_name != record.name:
-        client.update_run(found[0].info.run_id, name=record.name)
-    return found[0]
+    if found.info.run_name != record.name:
+        client.update_run(found.info.run_id, name=record.name)
+    return found
+
+
+def _find(client: MlflowClient, experiment_id: str, run_key: str) -> Run | None:
+    assert "'" not in run_key, f"{run_key!r} is not a key"
+    wanted = f"tags.`{RUN_KEY_TAG}` = '{run_key}'"
+    found = client.search_runs([experiment_id], wanted, max_results=1, order_by=["attributes.start_time ASC"])
+    return found[0] if found else None
 
 
 def _log_params(client: MlflowClient, run: Run, params: Mapping[str, str]) -> None:

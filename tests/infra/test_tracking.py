@@ -295,3 +295,12 @@ def test_stored_values_compare_as_sql_keeps_them() -> None:
     assert stored(math.nan) == stored(math.nan)
     assert stored(math.inf) == stored(sys.float_info.max)
     assert stored(0.1) != stored(0.2)
+
+
+def test_whether_a_run_is_recorded(tracker: Tracker, tmp_path: Path) -> None:
+    assert not tracker.has("run-v1-0")
+    record(tracker)
+    assert tracker.has("run-v1-0")
+    assert not tracker.has("run-v1-1")
+    assert not Tracker(f"sqlite:///{tmp_path / 'none.db'}").has("run-v1-0")
+    assert not (tmp_path / "none.db").exists()
