@@ -28,7 +28,7 @@ demo: $(STAMP)  ## calibrate, prune, repair and measure a real model offline; ab
 	@echo "Prefect and MLflow: make ui   (then http://127.0.0.1:4200 and http://127.0.0.1:5000)"
 
 test: $(STAMP)  ## all tests, with real Prefect, MLflow and DuckDB
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 bench: $(STAMP)  ## benchmarks into build/bench.md, some in `make bench PARTS="speed stream"`; hours on two cores
 	$(BIN)/python -m tests.bench $(PARTS)

@@ -36,7 +36,10 @@ def find_recorded(store: ResultsStore, name: str) -> RunRow | NightRow:
         raise SpecError(f"there is nothing recorded in {store.path} yet; run a spec first: slimline run demo")
     names = sorted({row.name for row in runs} | {night.name for night in nights})
     close = near(name, [*names, *(row.run_key for row in runs), *(row.night_id for row in nights)])
-    raise SpecError(f"no run or night {name!r}{close}; there are: {', '.join(names)}")
+    raise SpecError(
+        f"no run or night {name!r}{close}; there are: {', '.join(names)} (one that was killed is not recorded: "
+        "give its command again)"
+    )
 
 
 def recorded_runs(store: ResultsStore) -> tuple[RunRow, ...]:

@@ -19,6 +19,7 @@ class Noun(StrEnum):
     suites = "suites"
     families = "families"
     specs = "specs"
+    nights = "nights"
 
 
 class Form(StrEnum):
@@ -67,6 +68,10 @@ def list_(noun: Annotated[Noun, typer.Argument(help="What to list.")]) -> None:
         from pruning.families import FAMILIES
 
         names = {family.name: ", ".join(family.architectures) for family in FAMILIES}
+    elif noun is Noun.nights:
+        from flows.loading import load_night, shipped_nights
+
+        names = {name: load_night(name).description for name in shipped_nights()}
     else:
         from flows.loading import load_spec, shipped_specs
 

@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.chaos.faults import FAULTS, NotHere
@@ -48,8 +49,11 @@ def blank_mlflow(path: Path) -> None:
     MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
 
 
-def disturb(scene: Scene, faults: dict[str, int], seed: int) -> tuple[list[tuple[str, Survival]], dict[str, str]]:
-    """Every fault so many times. Returns what became of each, and which could not be done here and why."""
+Flat = dict[str, int | str]
+
+
+def disturb(scene: Scene, faults: dict[str, int], seed: int, tell: Callable[[Flat], None] = lambda _: None) -> Flat:
+    """Every fault so many times. Returns the figures, which `tell` hears after every fault too."""
     survivals: list[tuple[str, Survival]] = []
     skipped: dict[str, str] = {}
     for fault, times in faults.items():
@@ -64,20 +68,21 @@ def disturb(scene: Scene, faults: dict[str, int], seed: int) -> tuple[list[tuple
                 survival = Survival(fault, (f"{type(error).__name__}: {error}",))
             survivals.append((fault, survival))
             sys.stderr.write(f"{time.strftime('%H:%M:%S')} {_line(survival)}\n")
+            tell(figures(survivals, skipped))
             shutil.rmtree(scene.folder / name, ignore_errors=True)
-    return survivals, skipped
+    return figures(survivals, skipped)
 
 
-def figures(survivals: list[tuple[str, Survival]], skipped: dict[str, str]) -> dict[str, int | str]:
-    """Flat keys: totals, then `<fault>_tried` and so on."""
-    flat: dict[str, int | str] = dict(_counts([survival for _, survival in survivals]))
+def figures(survivals: list[tuple[str, Survival]], skipped: dict[str, str]) -> Flat:
+    """Flat keys: totals, then `<fault>_tried` and so on, and why a fault could not be done here."""
+    flat: Flat = dict(_counts([survival for _, survival in survivals]))
     for fault in dict.fromkeys(name for name, _ in survivals):
         counts = _counts([survival for name, survival in survivals if name == fault])
         flat |= {f"{fault}_{key}": value for key, value in counts.items()}
     return flat | {f"{fault}_skipped": reason for fault, reason in skipped.items()}
 
 
-def table(flat: dict[str, int | str]) -> str:
+def table(flat: Flat) -> str:
     """The same as markdown."""
     lines = ["| fault | survived / tried | stages repeated | rows lost |", "|---|---|---|---|"]
     for name in ["", *(key.removesuffix("_tried") for key in flat if key.endswith("_tried"))]:
@@ -92,6 +97,13 @@ def table(flat: dict[str, int | str]) -> str:
         if key.endswith("_skipped")
     ]
     return "\n".join(lines)
+
+
+def write(flat: Flat, folder: Path) -> None:
+    """chaos.json and chaos.md; also after every fault, so that who interrupts keeps what there is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "chaos.json").write_text(json.dumps(flat, indent=1) + "\n", encoding="utf-8")
+    (folder / "chaos.md").write_text(f"# Faults done to a small night\n\n{table(flat)}\n", encoding="utf-8")
 
 
 def _counts(survivals: list[Survival]) -> dict[str, int]:
@@ -128,12 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stderr.write(
                 f"the undisturbed night took {scene.seconds:.1f} s, {len(scene.reference.artifacts)} stages\n"
             )
-            flat = figures(*disturb(scene, wanted, options.seed))
+            flat = disturb(scene, wanted, options.seed, lambda flat: write(flat, options.out))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "chaos.json").write_text(json.dumps(flat, indent=1) + "\n", encoding="utf-8")
-    (options.out / "chaos.md").write_text(f"# Faults done to a small night\n\n{table(flat)}\n", encoding="utf-8")
+    write(flat, options.out)
     sys.stdout.write(f"{table(flat)}\n")
     return 0 if flat["survived"] == flat["tried"] else 1
 

@@ -183,6 +183,7 @@ def test_results_of_an_empty_home_say_what_to_do(here: Command) -> None:
         ("suites", "zero_shot"),
         ("families", "qwen3"),
         ("specs", "smoke"),
+        ("nights", "smoke"),
     ],
 )
 def test_list_names_each_with_a_line(noun: str, name: str, here: Command) -> None:
