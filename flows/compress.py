@@ -27,6 +27,7 @@ from infra.result_rows import StageRow
 from infra.secrets import redacted, secrets_kept
 from infra.settings import load_settings
 from infra.sources import sources_from
+from tasks.progress import settle_bars
 from tasks.record import Measured, RunOutcome, record
 from tasks.requests import EvaluateRequest, ProfileRequest
 from tasks.retrying import retry_options
@@ -93,6 +94,7 @@ def found(stage: Stage, workplace: Workplace) -> StageOutcome:
 
 def open_workplace(spec: RunSpec) -> Workplace:
     """Settings and sources for a spec, from the environment of this process."""
+    settle_bars()
     settings = load_settings()
     return Workplace(settings, sources_from(spec.mirror, settings))
 

@@ -28,6 +28,12 @@ class Progress(Protocol):
         ...
 
 
+def settle_bars() -> None:
+    """Have tqdm make its lock now. `tqdm.contrib.concurrent`, which datasets and the hub's client use, makes one where it
+    finds none and takes it away afterwards, under the feet of other threads' bars."""
+    tqdm.get_lock()
+
+
 @contextmanager
 def stage_progress(stage: str) -> Iterator[Progress]:
     """A Progress for one running stage; the bar closes with the block. Outside a Prefect task only the bar is shown."""

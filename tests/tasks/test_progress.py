@@ -6,8 +6,9 @@ import io
 import sys
 
 import pytest
+from tqdm import tqdm
 
-from tasks.progress import stage_progress
+from tasks.progress import settle_bars, stage_progress
 
 
 class Terminal(io.StringIO):
@@ -53,3 +54,14 @@ def test_a_server_that_is_gone_does_not_end_a_stage(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("tasks.progress.update_progress_artifact", gone)
     with stage_progress("prune:x") as tell:
         tell(0.5, "half")
+
+
+def test_the_lock_of_bars_stays_when_libraries_have_used_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by `make chaos`: two cells of a night failed with "type object 'tqdm' has no attribute '_lock'"."""
+    from tqdm.contrib.concurrent import ensure_lock
+
+    monkeypatch.delattr(tqdm, "_lock", raising=False)
+    settle_bars()
+    with ensure_lock(tqdm):
+        pass
+    assert hasattr(tqdm, "_lock")
