@@ -29,9 +29,12 @@ class Progress(Protocol):
 
 
 def settle_bars() -> None:
-    """Have tqdm make its lock now. `tqdm.contrib.concurrent`, which datasets and the hub's client use, makes one where it
-    finds none and takes it away afterwards, under the feet of other threads' bars."""
-    tqdm.get_lock()
+    """Have tqdm make its lock now.
+
+    `tqdm.contrib.concurrent`, which datasets and the hub's client use, makes one where it finds none and takes it away
+    afterwards, under the feet of other threads' bars.
+    """
+    tqdm.get_lock()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
