@@ -32,12 +32,7 @@ class NotHere(Exception):
 
 def kill(scene: Scene, name: str, rng: random.Random) -> Survival:
     """kill -9 of the night at a random moment."""
-    home = scene.home(name)
-    child = home.start(*scene.command)
-    moment = rng.uniform(0.02, 0.98) * scene.seconds
-    time.sleep(moment)
-    child.kill()
-    child.communicate()
+    home, moment = _killed(scene, name, rng.uniform(0.02, 0.98) * scene.seconds)
     broken = half_made(home)
     survival = again(scene, home, f"kill -9 after {moment:.1f} s")
     return _with(survival, [f"visible after the kill: {problem}" for problem in broken])
@@ -219,6 +214,21 @@ FAULTS: dict[str, Fault] = {
     "two_nights": two_nights,
     "crowd": crowd,
 }
+
+
+def _killed(scene: Scene, name: str, moment: float) -> tuple[Home, float]:
+    """A home whose night was killed, and after how many seconds. One that is faster than the moment is begun anew."""
+    while True:
+        home, started = scene.home(name), time.monotonic()
+        child = home.start(*scene.command)
+        try:
+            child.communicate(timeout=moment)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+            return home, moment
+        moment *= 0.9 * (time.monotonic() - started) / scene.seconds
+        shutil.rmtree(scene.folder / name)
 
 
 def _names_in_mlflow(home: Home) -> set[str]:
