@@ -1,4 +1,4 @@
-"""Deployments on a real server, too long for every push: python -m pytest tests/chaos/long_deployments.py
+"""Deployments on a real server, too long for every push: python -m pytest tests/flows/long_deployments.py
 
 A worker of a process pool runs what prefect.yaml deploys, and a retry runs only what failed; a flow run whose process
 was killed is marked crashed, and one that lives is not; all of it works with PostgreSQL under Prefect and MLflow.
