@@ -18,7 +18,7 @@ from flows.errors import USER_ERRORS, SpecError, StagesFailed
 from flows.outcome import RunResult, StageOutcome
 from flows.preflight import check
 from flows.report import table_rows
-from flows.runners import final_state
+from flows.runners import THREADS, final_state
 from flows.spec import RunSpec
 from flows.story import Stage, Story, tell
 from infra.claims import claimed
@@ -35,14 +35,11 @@ from tasks.stage import Made, Workplace, cached_teller, tell_cached
 
 log = logging.getLogger("slimline")
 
-#: stages wait for devices, not for threads: enough threads that every stage that could run has one
-_THREADS = 16
-
 
 @flow(
     name="compress",
     flow_run_name="{spec.name}",
-    task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_THREADS)),
+    task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=THREADS)),
     persist_result=False,
 )
 def compress(spec: RunSpec, refresh: tuple[str, ...] = (), refreshed_since: datetime | None = None) -> RunResult:

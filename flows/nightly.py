@@ -86,6 +86,11 @@ def on_runner(name: RunnerName, settings: Settings) -> Flow[..., NightResult]:
 
 @task(name="cell", cache_policy=NO_CACHE, persist_result=False)
 def _run_cell(cell: Cell, refresh: tuple[str, ...], since: datetime | None) -> CellOutcome:
+    # a cluster gets a task's function by value, with what that names: let it be one thing that can be imported there
+    return run_cell(cell, refresh, since)
+
+
+def run_cell(cell: Cell, refresh: tuple[str, ...], since: datetime | None) -> CellOutcome:
     """One cell as a sub-run, unless there is nothing to do. Raises CellFailed with everything that the cell came to."""
     started = time.monotonic()
 

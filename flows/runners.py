@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 RunnerName = Literal["threads", "dask", "ray"]
 
 #: stages wait for devices, not for threads: enough threads that every stage that could run has one
-_THREADS = 16
+THREADS = 16
 _CPU_WORKERS = 2
 
 
@@ -52,7 +52,7 @@ def runner_named(name: RunnerName, settings: Settings) -> TaskRunner[PrefectFutu
     else:
         from prefect.task_runners import ThreadPoolTaskRunner
 
-        runner = ThreadPoolTaskRunner(max_workers=settings.runner_workers or _THREADS)
+        runner = ThreadPoolTaskRunner(max_workers=settings.runner_workers or THREADS)
     return cast("TaskRunner[PrefectFuture[Any]]", runner)
 
 

@@ -32,7 +32,8 @@ def run(materials: Materials, options: Options) -> Result:
         night_distinct_keys=len(first.stages),
         night_seconds=first.seconds,
         night_stage_seconds=work,
-        night_overhead_seconds_per_stage=(first.seconds - work) / len(ran),
+        night_overhead_seconds_per_stage=(first.seconds - work) / sum(len(cell.stages) for cell in first.cells),
+        night_overhead_seconds_per_stage_run=(first.seconds - work) / len(ran),
         night_cached_seconds=cached_seconds,
     )
     details = (

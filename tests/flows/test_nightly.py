@@ -113,6 +113,22 @@ def test_a_refreshed_stage_is_made_once_for_all_cells(later: Home, filled: list[
     assert verdicts(result.figures) == {"same": len(result.figures)}
 
 
+def test_cells_run_in_the_processes_of_a_cluster(
+    first: tuple[Home, NightResult, list[str]],
+    tmp_path: Path,
+    offline_root: Path,
+    prefect_server: str,
+    blank_mlflow: Path,
+) -> None:
+    home = Home.create(tmp_path / "cluster", offline_root, prefect_server, blank_mlflow)
+    one = [part for override in [*SMALL, "matrix.sparsities=[0.5]"] for part in ("--set", override)]
+    child = home.slimline("nightly", "smoke", *one, "--runner", "dask", "--json")
+    result = NightResult.model_validate(json.loads(child.stdout.splitlines()[-1]))
+    assert result.count("completed") == len(result.stages)
+    here = {(row.cell, row.checkpoint, row.metric): row.value for row in first[1].figures if "-50-" in row.cell}
+    assert {(row.cell, row.checkpoint, row.metric): row.value for row in result.figures} == here
+
+
 def test_worse_beyond_noise_closes_the_gate(first: tuple[Home, NightResult, list[str]], later: Home) -> None:
     """As if the last night had measured a far better model, but for one figure within its error."""
     noise, *_ = [row for row in first[1].figures if row.checkpoint == "dense"]
