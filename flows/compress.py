@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, cast
+from uuid import UUID
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
@@ -18,7 +19,7 @@ from flows.errors import USER_ERRORS, SpecError, StagesFailed
 from flows.outcome import RunResult, StageOutcome
 from flows.preflight import check
 from flows.report import table_rows
-from flows.runners import THREADS, final_state
+from flows.runners import THREADS, final_state, interruptible
 from flows.spec import RunSpec
 from flows.story import Stage, Story, tell
 from infra.claims import claimed
@@ -27,6 +28,7 @@ from infra.result_rows import StageRow
 from infra.secrets import redacted, secrets_kept
 from infra.settings import load_settings
 from infra.sources import sources_from
+from tasks.interrupts import refuse_interrupted
 from tasks.progress import settle_bars
 from tasks.record import Measured, RunOutcome, record
 from tasks.requests import EvaluateRequest, ProfileRequest
@@ -42,20 +44,29 @@ log = logging.getLogger("slimline")
     task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=THREADS)),
     persist_result=False,
 )
-def compress(spec: RunSpec, refresh: tuple[str, ...] = (), refreshed_since: datetime | None = None) -> RunResult:
+def compress(
+    spec: RunSpec,
+    refresh: tuple[str, ...] = (),
+    refreshed_since: datetime | None = None,
+    part_of: UUID | None = None,
+) -> RunResult:
     """Run what is not in the store yet, record everything, and fail at the end if a stage failed.
 
     refresh: stages (and all that follow from them) to run again although they are in the store, unless they were made
-    after `refreshed_since`: runs that share stages refresh each once. Raises StagesFailed after recording; the
+    after `refreshed_since`: runs that share stages refresh each once. part_of: the flow run of a night, for its cells.
+    Raises StagesFailed after recording; Interrupted, with nothing recorded, if the night was interrupted; the
     preflight's errors before any work.
     """
     with secrets_kept():
-        return _compress(spec, refresh, refreshed_since)
+        return _compress(spec, refresh, refreshed_since, part_of)
 
 
-def _compress(spec: RunSpec, refresh: tuple[str, ...], refreshed_since: datetime | None) -> RunResult:
+def _compress(
+    spec: RunSpec, refresh: tuple[str, ...], refreshed_since: datetime | None, part_of: UUID | None
+) -> RunResult:
     started_at = datetime.now(UTC)
-    workplace = replace(open_workplace(spec), refreshed_since=refreshed_since)
+    workplace = replace(open_workplace(spec), refreshed_since=refreshed_since, part_of=part_of)
+    refuse_interrupted(workplace.settings, part_of)
     story = tell(spec, workplace.sources, workplace.settings.device)
     check(story, workplace)
     again = _keys_to_refresh(story, refresh)
@@ -65,6 +76,7 @@ def _compress(spec: RunSpec, refresh: tuple[str, ...], refreshed_since: datetime
             outcomes = tuple(found(stage, workplace) for stage in story.stages)
         else:
             outcomes = _run_stages(story, workplace, again)
+            refuse_interrupted(workplace.settings, part_of)
         return _finish(story, outcomes, workplace, started_at)
 
 
@@ -72,14 +84,16 @@ def _run_stages(story: Story, workplace: Workplace, again: set[str]) -> tuple[St
     """Every stage as a Prefect task, of which those in the store are cached. again: keys to make anew."""
     retries = retry_options(workplace.settings)
     futures: dict[str, PrefectFuture[Made]] = {}
-    for stage in story.stages:
-        # the key is no tag: Prefect takes seconds per task to ask its server for a concurrency limit on every tag
-        task = stage.task.with_options(
-            refresh_cache=stage.ref.key in again, on_completion=[cached_teller(stage.ref)], **retries
-        )
-        after = [futures[ref.key] for ref in stage.request.inputs]
-        futures[stage.ref.key] = task.submit(stage.request, stage.name, workplace, wait_for=after)
-    return tuple(_outcome(stage, futures[stage.ref.key]) for stage in story.stages)
+    with interruptible() as submitted:
+        for stage in story.stages:
+            # the key is no tag: Prefect takes seconds per task to ask its server for a concurrency limit on every tag
+            task = stage.task.with_options(
+                refresh_cache=stage.ref.key in again, on_completion=[cached_teller(stage.ref)], **retries
+            )
+            after = [futures[ref.key] for ref in stage.request.inputs]
+            futures[stage.ref.key] = task.submit(stage.request, stage.name, workplace, wait_for=after)
+            submitted.append(futures[stage.ref.key])
+        return tuple(_outcome(stage, futures[stage.ref.key]) for stage in story.stages)
 
 
 def found(stage: Stage, workplace: Workplace) -> StageOutcome:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import dask
 from distributed import LocalCluster
 from distributed.security import Security
 from prefect_dask import DaskTaskRunner
 
-from flows.runners import Submitted, server_for_workers
+from flows.runners import server_for_workers
 
 _LOOPBACK = "127.0.0.1"
 
@@ -47,10 +47,9 @@ def local_cluster(workers: int) -> LocalCluster:
 
 
 class StageDaskRunner(DaskTaskRunner):  # type: ignore[misc]
-    """Prefect's runner; Ctrl-C lets running stages finish, and a temporary server serves all processes."""
+    """Prefect's runner, whose processes are all served by one server, also if that is a temporary one."""
 
     def __enter__(self) -> Self:
-        self._submitted = Submitted()
         self._server = ExitStack()
         self._server.enter_context(server_for_workers())
         super().__enter__()
@@ -60,14 +59,4 @@ class StageDaskRunner(DaskTaskRunner):  # type: ignore[misc]
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._server:
-            try:
-                if error is not None:
-                    self._submitted.finish_running()
-            finally:
-                super().__exit__(kind, error, trace)
-
-    def submit(self, task: Any, parameters: dict[str, Any], wait_for: Any = None, dependencies: Any = None) -> Any:
-        """Submit a task and remember it."""
-        future = super().submit(task, parameters, wait_for, dependencies)
-        self._submitted.add(future)
-        return future
+            super().__exit__(kind, error, trace)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, cast
+from uuid import UUID
 
 from prefect import Flow, flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run as running
@@ -26,7 +28,7 @@ from flows.night_report import headline, summary
 from flows.night_spec import Cell, NightSpec
 from flows.outcome import RunResult
 from flows.recorded import recorded_result
-from flows.runners import RunnerName, final_state, runner_named
+from flows.runners import RunnerName, final_state, interruptible, runner_named
 from flows.spec import RunSpec
 from flows.story import tell
 from infra.keys import slug
@@ -62,11 +64,7 @@ def nightly(spec: str | dict[str, Any], overrides: Sequence[str] = (), refresh: 
     night = load_night(spec, overrides) if isinstance(spec, str) else parse_night(spec, source="spec")
     settings, started_at, clock = load_settings(), datetime.now(UTC), time.monotonic()
     wanted = _refreshed(night, refresh)
-    futures = [
-        _run_cell.with_options(task_run_name=cell.name).submit(cell, wanted[cell.name], _begun_at())
-        for cell in night.cells
-    ]
-    outcomes = tuple(_outcome(cell, future) for cell, future in zip(night.cells, futures, strict=True))
+    outcomes = _run_cells(night, wanted)
     result = _judged(night, outcomes, settings, time.monotonic() - clock)
     text = summary(result, alpha=night.alpha, tolerance=night.tolerance)
     create_markdown_artifact(text, key=f"slimline-night-{slug(night.name)}", description=headline(result))
@@ -84,13 +82,23 @@ def on_runner(name: RunnerName, settings: Settings) -> Flow[..., NightResult]:
     return nightly.with_options(task_runner=runner_named(name, settings))
 
 
+def _run_cells(night: NightSpec, wanted: Mapping[str, tuple[str, ...]]) -> tuple[CellOutcome, ...]:
+    """All cells, side by side. wanted: what each refreshes."""
+    this = _this_flow_run()
+    with interruptible() as submitted:
+        for cell in night.cells:
+            named = _run_cell.with_options(task_run_name=cell.name)
+            submitted.append(named.submit(cell, wanted[cell.name], this.created, this.id))
+        return tuple(_outcome(cell, future) for cell, future in zip(night.cells, submitted, strict=True))
+
+
 @task(name="cell", cache_policy=NO_CACHE, persist_result=False)
-def _run_cell(cell: Cell, refresh: tuple[str, ...], since: datetime | None) -> CellOutcome:
+def _run_cell(cell: Cell, refresh: tuple[str, ...], since: datetime | None, night: UUID) -> CellOutcome:
     # a cluster gets a task's function by value, with what that names: let it be one thing that can be imported there
-    return run_cell(cell, refresh, since)
+    return run_cell(cell, refresh, since, night)
 
 
-def run_cell(cell: Cell, refresh: tuple[str, ...], since: datetime | None) -> CellOutcome:
+def run_cell(cell: Cell, refresh: tuple[str, ...], since: datetime | None, night: UUID) -> CellOutcome:
     """One cell as a sub-run, unless there is nothing to do. Raises CellFailed with everything that the cell came to."""
     started = time.monotonic()
 
@@ -107,7 +115,7 @@ def run_cell(cell: Cell, refresh: tuple[str, ...], since: datetime | None) -> Ce
 
     try:
         known = None if refresh else recorded_result(cell.spec)
-        return outcome(known or compress(cell.spec, refresh, since))
+        return outcome(known or compress(cell.spec, refresh, since, night))
     except StagesFailed as error:
         raise CellFailed(outcome(error.result, str(error), error.by_user)) from error
     except USER_ERRORS as error:
@@ -212,17 +220,12 @@ def _night_id(night: NightSpec) -> str:
 
 
 def _flow_run_id() -> str:
+    return str(_this_flow_run().id)
+
+
+def _this_flow_run() -> FlowRun:
+    """The night's. It was created when the night was begun, also in a retry: what was refreshed since is refreshed."""
     context = FlowRunContext.get()
     assert context is not None, "inside the flow"
     assert context.flow_run is not None, "inside the flow"
-    return str(context.flow_run.id)
-
-
-def _begun_at() -> datetime:
-    """When this night was begun, also in a retry: what was refreshed since is not refreshed again."""
-    context = FlowRunContext.get()
-    assert context is not None, "inside the flow"
-    assert context.flow_run is not None, "inside the flow"
-    created = context.flow_run.created
-    assert created is not None, "the server says when it made the flow run"
-    return created
+    return context.flow_run

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from prefect_ray import RayTaskRunner
 
-from flows.runners import Submitted, server_for_workers
+from flows.runners import server_for_workers
 
 
 def ray_runner(address: str | None, workers: int) -> StageRayRunner:
@@ -19,10 +19,9 @@ def ray_runner(address: str | None, workers: int) -> StageRayRunner:
 
 
 class StageRayRunner(RayTaskRunner[Any]):  # type: ignore[misc]
-    """Prefect's runner; Ctrl-C lets running stages finish, and a temporary server serves all processes."""
+    """Prefect's runner, whose processes are all served by one server, also if that is a temporary one."""
 
     def __enter__(self) -> Self:
-        self._submitted = Submitted()
         self._server = ExitStack()
         self._server.enter_context(server_for_workers())
         self.init_kwargs |= {"runtime_env": _runtime_environment(), "logging_level": "ERROR"}
@@ -31,17 +30,7 @@ class StageRayRunner(RayTaskRunner[Any]):  # type: ignore[misc]
 
     def __exit__(self, *exception: Any) -> None:
         with self._server:
-            try:
-                if exception[0] is not None:
-                    self._submitted.finish_running()
-            finally:
-                super().__exit__(*exception)
-
-    def submit(self, task: Any, parameters: dict[str, Any], wait_for: Any = None, dependencies: Any = None) -> Any:
-        """Submit a task and remember it."""
-        future = super().submit(task, parameters, wait_for, dependencies)
-        self._submitted.add(future)
-        return future
+            super().__exit__(*exception)
 
 
 def _runtime_environment() -> dict[str, Any]:

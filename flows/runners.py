@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
-from uuid import UUID
 
 from flows.errors import SpecError
 from infra.registry import near
@@ -115,31 +114,26 @@ def server_for_workers() -> Iterator[None]:
             os.environ["PREFECT_API_URL"] = before
 
 
-class Submitted:
-    """The stages of one flow run that were handed to a cluster."""
+@contextmanager
+def interruptible() -> Iterator[list[PrefectFuture[Any]]]:
+    """To be used in a flow, which puts what it submits into the list: after Ctrl-C stages that run are waited for, and
+    no other begins, wherever it would have run."""
+    from prefect.context import FlowRunContext
 
-    def __init__(self) -> None:
-        self._futures: list[PrefectFuture[Any]] = []
-        self._flow_run_id: UUID | None = None
+    from infra.settings import load_settings
+    from tasks.interrupts import interrupted
 
-    def add(self, future: PrefectFuture[Any]) -> None:
-        """Remember one; to be called in the flow."""
-        from prefect.context import FlowRunContext
-
-        context = FlowRunContext.get()
-        self._flow_run_id = context.flow_run.id if context and context.flow_run else None
-        self._futures.append(future)
-
-    def finish_running(self) -> None:
-        """After Ctrl-C: wait for the stages that run; those that have not begun do not begin any more."""
-        from infra.settings import load_settings
-        from tasks.interrupts import interrupted
-
-        if self._flow_run_id is None:
-            return
-        with interrupted(load_settings(), self._flow_run_id):
-            for future in self._futures:
+    context = FlowRunContext.get()
+    assert context is not None, "inside a flow"
+    assert context.flow_run is not None, "inside a flow"
+    submitted: list[PrefectFuture[Any]] = []
+    try:
+        yield submitted
+    except KeyboardInterrupt:
+        with interrupted(load_settings(), context.flow_run.id):
+            for future in submitted:
                 future.wait()
+        raise
 
 
 def _workers(settings: Settings) -> int:

@@ -1,6 +1,7 @@
 """What a stage asks before it begins, since it may be in another process: is this the flow's home, was it interrupted?
 
-Ctrl-C reaches processes of a cluster by a mark in the home: it says that a flow run starts no further stage.
+Ctrl-C reaches threads, processes of a cluster and cells of a night by a mark in the home: it says that a flow run, and
+those that are part of it, start no further stage.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from infra.settings import Settings, load_settings
 
 
 class Interrupted(RuntimeError):
-    """The run was interrupted before this stage began."""
+    """The run was interrupted before this stage, or this cell of a night, began."""
 
 
 @contextmanager
@@ -33,12 +34,12 @@ def interrupted(settings: Settings, flow_run_id: UUID) -> Iterator[None]:
         mark.unlink(missing_ok=True)
 
 
-def refuse_interrupted(settings: Settings) -> None:
-    """Raise Interrupted in a stage whose flow run was interrupted."""
+def refuse_interrupted(settings: Settings, *flow_runs: UUID | None) -> None:
+    """Raise Interrupted if one of these flow runs, or that of the running task, was interrupted."""
     context = TaskRunContext.get()
-    flow_run_id = context.task_run.flow_run_id if context else None
-    if flow_run_id is not None and _mark(settings, flow_run_id).exists():
-        raise Interrupted("the run was interrupted before this stage began; the same command goes on from here")
+    own = context.task_run.flow_run_id if context else None
+    if any(_mark(settings, flow_run).exists() for flow_run in (own, *flow_runs) if flow_run is not None):
+        raise Interrupted("the run was interrupted before this began; the same command goes on from here")
 
 
 def refuse_elsewhere(settings: Settings) -> None:

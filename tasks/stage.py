@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
+from uuid import UUID
 
 from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
@@ -44,6 +45,8 @@ class Workplace:
     sources: Sources
     refreshed_since: datetime | None = None
     """A stage that is to be refreshed and was made after this moment has been refreshed."""
+    part_of: UUID | None = None
+    """The night's flow run, if it is one of its cells: when that is interrupted, the cell starts no further stage."""
 
     @property
     def store(self) -> ArtifactStore:
@@ -104,7 +107,6 @@ def stage(name: str, fill: Fill, *, devices: Devices, imports: tuple[str, ...]) 
     def run(request: Request, stage_name: str, workplace: Workplace) -> Made:
         with secrets_kept():  # Prefect writes an error into its database, and beside the result
             refuse_elsewhere(workplace.settings)
-            refuse_interrupted(workplace.settings)
             workplace = eased(workplace, stage_name)
             return run_stage(request, stage_name, workplace, fill, devices=devices, imports=imports)
 
@@ -150,12 +152,7 @@ def run_stage(
                 requests=[request],
             )
             _import_in_turn(imports)
-            with _placed(workplace.settings, devices) as place:
-                reason = "refreshed" if _refreshing() else "not in the store"
-                log.info("%s: running, %s is %s", stage_name, ref.key, reason)
-                started = time.monotonic()
-                _make(request, stage_name, workplace, fill, place)
-                seconds = time.monotonic() - started
+            seconds = _run(request, stage_name, workplace, fill, devices)
             log.info("%s: done in %.1f s", stage_name, seconds)
             sharing.share(ref, store, replace=True)
             return Made(ref=ref, seconds=seconds)
@@ -163,6 +160,17 @@ def run_stage(
 
 def _found(ref: ArtifactRef, store: ArtifactStore) -> Made:
     return Made(ref=ref, seconds=store.manifest(ref).seconds, found=True)
+
+
+def _run(request: Request, stage_name: str, workplace: Workplace, fill: Fill, devices: Devices) -> float:
+    """Make the artifact when there is a device for it; returns the seconds that it took. Raises Interrupted."""
+    with _placed(workplace.settings, devices) as place:
+        refuse_interrupted(workplace.settings, workplace.part_of)  # the wait for a device may have been long
+        reason = "refreshed" if _refreshing() else "not in the store"
+        log.info("%s: running, %s is %s", stage_name, request.ref.key, reason)
+        started = time.monotonic()
+        _make(request, stage_name, workplace, fill, place)
+        return time.monotonic() - started
 
 
 def _make(request: Request, stage_name: str, workplace: Workplace, fill: Fill, place: Placement | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -181,6 +182,34 @@ def test_a_failed_cell_leaves_the_others_alone_and_the_next_night_runs_only_that
     ]
     assert sorted(stages_run(mended.stderr)) == sorted(ran)
     assert "2 of 2 cells completed" in mended.stdout
+
+
+def test_an_interrupted_night_finishes_what_runs_and_goes_on_from_there(
+    tmp_path: Path, offline_root: Path, prefect_server: str, blank_mlflow: Path
+) -> None:
+    """Its cells are flows in threads, which no Ctrl-C reaches by itself."""
+    home = Home.create(tmp_path / "home", offline_root, prefect_server, blank_mlflow)
+    slow = [*SMALL, "calibration.num_samples=1000", "calibration.seq_len=128", "matrix.sparsities=[0.5]"]
+    command = ["nightly", "smoke", *(part for override in slow for part in ("--set", override))]
+    child = home.start(*command)
+    assert child.stderr is not None
+    before = ""
+    while "prune:slimgpt-50: running" not in before:
+        line = child.stderr.readline()
+        assert line, before
+        before += line
+    child.send_signal(signal.SIGINT)
+    after = child.stderr.read()
+    assert child.wait(timeout=60) == 1
+    assert "running stages are finished first" in after
+    assert "prune:slimgpt-50: done" in after
+    assert stages_run(after) == []
+    assert home.results.runs() == ()
+    assert home.results.nights() == ()
+    assert not list((home.folder / "interrupted").iterdir())
+    again = home.slimline(*command)
+    assert not set(stages_run(again.stderr)) & set(stages_run(before))
+    assert "2 of 2 cells completed" in again.stdout
 
 
 def test_an_unknown_stage_to_refresh_is_refused(later: Home) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from flows.compress import compress
 from flows.errors import SpecError
 from flows.loading import load_spec
 from flows.outcome import RunResult
-from flows.runners import RunnerName, check_runner, final_state, runner_named
+from flows.runners import RunnerName, check_runner, final_state, interruptible, runner_named
 from infra.artifacts import ArtifactRef
 from infra.errors import SettingsInvalid
 from infra.settings import Settings
@@ -80,20 +81,26 @@ def late(folder: Path) -> None:
     (folder / "late").touch()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("prefect_dask") is None, reason="prefect-dask is not installed")
-def test_interrupted_a_cluster_finishes_what_runs_and_begins_nothing(
-    prefect_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def _interrupt_when(reached: Callable[[], bool]) -> None:
+    while not reached():
+        time.sleep(0.05)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["threads", "dask"])
+def test_interrupted_a_flow_finishes_what_runs_and_begins_nothing(
+    name: RunnerName, prefect_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("prefect_dask")
     monkeypatch.setenv("SLIMLINE_HOME", str(tmp_path))
 
-    @flow(task_runner=runner_named("dask", Settings(runner_workers=1)))
+    @flow(task_runner=runner_named(name, Settings(runner_workers=1)))
     def interrupted() -> None:
-        assert pid.submit().result() != os.getpid()
-        running = slow.submit(tmp_path)
-        late.submit(tmp_path, wait_for=[running])
-        while not (tmp_path / "begun").exists():
-            time.sleep(0.05)
-        raise KeyboardInterrupt
+        assert (pid.submit().result() == os.getpid()) == (name == "threads")
+        with interruptible() as submitted:
+            submitted.append(slow.submit(tmp_path))
+            submitted.append(late.submit(tmp_path, wait_for=submitted[:]))
+            _interrupt_when((tmp_path / "begun").exists)
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
