@@ -2,7 +2,8 @@
 
 The test: two figures with standard errors are compared by a two-sided z test of their difference, the errors taken as
 independent. Two measurements on the same items are not independent, which makes this test careful: it finds fewer
-differences than a paired one. All tests of one comparison share the level `alpha` by Holm's step-down procedure (Holm
+differences than a paired one, whose p-value (`evaluation.paired`) takes its place where it is known. All tests of one
+comparison share the level `alpha` by Holm's step-down procedure (Holm
 1979, "A simple sequentially rejective multiple test procedure"). Figures without a standard error (times, memory,
 counts) are compared by their relative change, which must exceed `tolerance`.
 """
@@ -35,13 +36,21 @@ class Judgement:
 
 
 def judge(
-    pairs: Sequence[tuple[Figure, Figure | None]], *, alpha: float = 0.05, tolerance: float = 0.1
+    pairs: Sequence[tuple[Figure, Figure | None]],
+    *,
+    alpha: float = 0.05,
+    tolerance: float = 0.1,
+    paired: Sequence[float | None] = (),
 ) -> tuple[Judgement, ...]:
     """A judgement for each (figure of now, figure of before), in order; before may be None: the first of its kind.
 
     alpha: the chance that any of all tested differences is called one although there is none. tolerance: relative.
+    paired: for each the p-value of a test on the same items, or None for the z test; empty if there is none at all.
     """
-    p_values = [None if before is None else p_value(now, before) for now, before in pairs]
+    p_values = [
+        known if known is not None or before is None else p_value(now, before)
+        for (now, before), known in zip(pairs, paired or [None] * len(pairs), strict=True)
+    ]
     significant = holm(p_values, alpha)
     return tuple(
         _judgement(now, before, p, found, tolerance)

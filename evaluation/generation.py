@@ -1,79 +1,117 @@
-"""One run of the profile: a forward pass over a prompt, then greedy decoding with a KV cache, both timed."""
+"""A generation that can be timed: a forward pass over a prompt, then greedy decoding with a KV cache.
+
+A loop of our own, because `generate` stops at an EOS token and times its own bookkeeping too.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from evaluation.errors import EvaluationError
-from evaluation.profile_config import ProfileConfig
+from evaluation.profile_config import GridPoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-T = TypeVar("T")
+Clock = Callable[[], float]
+"""Seconds, from any origin."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model and how it is called: itself, or its compiled forward pass."""
+
+    model: PreTrainedModel
+    forward: Callable[..., Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its input goes."""
+        device: torch.device = self.model.device
+        return device
 
 
 @dataclass(frozen=True)
 class TimedRun:
-    """Milliseconds of the prompt's forward pass and of each decoded token, and the cache's size."""
+    """Milliseconds of one generation, each from its start: to the end of the prompt's forward pass, to the first token,
+    to the last one."""
 
     prefill_ms: float
-    decode_ms_per_token: float
-    kv_cache_bytes_per_token: int
+    ttft_ms: float
+    latency_ms: float
+    new_tokens: int
+
+    @property
+    def decode_ms_per_token(self) -> float | None:
+        """Mean over the tokens after the first; None if there are none."""
+        if self.new_tokens == 1:
+            return None
+        return (self.latency_ms - self.ttft_ms) / (self.new_tokens - 1)
 
 
-def random_prompt(model: PreTrainedModel, config: ProfileConfig) -> Tensor:
-    """Random token ids (batch_size, prompt_len) on the model's device.
+class Generation:
+    """One generation in progress, in parts of which each has ended on the device when its call returns."""
 
-    Raises EvaluationError if the model has too few positions for prompt and new tokens.
-    """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and config.prompt_len + config.new_tokens > limit:
-        raise EvaluationError(
-            f"prompt_len {config.prompt_len} + new_tokens {config.new_tokens} is more than the model's "
-            f"max_position_embeddings of {limit}; shorten one of them"
-        )
-    generator = torch.Generator().manual_seed(config.seed)
-    size = (config.batch_size, config.prompt_len)
-    return torch.randint(0, int(model.config.vocab_size), size, generator=generator).to(model.device)
+    def __init__(self, runner: Runner, prompt_BL: Tensor) -> None:
+        self._runner = runner
+        self._prompt_BL = prompt_BL
+        self._out: Any = None
+        self._token_B1: Tensor | None = None
 
+    @torch.inference_mode()
+    def prefill(self) -> None:
+        """The forward pass over the prompt."""
+        self._out = self._runner.forward(input_ids=self._prompt_BL, use_cache=True, logits_to_keep=1)
+        self._wait()
 
-@torch.inference_mode()
-def timed_run(model: PreTrainedModel, prompt_BL: Tensor, new_tokens: int) -> TimedRun:
-    """Prefill, then `new_tokens` greedy steps. A loop of our own, because `generate` stops at an EOS token and times
-    its own bookkeeping too."""
-    prefill_ms, out = _timed(model, lambda: model(input_ids=prompt_BL, use_cache=True, logits_to_keep=1))
-    bytes_per_token = _cache_bytes(out.past_key_values) // prompt_BL.numel()
-    decode_ms, _ = _timed(model, lambda: _decode(model, out, new_tokens))
-    return TimedRun(prefill_ms, decode_ms / new_tokens, bytes_per_token)
+    @torch.inference_mode()
+    def choose(self) -> None:
+        """The first token."""
+        self._token_B1 = self._out.logits[:, -1:].argmax(-1)
+        self._wait()
 
+    @torch.inference_mode()
+    def decode(self, tokens: int) -> None:
+        """So many further tokens; the device is waited for once, after all of them."""
+        for _ in range(tokens):
+            cache = self._out.past_key_values
+            self._out = self._runner.forward(input_ids=self._token_B1, past_key_values=cache, use_cache=True)
+            self._token_B1 = self._out.logits[:, -1:].argmax(-1)
+        self._wait()
 
-def _decode(model: PreTrainedModel, out: Any, new_tokens: int) -> None:
-    for _ in range(new_tokens):
-        token_B1 = out.logits[:, -1:].argmax(-1)
-        out = model(input_ids=token_B1, past_key_values=out.past_key_values, use_cache=True)
-
-
-def _timed(model: PreTrainedModel, work: Callable[[], T]) -> tuple[float, T]:
-    _wait(model.device)
-    start = time.perf_counter()
-    result = work()
-    _wait(model.device)
-    return 1000 * (time.perf_counter() - start), result
+    def _wait(self) -> None:
+        """CUDA returns before its work is done."""
+        wait_for(self._runner.device)
 
 
-def _wait(device: torch.device) -> None:
-    """CUDA returns before its work is done."""
+def wait_for(device: torch.device) -> None:
+    """Until all that was queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _cache_bytes(cache: Any) -> int:
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+@torch.inference_mode()  # a compiled model is compiled anew for a tensor made outside
+def random_prompt(model: PreTrainedModel, point: GridPoint, seed: int) -> Tensor:
+    """Random token ids (batch_size, prompt_len) on the model's device."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (point.batch_size, point.prompt_len)
+    return torch.randint(0, int(model.config.vocab_size), size, generator=generator).to(model.device)
+
+
+def timed_run(runner: Runner, prompt_BL: Tensor, new_tokens: int, *, clock: Clock = time.perf_counter) -> TimedRun:
+    """One whole generation, with no other work in between."""
+    generation = Generation(runner, prompt_BL)
+    wait_for(runner.device)
+    start = clock()
+    generation.prefill()
+    prefilled = clock()
+    generation.choose()
+    first = clock()
+    generation.decode(new_tokens - 1)
+    last = clock()
+    return TimedRun(1000 * (prefilled - start), 1000 * (first - start), 1000 * (last - start), new_tokens)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
+import hashlib
 import importlib.metadata
 import logging
 import math
 import random
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +31,22 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from pydantic import JsonValue
 
+from evaluation.chat_template import check_chat_template
 from evaluation.errors import EvaluationError
 from evaluation.eval_mode import eval_mode
-from evaluation.report import Metric
+from evaluation.generating import generate_until
+from evaluation.prompt_length import PromptRule, Truncation
+from evaluation.scoring import score_answers
 from evaluation.stock_tasks import StockTask
-from evaluation.suite import Progress, SuiteData, silent
+from evaluation.suite import Means, Progress, SuiteData
 from evaluation.task_overlays import write_overlays
+from evaluation.task_results import task_metrics, task_samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from evaluation.report import Metric
+    from evaluation.samples import Sample
 
 # lm-eval seeds Python's, numpy's and torch's global generators and prints through global progress bars. One evaluation
 # at a time may do that, and everything is put back when it ends.
@@ -54,8 +63,10 @@ class TaskRun:
     """What to run: the top-level names to score, and every definition they need (a group's members too).
 
     `num_fewshot` is passed to all tasks; lm-eval leaves those alone that fix it to 0. `limit` keeps the first so many
-    documents of each task;
-    `seed` draws few-shot examples.
+    documents of each task; `seed` draws few-shot examples. `chat_template` puts prompts into the tokenizer's, each
+    few-shot example as a turn of its own if `fewshot_as_multiturn`. `truncation` and `prompt_length` are of prompts to
+    generate from, see `PromptRule`; contexts of given answers always lose their beginning. `max_length` is lm-eval's:
+    tokens of context and answer, None for as many as the model's config allows.
     """
 
     names: tuple[str, ...]
@@ -63,44 +74,79 @@ class TaskRun:
     num_fewshot: int
     limit: int | None = None
     seed: int = DEFAULT_OTHER_SEED
+    chat_template: bool = False
+    fewshot_as_multiturn: bool = True
+    truncation: Truncation = "left"
+    prompt_length: int | None = None
+    max_length: int | None = None
+
+    @property
+    def template_by_lm_eval(self) -> bool:
+        """What is cut in its middle is put into the chat template afterwards."""
+        return self.chat_template and self.truncation == "left"
 
 
 def run_tasks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: SuiteData,
-    run: TaskRun,
-    *,
-    batch_size: int = 1,
-    progress: Progress = silent,
-) -> tuple[tuple[Metric, ...], dict[str, JsonValue]]:
-    """Score the tasks: one metric per task (and group) and metric name, and the protocol.
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: SuiteData, run: TaskRun, means: Means
+) -> tuple[tuple[Metric, ...], tuple[Sample, ...], dict[str, JsonValue]]:
+    """Score the tasks: one metric per task (and group) and metric name, one sample per document, and the protocol.
 
-    Neither the model nor the tokenizer is changed. Raises EvaluationError if a task's data is not where
-    `data.folder` says or cannot be loaded, or if lm-eval refuses the task.
+    Neither the model nor the tokenizer is changed. Raises EvaluationError if the tokenizer lacks the chat template that
+    is asked for, if a task's data is not where `data.folder` says or cannot be loaded, if lm-eval refuses the task, or
+    if the model's logits are NaN.
     """
+    if run.chat_template:
+        check_chat_template(tokenizer.chat_template is not None)
     with _ONE_AT_A_TIME, _globals_kept(), tempfile.TemporaryDirectory(prefix="slimline-lm-eval-") as scratch:
         write_overlays(Path(scratch), run.definitions, data, num_fewshot=run.num_fewshot)
-        tasks = _load(Path(scratch), run, progress)
+        tasks = _load(Path(scratch), run, means.progress)
         with eval_mode(model):
-            lm = _QuietLM(model, tokenizer, batch_size, progress)
+            lm = _QuietLM(model, tokenizer, run, means, kinds={task.OUTPUT_TYPE for task in tasks["tasks"].values()})
             results = lm_evaluator.evaluate(
-                lm, task_dict=tasks, limit=run.limit, log_samples=False, bootstrap_iters=_BOOTSTRAP_ITERS
+                lm,
+                task_dict=tasks,
+                limit=run.limit,
+                log_samples=True,
+                bootstrap_iters=_BOOTSTRAP_ITERS,
+                apply_chat_template=run.template_by_lm_eval,
+                fewshot_as_multiturn=run.template_by_lm_eval and run.fewshot_as_multiturn,
             )
-    return _metrics(results), _protocol(run, lm)
+        return task_metrics(results), task_samples(tasks["tasks"], results["samples"]), _protocol(run, lm)
 
 
 class _QuietLM(HFLM):  # type: ignore[misc]
-    """HFLM that reports progress instead of drawing bars, and counts the requests it had to cut to fit the model."""
+    """HFLM that runs its rows through `evaluation.scoring`, reports progress instead of drawing bars, and counts the
+    requests it had to cut to fit the model.
+
+    kinds: the output types of the tasks; each has its share of the progress.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: Progress
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        run: TaskRun,
+        means: Means,
+        *,
+        kinds: Collection[str],
     ) -> None:
         # HFLM gives the tokenizer a pad token: a copy, since the caller saves its tokenizer beside the checkpoint.
-        super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        self.progress = progress
+        # Its own batches must not come before ours: one holds whatever it has.
+        own = copy.deepcopy(tokenizer)
+        super().__init__(pretrained=model, tokenizer=own, batch_size=sys.maxsize, max_length=run.max_length)
+        # Long prompts are cut below, and counted; transformers' remark on each would go to standard error.
+        self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self.num_truncated = 0
-        self._rows, self._expected = 0, 1
+        self._run, self._means = run, means
+        # a multiple choice asks for log-likelihoods
+        self._parts = len({"loglikelihood" if kind == "multiple_choice" else kind for kind in kinds})
+        self._part = -1
+        # The choices of a question share their context, which may be long.
+        self._encoded = lru_cache(maxsize=8)(super().tok_encode)
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        encoded: list[int] = self._encoded(string, *args, **kwargs)
+        return encoded
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -108,36 +154,60 @@ class _QuietLM(HFLM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-        return super().generate_until(requests, disable_tqdm=True)
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        run = self._run
+        rule = PromptRule(
+            context=self.max_length,
+            truncation=run.truncation,
+            prompt_length=run.prompt_length,
+            chat_template=run.chat_template and not run.template_by_lm_eval,
+            add_special_tokens=self.add_bos_token,
+        )
+        asked = [request.args for request in requests]
+        responses = generate_until(self.model, self.tokenizer, asked, rule, self._next_part())
+        self.num_truncated += sum(response.truncated for response in responses)
+        for request, response in zip(requests, responses, strict=True):
+            # What was asked after cutting is what samples show, and what their hash must tell from another cut.
+            request.arguments = (response.prompt, *request.args[1:])
+        return [response.text for response in responses]
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
-    ) -> Any:
-        # One forward row serves all requests that differ in the last token only (the A/B/C/D of MMLU).
-        self._rows, self._expected = 0, len({(*context, *answer[:-1]) for _, context, answer in requests})
+    ) -> list[tuple[float, bool]]:
+        means = self._next_part()
         self.num_truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+        pairs = [(context, answer) for _, context, answer in requests]
+        scores = score_answers(self.model, pairs, means, max_length=self.max_length)
+        if any(math.isnan(score.log_likelihood) for score in scores):
+            raise EvaluationError("the model's logits are NaN, so no answer can be scored; prune less")
+        return [(score.log_likelihood, score.is_greedy) for score in scores]
 
-    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        logits = super()._model_call(inps, *args, **kwargs)
-        self._rows += len(inps)
-        share = min(1.0, self._rows / max(1, self._expected))
-        self.progress(_LOADING_SHARE + (1 - _LOADING_SHARE) * share, f"{self._rows} of {self._expected} prompts scored")
-        return logits
+    def _next_part(self) -> Means:
+        """The means of the next kind of requests: its progress is a part of the whole."""
+        self._part += 1
+        start, share = min(self._part, self._parts - 1) / self._parts, 1 / self._parts
+        whole = self._means.progress
+
+        def tell(done: float, message: str) -> None:
+            whole(_LOADING_SHARE + (1 - _LOADING_SHARE) * (start + share * done), message)
+
+        return replace(self._means, progress=tell)
 
 
 def _load(scratch: Path, run: TaskRun, progress: Progress) -> dict[str, Any]:
     """Build the tasks, which loads their data: lm-eval's {"tasks", "groups", "group_map"}."""
     manager = TaskManager(include_path=str(scratch), include_defaults=False)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    repo_ids = {task.name: "a group" if task.is_group else task.repo_id for task in run.definitions}
     for done, name in enumerate(run.names):
         progress(_LOADING_SHARE * done / len(run.names), f"loading {name}")
         try:
             part = manager.load([name])
         # Data loading fails in as many ways as there are file formats and networks; the user needs one sentence.
         except Exception as error:
-            raise EvaluationError(f"the data of task '{name}' could not be loaded: {error}") from error
+            raise EvaluationError(
+                f"the data of task '{name}' could not be loaded ({repo_ids[name]}): {error}"
+            ) from error
         for kind, found in part.items():
             loaded[kind].update(found)
     for task in loaded["tasks"].values():
@@ -146,33 +216,6 @@ def _load(scratch: Path, run: TaskRun, progress: Progress) -> dict[str, Any]:
             task.set_config(key="num_fewshot", value=run.num_fewshot)
         task.set_fewshot_seed(seed=run.seed)
     return loaded
-
-
-def _metrics(results: Mapping[str, Any]) -> tuple[Metric, ...]:
-    found = []
-    shots: dict[str, int] = results["n-shot"]
-    # lm-eval gives a group of groups no n-shot of its own.
-    common = next(iter(shots.values())) if len(set(shots.values())) == 1 else None
-    for task, values in results["results"].items():
-        for key, value in values.items():
-            name, _, filtered = key.partition(",")
-            if not filtered or name.endswith("_stderr"):
-                continue
-            if math.isnan(value):
-                raise EvaluationError(f"task '{task}' gives NaN for {name}: the model's logits are NaN; prune less")
-            found.append(
-                Metric(
-                    task=task,
-                    metric=name if filtered == "none" else key,
-                    value=value,
-                    stderr=_number(values.get(f"{name}_stderr,{filtered}")),
-                    num_fewshot=shots.get(task, common),
-                    num_examples=values["sample_len"],
-                    task_version=_text(results["versions"].get(task)),
-                    higher_is_better=results["higher_is_better"].get(task, {}).get(name) is not False,
-                )
-            )
-    return tuple(found)
 
 
 def _protocol(run: TaskRun, lm: _QuietLM) -> dict[str, JsonValue]:
@@ -188,9 +231,10 @@ def _protocol(run: TaskRun, lm: _QuietLM) -> dict[str, JsonValue]:
             "torch": DEFAULT_OTHER_SEED,
         },
         "bootstrap_iters": _BOOTSTRAP_ITERS,
-        "chat_template": None,
+        "chat_template": _chat_template(run, lm),
         "tokenizer_adds_bos": _adds_bos(lm.tokenizer),
         "max_length": lm.max_length,
+        "truncation": run.truncation,
         "truncated_requests": lm.num_truncated,
         "dtype": str(lm.model.dtype),
         "data": sorted({f"{task.repo_id}: {task.eval_split}" for task in leaves}),
@@ -202,13 +246,11 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
-def _number(value: Any) -> float | None:
-    """lm-eval writes 'N/A' where it has no standard error."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+def _chat_template(run: TaskRun, lm: _QuietLM) -> JsonValue:
+    if not run.chat_template:
+        return None
+    digest = hashlib.sha256(lm.chat_template(True).encode()).hexdigest()
+    return {"sha256": digest, "fewshot_as_multiturn": run.fewshot_as_multiturn}
 
 
 @contextlib.contextmanager
@@ -223,7 +265,7 @@ def _globals_kept() -> Iterator[None]:
     torch.manual_seed(DEFAULT_OTHER_SEED)
     logger.setLevel(logging.ERROR)
     bars.disable_progress_bars()
-    lm_task.tqdm = functools.partial(tqdm, disable=True)
+    lm_task.tqdm = partial(tqdm, disable=True)
     try:
         yield
     finally:

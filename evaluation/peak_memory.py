@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import resource
 import subprocess
 import sys
@@ -19,8 +20,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from evaluation.errors import EvaluationError
-from evaluation.profile_config import ProfileConfig
+from evaluation.profile_config import GridPoint, ProfileConfig
+from evaluation.profile_report import ProfileReport
 from evaluation.report import GIB
+from evaluation.suite import Progress, silent
+
+log = logging.getLogger("slimline")
 
 
 class PeakMemory(BaseModel):
@@ -43,7 +48,9 @@ class PeakMemory(BaseModel):
 def peak_resident_gib(folder: Path, config: ProfileConfig, model_class: str) -> PeakMemory:
     """Load the checkpoint in `folder` in a fresh process, in the dtype it was saved in, and run it once.
 
-    model_class: where the child finds the model's class, "module:name"; code that lies in the folder is not run.
+    config: of one grid point; compiled or not, the plain forward pass is run, for the compiler's own memory is not the
+    model's. model_class: where the child finds the model's class, "module:name"; code that lies in the folder is not
+    run.
     Raises EvaluationError if the process fails, with its last words.
     """
     command = [sys.executable, "-m", "evaluation.peak_memory", str(folder.resolve()), config.model_dump_json()]
@@ -56,6 +63,35 @@ def peak_resident_gib(folder: Path, config: ProfileConfig, model_class: str) -> 
     return PeakMemory.model_validate_json(done.stdout.splitlines()[-1])
 
 
+def with_resident_peaks(
+    report: ProfileReport, folder: Path, config: ProfileConfig, *, model_class: str, progress: Progress = silent
+) -> ProfileReport:
+    """The report with the peak memory of each grid point that has none and that did fit, one process each.
+
+    A child that fails, since the machine has not the memory for another copy of the model or for other reasons, costs
+    its own figure only, with a line in the log.
+    """
+    points = []
+    for index, point in enumerate(report.points):
+        if point.speed is not None and point.peak_memory_gib is None:
+            progress(index / len(report.points), "peak memory")
+            size = GridPoint(**point.model_dump(include=set(GridPoint.model_fields)))
+            try:
+                peak = peak_resident_gib(folder, at_point(config, size), model_class).model_gib
+            except EvaluationError as error:
+                log.warning("%s; the report has no peak memory for %s", error, point.task)
+                peak = None
+            point = point.model_copy(update={"peak_memory_gib": peak})
+        points.append(point)
+    return report.model_copy(update={"points": tuple(points)})
+
+
+def at_point(config: ProfileConfig, point: GridPoint) -> ProfileConfig:
+    """The same options for one grid point alone."""
+    sizes = {name: (getattr(point, name),) for name in ("batch_size", "prompt_len", "new_tokens")}
+    return config.model_copy(update=sizes)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The child: prints one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.peak_memory")
@@ -66,7 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     import torch
 
-    from evaluation.generation import random_prompt, timed_run
+    from evaluation.compiling import set_attention_
+    from evaluation.generation import Runner, random_prompt, timed_run
 
     module, _, name = given.model_class.partition(":")
     model_class: Any = getattr(importlib.import_module(module), name)
@@ -77,7 +114,9 @@ def main(arguments: list[str] | None = None) -> None:
     model = model_class.from_pretrained(
         given.folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
-    timed_run(model, random_prompt(model, given.config), given.config.new_tokens)
+    set_attention_(model, given.config.attn_implementation)
+    runner, (point,) = Runner(model, model), given.config.points
+    timed_run(runner, random_prompt(model, point, given.config.seed), point.new_tokens)
     measured = PeakMemory(libraries_gib=libraries, peak_gib=_high_water_gib())
     sys.stdout.write(measured.model_dump_json() + "\n")
 

@@ -1,24 +1,27 @@
-"""Perplexity of a causal language model over non-overlapping windows of joined texts.
+"""Perplexity of a causal language model over windows of texts, per token, word and byte.
 
-Shapes: N windows, L tokens of a window, B windows of a batch, V vocabulary.
+Shapes: L tokens of a window, K of them predicted, B windows of a batch, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from evaluation.batches import rows_per_batch, run_batches
 from evaluation.errors import EvaluationError
 from evaluation.eval_mode import eval_mode
-from evaluation.suite import Progress, silent
-from evaluation.windows import WindowProtocol
+from evaluation.suite import Means
+from evaluation.window_cutting import Window, select_windows, windows_of
+from evaluation.windows import Normalisation, WindowProtocol, check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,11 +34,30 @@ _FLOAT32_BYTES = 2**27
 
 
 @dataclass(frozen=True)
+class Scored:
+    """A window and the sum over its targets of -log p(target | what is before it in the window), in nats."""
+
+    window: Window
+    nll: float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Something computed from all windows, such as "word_ppl", and its standard error."""
+
+    name: str
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
 class Perplexity:
     """`ppl` = exp(`nll`), `nll` the mean negative log-likelihood in nats over `num_tokens` predicted tokens.
 
-    `stderr` belongs to `ppl`; it takes windows as the unit and is None for a single window. `ppl` is inf if it is
-    beyond a float.
+    normalised: word_ppl, byte_ppl and bits_per_byte, if the protocol asks for them, over `num_words` and `num_bytes`
+    (see `windows.Normalisation`). A standard error takes windows as the unit, as if they were drawn independently of
+    one another: neighbours in a document, and still more overlapping ones, are alike, so it rather is too small. It is
+    None for a single window. `ppl` is inf if it is beyond a float.
     """
 
     ppl: float
@@ -43,6 +65,9 @@ class Perplexity:
     stderr: float | None
     num_windows: int
     num_tokens: int
+    num_words: float = 0.0
+    num_bytes: float = 0.0
+    normalised: tuple[Figure, ...] = ()
 
 
 def perplexity(
@@ -50,92 +75,62 @@ def perplexity(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     protocol: WindowProtocol,
-    *,
-    batch_size: int = 1,
-    progress: Progress = silent,
+    means: Means = Means(),
 ) -> Perplexity:
     """Measure `model` on `texts`, on the device and in the dtype it has; log-likelihoods are summed in float64.
 
-    Raises EvaluationError if the texts are too short, the window too long for the model, a BOS token is asked of a
-    tokenizer without one, or the model gives NaN.
+    Raises EvaluationError if the texts are too short, the window too long for the model, the protocol contradicts
+    itself, a token is asked of a tokenizer without one, or the model gives NaN.
     """
-    check_fits(model, protocol.window)
+    return summary(score_windows(model, tokenizer, texts, protocol, means), protocol)
+
+
+def score_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    protocol: WindowProtocol,
+    means: Means = Means(),
+) -> list[Scored]:
+    """The windows that `perplexity` measures, in their order. Raises what it raises."""
+    check_length(protocol.window, longest_context(model))
     windows = select_windows(windows_of(tokenizer, texts, protocol), protocol)
-    rows = rows_per_forward(int(model.config.vocab_size), protocol.window, model.dtype.itemsize, batch_size)
-    sums: list[float] = []
-    for batch_BL in _batches(windows, rows):
-        nll_B = window_nll(model, batch_BL)
-        if bool(torch.isnan(nll_B).any()):
-            raise EvaluationError(
-                f"the model gives NaN on {len(batch_BL)} windows of {batch_BL.shape[1]} tokens: its weights are broken "
-                f"or {model.dtype} overflows; evaluate in float32 or prune less"
-            )
-        sums.extend(nll_B.tolist())
-        progress(len(sums) / len(windows), f"{len(sums)} of {len(windows)} windows of {protocol.window} tokens")
-    return _summary(sums, [len(window) - 1 for window in windows])
+    batches = _batches(model, windows, means)
+    results = run_batches(
+        model,
+        window_nlls,
+        [[windows[index] for index in batch] for batch in batches],
+        means,
+        told=lambda done: f"{done} of {len(windows)} windows of {protocol.window} tokens",
+    )
+    found = dict(zip(chain.from_iterable(batches), chain.from_iterable(results), strict=True))
+    return [Scored(window, found[index]) for index, window in enumerate(windows)]
 
 
-def check_fits(model: PreTrainedModel, window: int) -> None:
-    """Raise EvaluationError if the model has no positions for a window of so many tokens."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and window > limit:
-        raise EvaluationError(
-            f"a window of {window} tokens is longer than the model's max_position_embeddings of {limit}; "
-            f"ask for a window of at most {limit}"
-        )
-
-
-def windows_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], protocol: WindowProtocol) -> list[Tensor]:
-    """All windows of the joined texts, each an int64 tensor (L,).
-
-    Full windows, then the shorter rest if `keep_last_partial` asks for it or if it is all there is. A rest of one
-    token predicts nothing and is left out. The tokenizer never adds BOS itself: some do by default and some do not,
-    and the figure must not depend on it.
-    """
-    ids = tokenizer(protocol.join.join(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    head = [] if protocol.bos == "none" else [_bos_id(tokenizer, protocol)]
-    stream = torch.tensor(head + list(ids) if protocol.bos == "once" else list(ids), dtype=torch.long)
-    per_window = torch.tensor(head if protocol.bos == "per_window" else [], dtype=torch.long)
-    length = protocol.window - len(per_window)
-    pieces = [torch.cat([per_window, piece]) for piece in torch.split(stream, length)] if len(stream) else []
-    full = [piece for piece in pieces if len(piece) == protocol.window]
-    rest = [piece for piece in pieces[len(full) :] if len(piece) >= 2]
-    if not full and not rest:
-        raise EvaluationError(
-            f"the {len(texts)} texts hold {len(ids)} tokens with bos='{protocol.bos}', too few to predict one; "
-            "give a longer text or another split"
-        )
-    return full + rest if protocol.keep_last_partial or not full else full
-
-
-def select_windows(windows: list[Tensor], protocol: WindowProtocol) -> list[Tensor]:
-    """The windows to measure: all of them, or the first `max_windows` of a seeded permutation."""
-    if protocol.max_windows is None:
-        return windows
-    generator = torch.Generator().manual_seed(protocol.window_seed)
-    order = torch.randperm(len(windows), generator=generator)[: protocol.max_windows]
-    return [windows[index] for index in order.tolist()]
+def longest_context(model: PreTrainedModel) -> int | None:
+    """The model's max_position_embeddings in tokens; None if it states none."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
 
 
 @torch.inference_mode()
-def window_nll(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
-    """Sum over each window of -log p(token | the tokens before it in the window): (B,) float64 on the CPU.
+def window_nlls(model: PreTrainedModel, windows: Sequence[Window]) -> list[float]:
+    """Of each window, the sum over its targets of -log p(target | what is before it in the window), in nats.
 
-    The logits are upcast to float32 in slices, so a large vocabulary does not cost a full float32 copy.
+    The logits are upcast to float32 in slices, so a large vocabulary does not cost a full float32 copy, and the sum is
+    taken in float64. Shorter windows are filled up at the right, which no causal model sees. Raises EvaluationError for
+    NaN.
     """
-    ids_BL = ids_BL.to(model.device)
+    inputs_BL = _filled(windows).to(model.device)
     with eval_mode(model):
-        logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
-    rows_RV = logits_BLV[:, :-1].flatten(0, 1)
-    targets_R = ids_BL[:, 1:].flatten()
-    step = max(1, _FLOAT32_BYTES // (4 * rows_RV.shape[1]))
-    nll_R = torch.cat(
-        [
-            cross_entropy(slice_SV.float(), targets_S, reduction="none")
-            for slice_SV, targets_S in zip(torch.split(rows_RV, step), torch.split(targets_R, step), strict=True)
-        ]
-    )
-    return nll_R.to("cpu", torch.float64).view(len(ids_BL), -1).sum(1)
+        logits_BLV = model(input_ids=inputs_BL, use_cache=False).logits
+    sums = [_nll(logits_LV, window) for logits_LV, window in zip(logits_BLV, windows, strict=True)]
+    if any(map(math.isnan, sums)):
+        raise EvaluationError(
+            f"the model gives NaN on {len(windows)} windows of {inputs_BL.shape[1]} tokens: its weights are broken "
+            f"or {model.dtype} overflows; evaluate in float32 or prune less"
+        )
+    return sums
 
 
 def rows_per_forward(vocab_size: int, window: int, itemsize: int, batch_size: int) -> int:
@@ -143,35 +138,93 @@ def rows_per_forward(vocab_size: int, window: int, itemsize: int, batch_size: in
     return max(1, min(batch_size, _LOGITS_BYTES // (vocab_size * window * itemsize)))
 
 
-def _batches(windows: list[Tensor], batch_size: int) -> Iterator[Tensor]:
-    """Batches (B, L) of equal length, in order, so that nothing is ever padded."""
-    for _, group in groupby(windows, key=len):
-        equal = list(group)
-        for start in range(0, len(equal), batch_size):
-            yield torch.stack(equal[start : start + batch_size])
+def summary(scored: Sequence[Scored], protocol: WindowProtocol) -> Perplexity:
+    """The figures over all windows: sums over sums, so that each token (word, byte) has the same weight."""
+    sums = [entry.nll for entry in scored]
+    tokens = [float(len(entry.window.targets)) for entry in scored]
+    nll, error = _ratio(sums, tokens)
+    ppl = _exponential("ppl", nll, error)
+    words = [entry.window.num_words for entry in scored]
+    num_bytes = [entry.window.num_bytes for entry in scored]
+    return Perplexity(
+        ppl=ppl.value,
+        nll=nll,
+        stderr=ppl.stderr,
+        num_windows=len(scored),
+        num_tokens=int(sum(tokens)),
+        num_words=math.fsum(words),
+        num_bytes=math.fsum(num_bytes),
+        normalised=_normalised(protocol.normalise, sums, words, num_bytes),
+    )
 
 
-def _summary(sums: list[float], tokens: list[int]) -> Perplexity:
-    total = sum(tokens)
-    nll = math.fsum(sums) / total
-    ppl = math.exp(nll) if nll < 709 else math.inf
-    return Perplexity(ppl, nll, _stderr(sums, tokens, nll, ppl), len(sums), total)
+def _batches(model: PreTrainedModel, windows: Sequence[Window], means: Means) -> list[list[int]]:
+    """Indices of the windows, longest first; windows of one length keep their order and are never filled up."""
+    config = model.config.get_text_config()
+    order = sorted(range(len(windows)), key=lambda index: -len(windows[index].inputs))
+    batches: list[list[int]] = []
+    start = 0
+    while start < len(order):
+        length = len(windows[order[start]].inputs)
+        wanted = rows_per_batch(model, length, means)
+        rows = rows_per_forward(int(config.vocab_size), length, model.dtype.itemsize, wanted)
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
 
 
-def _stderr(sums: list[float], tokens: list[int], nll: float, ppl: float) -> float | None:
-    """Standard error of a ratio of sums over windows, carried through exp by the delta method: d ppl = ppl * d nll."""
-    count = len(sums)
-    if count < 2 or not math.isfinite(ppl):
-        return None
-    squares = math.fsum((s - nll * t) ** 2 for s, t in zip(sums, tokens, strict=True))
-    return ppl * math.sqrt(count / (count - 1) * squares) / sum(tokens)
+def _filled(windows: Sequence[Window]) -> Tensor:
+    ids_BL = np.zeros((len(windows), max(len(window.inputs) for window in windows)), dtype=np.int64)
+    for row, window in enumerate(windows):
+        ids_BL[row, : len(window.inputs)] = window.inputs
+    return torch.from_numpy(ids_BL)
 
 
-def _bos_id(tokenizer: PreTrainedTokenizerBase, protocol: WindowProtocol) -> int:
-    bos: Any = tokenizer.bos_token_id
-    if bos is None:
-        raise EvaluationError(
-            f"bos='{protocol.bos}' is asked, but the tokenizer {type(tokenizer).__name__} has no BOS token; "
-            "set bos: none"
-        )
-    return int(bos)
+def _nll(logits_LV: Tensor, window: Window) -> float:
+    rows_KV = logits_LV[window.first : window.first + len(window.targets)]
+    targets_K = torch.from_numpy(window.targets.copy()).to(logits_LV.device)
+    step = max(1, _FLOAT32_BYTES // (4 * rows_KV.shape[1]))
+    nll_K = torch.cat(
+        [
+            cross_entropy(slice_SV.float(), targets_S, reduction="none")
+            for slice_SV, targets_S in zip(torch.split(rows_KV, step), torch.split(targets_K, step), strict=True)
+        ]
+    )
+    return float(nll_K.to("cpu", torch.float64).sum())
+
+
+def _normalised(
+    wanted: Sequence[Normalisation], sums: Sequence[float], words: Sequence[float], num_bytes: Sequence[float]
+) -> tuple[Figure, ...]:
+    found: list[Figure] = []
+    if {"word", "lm_eval_word"} & set(wanted):
+        found.append(_exponential("word_ppl", *_ratio(sums, words)))
+    if "byte" in wanted:
+        nll, error = _ratio(sums, num_bytes)
+        found.append(_exponential("byte_ppl", nll, error))
+        in_bits = None if error is None else error / math.log(2)
+        found.append(Figure("bits_per_byte", nll / math.log(2), in_bits))
+    return tuple(found)
+
+
+def _ratio(sums: Sequence[float], weights: Sequence[float]) -> tuple[float, float | None]:
+    """sum(sums) / sum(weights), and its standard error over windows by the delta method (None for one window).
+
+    inf where there is nothing to divide by: a figure per word of windows in which no word begins.
+    """
+    total, count = math.fsum(weights), len(sums)
+    if total == 0:
+        return math.inf, None
+    mean = math.fsum(sums) / total
+    if count < 2 or not math.isfinite(mean):
+        return mean, None
+    squares = math.fsum((s - mean * w) ** 2 for s, w in zip(sums, weights, strict=True))
+    return mean, math.sqrt(count / (count - 1) * squares) / total
+
+
+def _exponential(name: str, mean: float, error: float | None) -> Figure:
+    """exp of a mean; d exp(x) = exp(x) dx."""
+    if mean >= 709:
+        return Figure(name, math.inf, None)
+    value = math.exp(mean)
+    return Figure(name, value, None if error is None else value * error)

@@ -1,23 +1,49 @@
-"""Speed and size of a model, alone or turn and turn about with a reference in the same process."""
+"""Speed and size of a model over a grid of batch sizes and lengths, alone or beside a reference in the same process."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor
 
+from evaluation.compiling import check_compiler, runner_of, set_attention_
 from evaluation.device import device_name
 from evaluation.eval_mode import eval_mode
-from evaluation.generation import TimedRun, random_prompt, timed_run
-from evaluation.profile_config import ProfileConfig
-from evaluation.report import GIB, Comparison, ProfileReport, Timing
+from evaluation.generation import Generation, Runner, TimedRun, random_prompt, timed_run
+from evaluation.macs import (
+    attention_macs,
+    attention_shapes,
+    count_parameters,
+    linear_macs_per_token,
+    weight_bytes,
+)
+from evaluation.memory import short_of_memory
+from evaluation.power import Meter, Reading, mean_reading, meter_of
+from evaluation.profile_config import GridPoint, ProfileConfig
+from evaluation.profile_report import Comparison, PointReport, ProfileReport, Ratio, Speed, Timing
+from evaluation.report import GIB
 from evaluation.suite import Progress, silent
+from evaluation.turns import TURN_CLOCKS, TurnRatios, TurnRules, num_turn_threads, take_turns, turn_threads
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel
+
+log = logging.getLogger("slimline")
+
+T = TypeVar("T")
+
+_CUDA_TOKENS_PER_TURN = 8
+_LLM_PRUNER_LENGTH = 64
+"""Tokens for which LLM-Pruner prints multiply-accumulates."""
 
 
 def profile(
@@ -26,64 +52,180 @@ def profile(
     *,
     reference: PreTrainedModel | None = None,
     device: str | torch.device = "cpu",
+    meter: Meter | None = None,
     progress: Progress = silent,
 ) -> ProfileReport:
     """Time `model` on `device`, to which it (and the reference) is moved, in the dtype it has; a model that was loaded
     with a device map stays spread.
 
-    With a reference the runs alternate, reference first: the machine's slow spells strike both, and the ratios of
-    paired runs stay meaningful where the milliseconds do not. Raises EvaluationError if the lengths exceed the model's
-    positions.
+    Latencies come from whole runs of one model, in turns with the reference's: ratios to it from shorter turns (see
+    `turns`). A grid point that does not fit into memory is reported as such and the others go on. meter: tells power
+    and utilisation; None asks the device. Raises EvaluationError if the lengths exceed the model's positions, for an
+    attention implementation that the model does not have, and for `compile` without a compiler.
     """
     models = [model] if reference is None else [reference, model]
     for each in models:
+        config.check_lengths(getattr(each.config, "max_position_embeddings", None))
+    if config.compile:
+        check_compiler(device)
+    for each in models:
         each.to(device)
+        set_attention_(each, config.attn_implementation)
     with eval_mode(*models):
-        runs = _alternate(models, config, progress)
-        peak = _peak_cuda_gib(model, config)
-    own = runs[-1]
-    decode = _timing([run.decode_ms_per_token for run in own])
+        shapes = attention_shapes(model)
+        runners = [runner_of(each, compiled=config.compile) for each in models]
+        bench = _Bench(config, runners, meter or meter_of(_devices(model)))
+        points = []
+        for index, point in enumerate(config.points):
+            report = bench.measure(point, _part(progress, index, len(config.points), point.task))
+            macs = attention_macs(shapes, batch_size=point.batch_size, length=point.prompt_len)
+            points.append(report.model_copy(update={"attention_macs": macs}))
+    per_token = linear_macs_per_token(model)
     return ProfileReport(
-        prefill_ms=_timing([run.prefill_ms for run in own]),
-        decode_ms_per_token=decode,
-        tokens_per_s=1000 * config.batch_size / decode.p50,
-        num_parameters=_count(model),
-        num_decoder_parameters=_count(model.get_decoder().get_submodule("layers")),
-        linear_macs_per_token=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)),
-        weights_gib=_weight_bytes(model) / GIB,
-        kv_cache_bytes_per_token=own[0].kv_cache_bytes_per_token,
-        peak_memory_gib=peak,
-        comparison=None if reference is None else _comparison(runs[0], own),
+        num_parameters=count_parameters(model),
+        num_decoder_parameters=count_parameters(model.get_decoder().get_submodule("layers")),
+        linear_macs_per_token=per_token,
+        macs_64_tokens=_LLM_PRUNER_LENGTH * per_token + attention_macs(shapes, batch_size=1, length=_LLM_PRUNER_LENGTH),
+        weights_gib=weight_bytes(model) / GIB,
+        kv_cache_bytes_per_token=sum(shape.cache_bytes_per_token for shape in shapes),
+        points=tuple(points),
         device=str(model.device),
         device_name=device_name(str(model.device)),
         dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         attn_implementation=getattr(model.config, "_attn_implementation", None),
-        **config.model_dump(exclude={"seed"}),
+        ratio_clock=_turn_clock(model),
+        ratio_threads=num_turn_threads(_turn_clock(model)),
+        **config.model_dump(include={"compile", "warmup", "runs", "ratio_precision", "ratio_seconds"}),
     )
 
 
-def _alternate(models: Sequence[PreTrainedModel], config: ProfileConfig, progress: Progress) -> list[list[TimedRun]]:
-    """The timed runs of each model, taken in turns."""
-    prompts = [random_prompt(model, config) for model in models]
-    runs: list[list[TimedRun]] = [[] for _ in models]
-    total = config.warmup + config.runs
-    for turn in range(total):
-        for model, prompt_BL, kept in zip(models, prompts, runs, strict=True):
-            run = timed_run(model, prompt_BL, config.new_tokens)
-            if turn >= config.warmup:
-                kept.append(run)
-        progress((turn + 1) / total, f"{turn + 1} of {total} runs")
-    return runs
+@dataclass(frozen=True)
+class _Bench:
+    """runners: the reference, if there is one, and the measured model, which is the last."""
+
+    config: ProfileConfig
+    runners: Sequence[Runner]
+    meter: Meter | None
+
+    def measure(self, point: GridPoint, progress: Progress) -> PointReport:
+        """All figures of one grid point, as many of them as memory allows."""
+        report = PointReport(**point.model_dump(), attention_macs=0)
+        whole_runs = partial(self._whole_runs, point, progress)
+        runs = self._fitting(lambda: whole_runs(self.runners))
+        if runs is None and len(self.runners) == 2:
+            with _moved_away(self.runners[0].model):
+                runs = self._fitting(lambda: whole_runs(self.runners[1:]))
+        if runs is None:
+            log.warning("%s: out of memory, no figures for this grid point", _sizes(point))
+            return report
+        update: dict[str, Any] = {"speed": _speed(runs[-1], point), "peak_memory_gib": self._peak_cuda_gib(point)}
+        reading = self._reading(point)
+        update |= {"power_w": reading.power_w, "utilization_percent": reading.utilization_percent}
+        if len(self.runners) == 2:
+            update["comparison"] = self._comparison(point, runs, progress)
+        return report.model_copy(update=update)
+
+    def _whole_runs(self, point: GridPoint, progress: Progress, runners: Sequence[Runner]) -> list[list[TimedRun]]:
+        """The timed runs of each model: one after the other, who goes first changes (ABBA)."""
+        prompts = self._prompts(point, runners)
+        runs: list[list[TimedRun]] = [[] for _ in runners]
+        total = self.config.warmup + self.config.runs
+        for turn in range(total):
+            order = range(len(runners)) if turn % 2 == 0 else reversed(range(len(runners)))
+            for index in order:
+                run = timed_run(runners[index], prompts[index], point.new_tokens)
+                if turn >= self.config.warmup:
+                    runs[index].append(run)
+            share = (turn + 1) / total
+            progress(share / len(self.runners), f"{turn + 1} of {total} runs")
+        return runs
+
+    def _comparison(self, point: GridPoint, runs: list[list[TimedRun]], progress: Progress) -> Comparison | None:
+        """None if the reference did not fit beside the model."""
+        if len(runs) == 1:
+            log.warning("%s: the reference does not fit beside the model, no ratios", _sizes(point))
+            return None
+        ratios = self._fitting(lambda: self._turns(point, progress))
+        if ratios is None:
+            log.warning("%s: the caches of both models do not fit at once, no ratios", _sizes(point))
+        reference = _speed(runs[0], point)
+        return Comparison(
+            prefill_ms=reference.prefill_ms,
+            decode_ms_per_token=reference.decode_ms_per_token,
+            latency_ms=reference.latency_ms,
+            prefill_ratio=ratios.prefill if ratios else None,
+            decode_ratio=ratios.decode if ratios else None,
+            latency_ratio=_latency_ratio(ratios, reference) if ratios else None,
+        )
+
+    def _turns(self, point: GridPoint, progress: Progress) -> TurnRatios:
+        on_cuda = any(runner.device.type == "cuda" for runner in self.runners)
+        rules = TurnRules(
+            new_tokens=point.new_tokens,
+            min_rounds=self.config.runs,
+            precision=self.config.ratio_precision,
+            seconds=self.config.ratio_seconds,
+            shortest_turn=_CUDA_TOKENS_PER_TURN if on_cuda else 1,
+        )
+        prompts = self._prompts(point, self.runners)
+        begin = [partial(Generation, runner, prompt) for runner, prompt in zip(self.runners, prompts, strict=True)]
+        clock_name = _turn_clock(self.runners[-1].model)
+        with turn_threads(clock_name):
+            return take_turns(
+                begin,
+                rules,
+                turn_clock=TURN_CLOCKS[clock_name],
+                progress=lambda share, message: progress((1 + share) / 2, message),
+            )
+
+    def _prompts(self, point: GridPoint, runners: Sequence[Runner]) -> list[Tensor]:
+        return [random_prompt(runner.model, point, self.config.seed) for runner in runners]
+
+    def _reading(self, point: GridPoint) -> Reading:
+        """While the model generates, and the reference does not."""
+        if self.meter is None:
+            return Reading()
+        runner = self.runners[-1]
+        prompt_BL = random_prompt(runner.model, point, self.config.seed)
+        return mean_reading(self.meter, lambda: timed_run(runner, prompt_BL, point.new_tokens))
+
+    def _peak_cuda_gib(self, point: GridPoint) -> float | None:
+        """Peak of one run, without whatever else (the reference) lives on the devices; None on CPU."""
+        runner = self.runners[-1]
+        devices = _devices(runner.model)
+        if any(device.type != "cuda" for device in devices):
+            return None
+        others = sum(map(torch.cuda.memory_allocated, devices)) - weight_bytes(runner.model)
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        timed_run(runner, random_prompt(runner.model, point, self.config.seed), point.new_tokens)
+        return (sum(map(torch.cuda.max_memory_allocated, devices)) - others) / GIB
+
+    def _fitting(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns, or None if memory runs out."""
+        try:
+            return work()
+        except Exception as error:
+            if not short_of_memory(error):
+                raise
+            # the traceback holds the tensors that fill the memory
+            error.__traceback__ = None
+        _free()
+        return None
 
 
-def _comparison(reference: list[TimedRun], own: list[TimedRun]) -> Comparison:
-    pairs = list(zip(reference, own, strict=True))
-    return Comparison(
-        prefill_ms=_timing([run.prefill_ms for run in reference]),
-        decode_ms_per_token=_timing([run.decode_ms_per_token for run in reference]),
-        prefill_ratio=statistics.median(b.prefill_ms / a.prefill_ms for a, b in pairs),
-        decode_ratio=statistics.median(b.decode_ms_per_token / a.decode_ms_per_token for a, b in pairs),
+def _speed(runs: Sequence[TimedRun], point: GridPoint) -> Speed:
+    latency = _timing([run.latency_ms for run in runs])
+    decode_ms = [run.decode_ms_per_token for run in runs if run.decode_ms_per_token is not None]
+    decode = _timing(decode_ms) if decode_ms else None
+    return Speed(
+        prefill_ms=_timing([run.prefill_ms for run in runs]),
+        ttft_ms=_timing([run.ttft_ms for run in runs]),
+        decode_ms_per_token=decode,
+        latency_ms=latency,
+        tokens_per_s=1000 * point.batch_size * point.new_tokens / latency.p50,
+        decode_tokens_per_s=1000 * point.batch_size / decode.p50 if decode else None,
     )
 
 
@@ -92,21 +234,47 @@ def _timing(values_ms: list[float]) -> Timing:
     return Timing(p50=float(values.quantile(0.5)), p90=float(values.quantile(0.9)))
 
 
-def _peak_cuda_gib(model: PreTrainedModel, config: ProfileConfig) -> float | None:
-    """Peak of one run, without whatever else (the reference) lives on the device; None on CPU."""
-    if model.device.type != "cuda":
-        return None
-    others = torch.cuda.memory_allocated(model.device) - _weight_bytes(model)
-    torch.cuda.reset_peak_memory_stats(model.device)
-    timed_run(model, random_prompt(model, config), config.new_tokens)
-    return (torch.cuda.max_memory_allocated(model.device) - others) / GIB
+def _latency_ratio(ratios: TurnRatios, reference: Speed) -> float:
+    share = min(1.0, reference.ttft_ms.p50 / reference.latency_ms.p50)
+    decode: Ratio = ratios.decode or ratios.prefill
+    return share * ratios.prefill.value + (1 - share) * decode.value
 
 
-def _count(module: nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in module.parameters())
+@contextmanager
+def _moved_away(model: PreTrainedModel) -> Iterator[None]:
+    """The model in the host's memory inside, so that another has its device to itself; a spread one stays."""
+    device = model.device
+    if device.type == "cpu" or getattr(model, "hf_device_map", None):
+        yield
+        return
+    model.to("cpu")
+    _free()
+    try:
+        yield
+    finally:
+        model.to(device)
 
 
-def _weight_bytes(model: nn.Module) -> int:
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _turn_clock(model: PreTrainedModel) -> str:
+    """A CPU's own time where the model computes on CPU; an accelerator's work is not in it."""
+    on_cpu = all(device.type == "cpu" for device in _devices(model))
+    return "processor time" if on_cpu else "wall clock"
+
+
+def _devices(model: PreTrainedModel) -> tuple[torch.device, ...]:
+    return tuple(dict.fromkeys(parameter.device for parameter in model.parameters()))
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA was not used
+
+
+def _part(progress: Progress, index: int, count: int, task: str) -> Progress:
+    """The progress of one grid point within that of all."""
+    name = f"{task}: " if count > 1 else ""
+    return lambda share, message: progress((index + share) / count, name + message)
+
+
+def _sizes(point: GridPoint) -> str:
+    return f"batch {point.batch_size}, prompt {point.prompt_len}, {point.new_tokens} new tokens"

@@ -13,10 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evaluation.errors import EvaluationError
 from evaluation.suite import DataNeed
+from evaluation.task_yaml import load_yaml
 
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The seven zero-shot tasks of LLM-Pruner, Shortened LLaMA and SlimGPT."""
@@ -32,6 +31,7 @@ _FILES = {
     "openbookqa": "openbookqa/openbookqa.yaml",
 }
 _MMLU_FOLDER = "mmlu/default"
+_LONGBENCH_PREFIX = "longbench_"
 
 _NAME = re.compile(rb"""^["']?(group|task)["']?:[ \t]*["']?([\w.:/+-]+)""", re.MULTILINE)
 
@@ -87,7 +87,7 @@ def stock_task(name: str) -> StockTask:
     Raises EvaluationError for an unknown name (naming near ones), for a group, and for tasks that cannot be run here:
     those that run code a model wrote, and those that load their data in Python and so cannot be given a local folder.
     """
-    path = tasks_folder() / _FILES[name] if name in _FILES else None
+    path = _usual_path(name)
     if path is None or not path.is_file():
         path = _find(name)
     task = StockTask(name, path, _settings(path))
@@ -102,6 +102,7 @@ def stock_task(name: str) -> StockTask:
     return task
 
 
+@lru_cache(maxsize=1)
 def mmlu_tasks() -> tuple[StockTask, ...]:
     """MMLU's 57 subjects and its five groups (all, humanities, social sciences, STEM, other)."""
     paths = sorted((tasks_folder() / _MMLU_FOLDER).glob("*.yaml"))
@@ -133,6 +134,12 @@ def _known() -> dict[str, Path]:
     return known
 
 
+def _usual_path(name: str) -> Path | None:
+    if name.startswith(_LONGBENCH_PREFIX):
+        return tasks_folder() / "longbench" / f"{name.removeprefix(_LONGBENCH_PREFIX)}.yaml"
+    return tasks_folder() / _FILES[name] if name in _FILES else None
+
+
 def _find(name: str) -> Path:
     known = _known()
     if name not in known:
@@ -142,16 +149,9 @@ def _find(name: str) -> Path:
     return known[name]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which `!function module.name` is just its text."""
-
-
-_Loader.add_constructor("!function", lambda loader, node: str(node.value))
-
-
 def _settings(path: Path) -> dict[str, Any]:
     """The file's settings over those of the files it includes; as lm-eval merges them, the file itself wins."""
-    own: dict[str, Any] = yaml.load(path.read_bytes(), Loader=_Loader)
+    own: dict[str, Any] = load_yaml(path.read_bytes())
     included = own.pop("include", None) or []
     merged: dict[str, Any] = {}
     for other in [included] if isinstance(included, str) else included:

@@ -1,16 +1,24 @@
 """What every module in `evaluation/suites` is given and gives: the words of the plug-in contract.
 
-A suite offers `VERSION`, `Config`, `needs(config)`, `check(config)` and `evaluate(model, tokenizer, data, config, *,
-batch_size, progress)`. Nothing here imports torch, so a run can be planned without it.
+A suite offers `VERSION`, `IMPORTS` (the heavy modules that it needs), `Config`, `needs(config)`, `check(config)`,
+`check_model(config, facts)` and `evaluate(model, tokenizer, data, config, means)`, which gives a SuiteResult. With
+`COMPARES = True` it measures against the dense model, and its `evaluate` takes that too, as `reference`. Nothing here
+imports torch: a run can be planned without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from evaluation.crew import Crew
+    from evaluation.report import EvalReport
+    from evaluation.samples import Sample
 
 Progress = Callable[[float, str], None]
 """Called with the share done in [0, 1] and a short message."""
@@ -18,6 +26,38 @@ Progress = Callable[[float, str], None]
 
 def silent(share: float, message: str) -> None:
     """The progress of those who do not want to know."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """How to measure, never what: nothing here changes a figure.
+
+    batch_size: most rows of a forward pass; None for as many as memory takes. crew: further copies of the model, in
+    other processes, that take a part of the rows.
+    """
+
+    batch_size: int | None = None
+    progress: Progress = silent
+    crew: Crew | None = None
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """The figures of a suite, and what they are the averages of."""
+
+    report: EvalReport
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before it is loaded; None: it is not known.
+
+    max_position_embeddings: tokens. has_chat_template: of its tokenizer.
+    """
+
+    max_position_embeddings: int | None = None
+    has_chat_template: bool | None = None
 
 
 class SuiteConfig(BaseModel):
@@ -34,13 +74,24 @@ class DataNeed(BaseModel):
     repo_id: str
     config: str | None = None
     split: str
+    revision: str | None = None
 
 
 class SuiteData(Protocol):
     """Where a suite gets its data; the caller knows about mirrors and the hub, the suite does not."""
 
-    def texts(self, dataset: str, *, config: str | None, split: str, text_field: str) -> list[str]:
-        """One text per row, in the order of the data set."""
+    def texts(
+        self,
+        dataset: str,
+        *,
+        config: str | None,
+        split: str,
+        text_field: str,
+        data_files: str | None = None,
+        revision: str | None = None,
+    ) -> list[str]:
+        """One text per row, in the order of the data set. data_files: read these files of it instead of a split.
+        revision: of the hub."""
         ...
 
     def folder(self, repo_id: str) -> Path | None:

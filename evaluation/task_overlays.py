@@ -37,7 +37,9 @@ def _data_settings(task: StockTask, folder: LocalFolder | None, num_fewshot: int
     settings: dict[str, Any] = {} if num_fewshot else {"fewshot_split": task.eval_split}
     if folder is None:
         return settings
-    folder.require(task, [need.split for need in task.needs(num_fewshot)])
+    splits = [need.split for need in task.needs(num_fewshot)]
+    folder.require(task, splits)
+    read = folder.write_excerpt(scratch / "data" / task.name, task.config, splits)
     # `datasets` keys its cache of a local folder on the README, not on the files: edited data would be served stale.
     kwargs = (task.settings.get("dataset_kwargs") or {}) | {"cache_dir": str(scratch / "datasets")}
-    return settings | {"dataset_path": str(folder.path.resolve()), "dataset_kwargs": kwargs}
+    return settings | {"dataset_path": str(read.resolve()), "dataset_kwargs": kwargs}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 
-from flows.commands import looking, nights, retrying, runs, serving, store
+from flows.commands import comparing, looking, nights, retrying, runs, serving, store
 from flows.commands.app import app
 from flows.environment import log_to_terminal
 from flows.errors import USER_ERRORS, StagesFailed
 from flows.night_outcome import NightFailed
 from infra.secrets import redacted
 
-__all__ = ["app", "looking", "main", "nights", "retrying", "runs", "serving", "store"]
+__all__ = ["app", "comparing", "looking", "main", "nights", "retrying", "runs", "serving", "store"]
 
 log = logging.getLogger("slimline")
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from flows.steps import Choice, PruneStep, RecoverStep, Variant, percent
+from infra.result_rows import DENSE
 
-DENSE = "dense"
+__all__ = ["DENSE", "Derivation", "derive", "ends"]
 
 
 @dataclass(frozen=True)

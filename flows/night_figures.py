@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from evaluation.comparison import Figure, Judgement, judge
 from flows.night_outcome import CellOutcome, GateOutcome
 from flows.night_spec import Gate
+from infra.errors import ArtifactMissing
 from infra.result_rows import MetricRow, NightFigureRow
+from tasks.pairing import Reports, is_of
+
+if TYPE_CHECKING:
+    from evaluation.paired import Paired
+
+_FEWEST_ITEMS = 20
+"""Of fewer items no paired test can show a difference beside many others: its p-value is at least 2 / 2^items."""
 
 _Place = tuple[str, str, str, str, str]
 """Cell, checkpoint, suite, task, metric: what a figure is a figure of, from night to night."""
@@ -16,23 +25,31 @@ _Question = tuple[str, str, str, str | None]
 
 
 def compare(
-    night_id: str, cells: Sequence[CellOutcome], before: Iterable[NightFigureRow], *, alpha: float, tolerance: float
+    night_id: str,
+    cells: Sequence[CellOutcome],
+    before: Iterable[NightFigureRow],
+    reports: Reports,
+    *,
+    alpha: float,
+    tolerance: float,
 ) -> tuple[NightFigureRow, ...]:
     """A row per figure of this night, then one for each that is gone. before: the figures of the last good night.
 
-    A figure that comes from the very stage from which it came before was not measured again and is the same.
+    A figure that comes from the very stage from which it came before was not measured again and is the same. Where the
+    samples of both nights are in the store and are of the same items, the test is paired.
     """
     known = {_place(row.cell, row): row for row in before if row.verdict != "gone"}
     pairs = [(cell.name, now, known.get(_place(cell.name, now))) for cell in cells for now in cell.metrics]
     questions = {_question(now, then): (now, then) for _, now, then in pairs if not _untouched(now, then)}
+    paired = _paired(questions, reports)
     answers = judge(
         [(_figure(now), _figure(then) if then else None) for now, then in questions.values()],
         alpha=alpha,
         tolerance=tolerance,
+        paired=[paired[question].p_value if question in paired else None for question in questions],
     )
     judged = dict(zip(questions, answers, strict=True))
-    same = Judgement("same")
-    rows = [_row(night_id, cell, now, then, judged.get(_question(now, then), same)) for cell, now, then in pairs]
+    rows = [_judged_row(night_id, cell, now, then, judged, paired) for cell, now, then in pairs]
     here = {_place(row.cell, row) for row in rows}
     names = {cell.name for cell in cells}
     gone = [row for place, row in known.items() if place not in here and row.cell in names]
@@ -95,6 +112,33 @@ def _loss(row: NightFigureRow) -> float:
     return loss / abs(row.before_value) if row.before_value else float("inf") * loss
 
 
+def _paired(
+    questions: Mapping[_Question, tuple[MetricRow, NightFigureRow | None]], reports: Reports
+) -> dict[_Question, Paired]:
+    """What is known of questions from the samples of both nights."""
+    stages = {(now.stage_key, then.stage_key) for now, then in questions.values() if then is not None}
+    # a stage that was made again has replaced the samples of before
+    known = {both: _pairs(both, reports) for both in sorted(stages) if both[0] != both[1]}
+    found: dict[_Question, Paired] = {}
+    for question, (now, then) in questions.items():
+        pair = known.get((now.stage_key, then.stage_key), {}).get((now.task, now.metric)) if then else None
+        if pair is not None and then is not None and is_of(pair, now.value, then.value):
+            found[question] = pair
+    return found
+
+
+def _pairs(stages: tuple[str, str], reports: Reports) -> dict[tuple[str, str], Paired]:
+    from evaluation.paired import pair
+
+    try:
+        now, then = (reports.read(stage) for stage in stages)
+    except ArtifactMissing:
+        return {}
+    averages = [average for average in now.averages if average in then.averages]
+    found, _ = pair(now.samples, then.samples, averages=averages)
+    return {(each.task, each.metric): each for each in found if each.num_items >= _FEWEST_ITEMS}
+
+
 def _place(cell: str, row: MetricRow | NightFigureRow) -> _Place:
     return cell, row.checkpoint, row.suite, row.task, row.metric
 
@@ -113,7 +157,17 @@ def _figure(row: MetricRow | NightFigureRow) -> Figure:
     return Figure(row.value, row.stderr, row.higher_is_better)
 
 
-def _row(night_id: str, cell: str, now: MetricRow, then: NightFigureRow | None, judgement: Judgement) -> NightFigureRow:
+def _judged_row(
+    night_id: str,
+    cell: str,
+    now: MetricRow,
+    then: NightFigureRow | None,
+    judged: Mapping[_Question, Judgement],
+    paired: Mapping[_Question, Paired],
+) -> NightFigureRow:
+    question = _question(now, then)
+    judgement = judged.get(question, Judgement("same"))
+    tested = paired[question].test if question in paired else "z"
     copied = set(NightFigureRow.model_fields) & set(MetricRow.model_fields)
     return NightFigureRow(
         night_id=night_id,
@@ -123,6 +177,7 @@ def _row(night_id: str, cell: str, now: MetricRow, then: NightFigureRow | None, 
         before_stderr=then.stderr if then else None,
         before_stage_key=then.stage_key if then else None,
         p_value=judgement.p_value,
+        test=None if judgement.p_value is None else tested,
         verdict=judgement.verdict,
     )
 
@@ -136,6 +191,7 @@ def _gone(night_id: str, row: NightFigureRow) -> NightFigureRow:
             "before_stderr": row.stderr,
             "before_stage_key": row.stage_key,
             "p_value": None,
+            "test": None,
             "verdict": "gone",
             "gate": None,
             "message": None,

@@ -79,10 +79,13 @@ def _changes(result: NightResult, alpha: float, tolerance: float) -> Iterator[st
     if told:
         heads = ("", "cell", "checkpoint", "figure", "before", "now", "p")
         yield _table(heads, [_change(row) for row in told])
+    tests = Counter(row.test for row in figures)
     yield (
         f"`{result.previous_night_id}`: {counts['same']} figures the same, {counts['noise']} within noise, "
-        f"{counts['first']} new. Test: two-sided z test on standard errors taken as independent, Holm-corrected over "
-        f"the night at level {alpha:g}; figures without a standard error by a relative change above {tolerance:.0%}."
+        f"{counts['first']} new. Tests: {tests['mcnemar'] + tests['sign_flip']} paired on the same items (McNemar's "
+        f"exact test for right or wrong, else sign flips), {tests['z']} of fewer items or without samples by a "
+        f"two-sided z test on standard errors taken as independent; Holm-corrected over the night at level {alpha:g}; "
+        f"figures without a standard error by a relative change above {tolerance:.0%}."
     )
 
 

@@ -31,11 +31,13 @@ from flows.recorded import recorded_result
 from flows.runners import RunnerName, final_state, interruptible, runner_named
 from flows.spec import RunSpec
 from flows.story import tell
+from infra.artifacts import ArtifactStore
 from infra.keys import slug
 from infra.provenance import git_revision, versions
 from infra.result_rows import NightCellRow, NightRow
 from infra.results import ResultsStore
 from infra.settings import Settings, load_settings
+from tasks.pairing import Reports
 from tasks.record_night import record_night
 
 log = logging.getLogger("slimline")
@@ -145,7 +147,8 @@ def _judged(night: NightSpec, cells: tuple[CellOutcome, ...], settings: Settings
     ]
     previous = good[-1] if good else None
     before = results.night_figures(previous) if previous else ()
-    figures = compare(night_id, cells, before, alpha=night.alpha, tolerance=night.tolerance)
+    reports = Reports(ArtifactStore(settings.store_root))
+    figures = compare(night_id, cells, before, reports, alpha=night.alpha, tolerance=night.tolerance)
     figures, gates = pass_gates(night.gates, figures)
     return NightResult(
         night_id=night_id,

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
+from evaluation.profile_config import ProfileConfig
+from evaluation.suite import ModelFacts
 from flows.errors import SpecError
 from flows.spec import RunSpec
-from flows.story import Story
-from infra.errors import SettingsInvalid
+from flows.story import Stage, Story
+from infra.errors import SettingsInvalid, SourceMissing
 from infra.models import ModelCard, describe
 from infra.settings import Settings
 from infra.sources import Sources
 from pruning.errors import PruningError
 from pruning.families import FAMILIES
-from tasks.devices import device_names
+from tasks.devices import BALANCED, device_names
 from tasks.disk_needs import Forecast, Need, check_room
+from tasks.evaluate import MISSING
 from tasks.leasing import check_lease
-from tasks.requests import CalibrateRequest, Request
+from tasks.requests import CalibrateRequest, EvaluateRequest, ProfileRequest, Request
 from tasks.sharing import sharing_of
 from tasks.stage import Workplace
+
+log = logging.getLogger("slimline")
 
 
 def check(story: Story, workplace: Workplace) -> None:
@@ -36,6 +42,8 @@ def check(story: Story, workplace: Workplace) -> None:
     _check_family(card, story.spec)
     _check_context(card, story.spec)
     _check_device(settings)
+    _check_evaluations(missing, card, workplace.sources)
+    _check_profile(missing, card, settings)
     for request in (stage.request for stage in missing):
         if isinstance(request, CalibrateRequest):
             workplace.sources.check_columns(request.data, request.data.columns)
@@ -75,12 +83,60 @@ def _check_context(card: ModelCard, spec: RunSpec) -> None:
             )
 
 
+def _check_evaluations(stages: Sequence[Stage], card: ModelCard, sources: Sources) -> None:
+    """What cannot be measured on this model is refused. Data that is not there costs its own stages only, which is said
+    now; if that were all of them, there would be nothing to run for."""
+    facts = ModelFacts(card.max_position_embeddings, card.has_chat_template)
+    measured = [(stage.name, stage.request) for stage in stages if isinstance(stage.request, EvaluateRequest)]
+    problems: dict[str, SourceMissing] = {}
+    lacking = []
+    for name, request in measured:
+        request.module.check_model(request.typed_config, facts)
+        absent = [identity[MISSING] for identity in request.sources if MISSING in identity]
+        if absent:
+            lacking.append(name)
+            problems[absent[0]] = problems.get(absent[0]) or _why_missing(absent[0], sources)
+    if lacking and len(lacking) == len(measured):
+        raise next(iter(problems.values()))
+    for problem in problems.values():
+        log.warning("%s", problem)
+    if lacking:
+        log.warning("these evaluations will fail for want of data, the others are run: %s", ", ".join(lacking))
+
+
+def _check_profile(stages: Sequence[Stage], card: ModelCard, settings: Settings) -> None:
+    for request in (stage.request for stage in stages if isinstance(stage.request, ProfileRequest)):
+        config = ProfileConfig.model_validate(request.settings)
+        config.check_lengths(card.max_position_embeddings)
+        if config.compile:
+            from evaluation.compiling import check_compiler  # imports torch
+
+            check_compiler(device_names(settings.device)[0])
+
+
+def _why_missing(repo_id: str, sources: Sources) -> SourceMissing:
+    try:
+        sources.find(repo_id, "dataset")
+    except SourceMissing as error:
+        return error
+    return SourceMissing(
+        f"the data set {repo_id} was missing a moment ago and is there now; run the same command again"
+    )
+
+
 def _check_device(settings: Settings) -> None:
-    if settings.device in ("auto", "cpu") and settings.walk_processes == 1:
+    asked = {"WALK": settings.walk_processes, "EVAL": settings.eval_processes}
+    if settings.device in ("auto", "cpu") and max(asked.values()) == 1:
         return  # nothing to ask, and torch takes seconds to import
     names = device_names(settings.device)
-    if names[0].startswith("cuda") and settings.walk_processes > len(names):
+    for word, processes in asked.items():
+        if names[0].startswith("cuda") and processes > len(names):
+            raise SettingsInvalid(
+                f"SLIMLINE_{word}_PROCESSES={processes}: each process needs a CUDA device of its own and there are "
+                f"{len(names)}; set it to at most that"
+            )
+    if settings.device == BALANCED and settings.eval_processes > 1:
         raise SettingsInvalid(
-            f"SLIMLINE_WALK_PROCESSES={settings.walk_processes}: each process needs a CUDA device of its own and there "
-            f"are {len(names)}; set it to at most that"
+            f"SLIMLINE_EVAL_PROCESSES={settings.eval_processes} puts a copy of the model on each device, and "
+            "SLIMLINE_DEVICE=balanced spreads one over all of them; leave one of the two out"
         )

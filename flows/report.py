@@ -18,10 +18,18 @@ _PROFILE_COLUMNS = {
     "prefill_ms_p50": ("prefill ms", 1.0),
     "decode_ms_per_token_p50": ("decode ms/token", 1.0),
     "tokens_per_s": ("tokens/s", 1.0),
+    "latency_ms_p50": ("latency ms", 1.0),
     "prefill_ratio": ("prefill / dense", 1.0),
     "decode_ratio": ("decode / dense", 1.0),
+    "latency_ratio": ("latency / dense", 1.0),
     "peak_memory_gib": ("peak memory GiB", 1.0),
+    "power_w": ("power W", 1.0),
+    "out_of_memory": ("out of memory", 1.0),
 }
+#: the first of them stand at the head of the table
+_NUM_SIZES = 2
+#: of a point of a grid, whose task is "profile b1 p128 n32" and not "profile", only these
+_GRID_COLUMNS = ("tokens_per_s", "latency_ms_p50", "latency_ratio", "peak_memory_gib", "power_w", "out_of_memory")
 #: of several metrics of one task the first of these stands in the table; the results store has all of them
 _PREFERRED = ("acc", "acc_norm", "exact_match", "f1", "score")
 
@@ -33,17 +41,24 @@ def table_rows(metrics: Iterable[MetricRow]) -> Table:
     shown = [row for row in metrics if _heading(row) is not None]
     shown = _one_metric_per_task(shown)
     columns = _columns(shown)
-    profile = [heading for heading, _ in _PROFILE_COLUMNS.values()]
-    headings = list(dict.fromkeys(columns.values()))
-    ordered = (
-        [h for h in profile[:2] if h in headings]
-        + [h for h in headings if h not in profile]
-        + [h for h in profile[2:] if h in headings]
-    )
+    ordered = _in_order(shown, columns)
     rows: dict[str, dict[str, str]] = {}
     for row in shown:
         rows.setdefault(row.checkpoint, {})[columns[row.suite, row.task, row.metric]] = _cell(row)
     return [{"checkpoint": name} | {h: cells.get(h, "") for h in ordered} for name, cells in rows.items()]
+
+
+def _in_order(rows: Sequence[MetricRow], columns: Mapping[tuple[str, str, str], str]) -> list[str]:
+    """The headings: sizes, what suites measured as it comes, the rest of the profile, one grid point after another."""
+    names, tasks = list(_PROFILE_COLUMNS), list(dict.fromkeys(row.task for row in rows))
+
+    def place(row: MetricRow) -> tuple[int, int, int]:
+        if row.suite != "profile":
+            return (1, 0, 0)
+        index = names.index(row.metric)
+        return (0, 0, index) if index < _NUM_SIZES else (2, tasks.index(row.task), index)
+
+    return list(dict.fromkeys(columns[row.suite, row.task, row.metric] for row in sorted(rows, key=place)))
 
 
 def render(metrics: Sequence[MetricRow], form: str) -> str:
@@ -133,13 +148,19 @@ def _columns(rows: Iterable[MetricRow]) -> dict[tuple[str, str, str], str]:
 
 def _heading(row: MetricRow) -> str | None:
     if row.suite == "profile":
-        return _PROFILE_COLUMNS[row.metric][0] if row.metric in _PROFILE_COLUMNS else None
+        if row.metric not in _PROFILE_COLUMNS or (row.task != "profile" and row.metric not in _GRID_COLUMNS):
+            return None
+        return f"{_PROFILE_COLUMNS[row.metric][0]}{row.task.removeprefix('profile')}"
     return f"{row.task} {row.metric}"
 
 
 def _cell(row: MetricRow) -> str:
     if row.suite == "profile":
+        if row.metric == "out_of_memory":
+            return "yes"
         value = row.value / _PROFILE_COLUMNS[row.metric][1]
+        if row.stderr is not None:
+            return f"{value:.3f} ± {row.stderr:.3f}"
         return f"{value:.2f}" if value < 1000 else f"{value:.0f}"
     digits = 2 if row.metric.startswith("ppl") else 3
     error = "" if row.stderr is None else f" ± {row.stderr:.{digits}f}"

@@ -70,12 +70,38 @@ class EvalSpec(PluginEntry):
         """Name of this evaluation in stage names."""
         return self.name or self.suite
 
+    @property
+    def compares(self) -> bool:
+        """Whether the suite measures a model against the dense one."""
+        return bool(getattr(self.module, "COMPARES", False))
+
 
 class ProfileSpec(SpecPart):
-    """Latency, memory and size, each compressed model timed turn and turn about with the dense one."""
+    """Latency, memory and size, each compressed model timed turn and turn about with the dense one.
+
+    Options may stand beside `on`, `preset` above all, or under `settings`, where they are written out.
+    """
 
     on: OnCheckpoints = "all"
     settings: ProfileConfig = ProfileConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_settings(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("settings", {}), dict):
+            return data
+        options = set(ProfileConfig.model_fields)
+        beside = {
+            key: value
+            for key, value in data.items()
+            if key in options or (key not in cls.model_fields and registry.near(str(key), options))
+        }
+        if not beside:
+            return data
+        settings = data.get("settings", {})
+        for key in beside.keys() & settings.keys():
+            raise ValueError(f"{key} stands both beside and under `settings`; leave one of them out")
+        return {key: value for key, value in data.items() if key not in beside} | {"settings": settings | beside}
 
 
 class RunSpec(SpecPart):
@@ -106,6 +132,10 @@ class RunSpec(SpecPart):
         """The checkpoints that an `on:` means."""
         return self.checkpoints if on == "all" else on
 
+    def measured_by(self, entry: EvalSpec) -> tuple[str, ...]:
+        """The checkpoints that an evaluation measures: the dense one is not compared with itself."""
+        return tuple(name for name in self.measured(entry.on) if name != DENSE or not entry.compares)
+
     def calibration_of(self, made: Derivation) -> CalibrationSpec | None:
         """The run's calibration with what the branch changes in it. Raises ValidationError."""
         if not made.changes.calibration:
@@ -119,6 +149,12 @@ class RunSpec(SpecPart):
     def _consistent(self) -> Self:
         _refuse_twice("checkpoint", self.checkpoints, "give one of the steps another `name`")
         _refuse_twice("evaluation", [entry.label for entry in self.evals], "give one of them a `name`")
+        for entry in self.evals:
+            if not self.measured_by(entry):
+                raise ValueError(
+                    f"evals: {entry.label} compares checkpoints with the dense one, and there is no other to compare; "
+                    "add a step, or leave it out"
+                )
         for on in [entry.on for entry in self.evals] + ([self.profile.on] if self.profile else []):
             for name in () if on == "all" else on:
                 if name not in self.checkpoints:

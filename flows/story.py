@@ -13,12 +13,13 @@ from flows.branches import DENSE, Derivation
 from flows.spec import CalibrationSpec, EvalSpec, RunSpec
 from flows.steps import PruneStep, RecoverStep
 from infra.artifacts import ArtifactRef
+from infra.errors import SourceMissing
 from infra.keys import slug, stage_key
 from infra.sources import Sources
 from tasks.calibrate import calibrate
 from tasks.capture import capture
 from tasks.devices import device_label
-from tasks.evaluate import evaluate
+from tasks.evaluate import MISSING, evaluate
 from tasks.import_model import import_model
 from tasks.order import order
 from tasks.profile import profile
@@ -39,6 +40,7 @@ from tasks.requests import (
 if TYPE_CHECKING:
     from prefect import Task
 
+    from evaluation.suite import DataNeed
     from tasks.stage import Made
 
 
@@ -86,7 +88,7 @@ class Story:
 
 
 def tell(spec: RunSpec, sources: Sources, device_setting: str) -> Story:
-    """The story of a run. Raises SourceMissing if a model or data set cannot be found."""
+    """The story of a run. Raises SourceMissing if a model, or a data set that the spec names, cannot be found."""
     dense = _import(spec, sources)
     stages, checkpoints = [dense], {DENSE: dense.ref}
     for made in spec.derivations:
@@ -99,7 +101,7 @@ def tell(spec: RunSpec, sources: Sources, device_setting: str) -> Story:
         checkpoints[made.name] = added[-1].ref
     reports = []
     for entry in spec.evals:
-        reports += [_evaluate(entry, name, checkpoints[name], sources) for name in spec.measured(entry.on)]
+        reports += [_evaluate(entry, name, checkpoints, sources) for name in spec.measured_by(entry)]
     if spec.profile:
         label = device_label(device_setting)
         for name in spec.measured(spec.profile.on):
@@ -192,16 +194,30 @@ def _recover(step: RecoverStep, name: str, checkpoint: ArtifactRef, sources: Sou
     return Stage(f"recover:{name}", recover, request, name)
 
 
-def _evaluate(entry: EvalSpec, name: str, checkpoint: ArtifactRef, sources: Sources) -> Stage:
+def _evaluate(entry: EvalSpec, name: str, checkpoints: dict[str, ArtifactRef], sources: Sources) -> Stage:
     entry.module.check(entry.config)
+    options = _plain(entry.config)
+    named = {value for value in options.values() if isinstance(value, str)}
     needs = entry.module.needs(entry.config)
     request = EvaluateRequest(
         plugin=entry.suite,
-        config=_plain(entry.config),
-        checkpoint=checkpoint,
-        sources=tuple(sources.find(need.repo_id, "dataset").identity for need in needs),
+        config=options,
+        checkpoint=checkpoints[name],
+        reference=checkpoints[DENSE] if entry.compares else None,
+        sources=tuple(_identity(need, sources, named=need.repo_id in named) for need in needs),
     )
     return Stage(f"evaluate:{entry.label}:{name}", evaluate, request, name)
+
+
+def _identity(need: DataNeed, sources: Sources, *, named: bool) -> dict[str, str]:
+    """What the key says of a data set. One that the spec does not name itself (a task of lm-eval reads it) and that is
+    not there fails its own stage, and no other. Raises SourceMissing for one that the spec names."""
+    try:
+        return sources.find(need.repo_id, "dataset", revision=need.revision).identity
+    except SourceMissing:
+        if named:
+            raise
+        return {MISSING: need.repo_id}
 
 
 def _profile(settings: ProfileConfig, name: str, checkpoints: dict[str, ArtifactRef], device: str) -> Stage:

@@ -49,6 +49,7 @@ class ModelCard(BaseModel):
     dtype: str | None  # the floating type most weights have; None for GGUF and where only the hub knows
     max_position_embeddings: int | None = None  # None where the config does not say
     intermediate_size: int | None = None  # of the FFN, the same
+    has_chat_template: bool | None = None  # of its tokenizer; None where only the hub knows
 
 
 def card_of_folder(folder: Path) -> ModelCard:
@@ -69,10 +70,21 @@ def card_of_folder(folder: Path) -> ModelCard:
     for entry in tensors.values():
         sizes[entry["dtype"]] += math.prod(entry["shape"])
     floating = [name for name, _ in sizes.most_common() if name in _DTYPES]
-    return card_of_config(
+    card = card_of_config(
         config, str(folder), num_parameters=sizes.total(), size=sum(file.stat().st_size for file in files),
         dtype=_DTYPES[floating[0]] if floating else None,
     )  # fmt: skip
+    return card.model_copy(update={"has_chat_template": _has_chat_template(folder)})
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """A file of its own, or a key of the tokenizer's configuration: as transformers looks for it."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def card_of_config(
@@ -197,6 +209,7 @@ def _card_of_gguf(file: Path) -> ModelCard:
             model_type=str(header.values["general.architecture"]), num_layers=header.number("block_count"),
             hidden_size=header.number("embedding_length"), num_parameters=header.num_parameters,
             bytes=file.stat().st_size, dtype=None, max_position_embeddings=header.number("context_length"),
+            has_chat_template="tokenizer.chat_template" in header.values,
         )  # fmt: skip
     except KeyError as error:
         raise SourceInvalid(

@@ -15,8 +15,11 @@ from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict
 
-FORMAT = 2
+FORMAT = 3
 """Version of the rows, in files and in the index. Version 1 was a DuckDB file alone; files of all later ones exist."""
+
+DENSE = "dense"
+"""Name of a run's checkpoint before any step: what the others are compared with."""
 
 
 def _json_text(text: str) -> str:
@@ -95,6 +98,34 @@ class MetricRow(OfRun):
     """None in rows that an older slimline (before schema 2) recorded."""
 
 
+class PairRow(OfRun):
+    """One figure of a checkpoint beside that of the `reference` checkpoint, on the same items.
+
+    The difference value - reference_value lies within [low, high] at 95 % confidence; `p_value` is of this test alone.
+    Flips (None for scores that are not right or wrong): items that the reference had right and the checkpoint has
+    wrong, and the other way round.
+    """
+
+    checkpoint: str
+    reference: str
+    suite: str
+    task: str
+    metric: str
+    value: float
+    reference_value: float
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    test: Literal["mcnemar", "sign_flip"]
+    num_items: int
+    flips_lost: int | None = None
+    flips_gained: int | None = None
+    higher_is_better: bool
+    stage_key: str
+    reference_stage_key: str
+
+
 class LayerRow(OfRun):
     """What pruning did to one half of one layer: `sparsity` is the share removed, errors are relative to its output."""
 
@@ -164,6 +195,8 @@ class NightFigureRow(OfNight):
     before_stderr: float | None = None
     before_stage_key: str | None = None
     p_value: float | None = None
+    test: Literal["z", "mcnemar", "sign_flip"] | None = None
+    """None in rows of before format 3, where it was always z."""
     verdict: Literal["first", "same", "better", "worse", "noise", "gone"]
     gate: Literal["passed", "failed"] | None = None
     message: str | None = None
@@ -183,7 +216,11 @@ class Kind:
         return next(iter(self.tables))
 
 
-RUN = Kind("run", "run_key", {"runs": RunRow, "stages": StageRow, "metrics": MetricRow, "layers": LayerRow})
+RUN = Kind(
+    "run",
+    "run_key",
+    {"runs": RunRow, "stages": StageRow, "metrics": MetricRow, "layers": LayerRow, "pairs": PairRow},
+)
 NIGHT = Kind("night", "night_id", {"nights": NightRow, "night_cells": NightCellRow, "night_figures": NightFigureRow})
 KINDS = (RUN, NIGHT)
 TABLES: dict[str, type[Row]] = {**RUN.tables, **NIGHT.tables}

@@ -10,7 +10,9 @@ from infra.result_files import Record, arrow_table
 from infra.result_rows import FORMAT, KINDS, RUN, TABLES, ColumnType, Moment, Row, RunRow, columns
 
 FIRST_FORMAT = 1
-"""Of a results file that was itself the truth: it has the tables of runs only, without `files`."""
+"""Of a results file that was itself the truth: it has some tables of runs only, without `files`."""
+
+_FIRST_TABLES = ("runs", "stages", "metrics", "layers")
 
 _DUCKDB: dict[ColumnType, str] = {
     "text": "VARCHAR",
@@ -104,7 +106,8 @@ def records_of_first_format(connection: Connection) -> Iterator[Record]:
     recorded_at = datetime.min.replace(tzinfo=UTC)
     for (key,) in connection.execute("SELECT run_key FROM runs ORDER BY rowid").fetchall():
         rows: dict[str, tuple[Row, ...]] = {}
-        for table, row in RUN.tables.items():
+        for table in _FIRST_TABLES:
+            row = RUN.tables[table]
             found = connection.execute(f"SELECT * FROM {table} WHERE run_key = ? ORDER BY rowid", [key])
             names = [name for name, *_ in found.description]
             fields = (dict(zip(names, map(in_utc, values), strict=True)) for values in found.fetchall())

@@ -17,6 +17,7 @@ from infra.result_rows import (
     NightCellRow,
     NightFigureRow,
     NightRow,
+    PairRow,
     Row,
     RunRow,
     StageRow,
@@ -51,12 +52,14 @@ class ResultsStore:
         stages: Sequence[StageRow] = (),
         metrics: Sequence[MetricRow] = (),
         layers: Sequence[LayerRow] = (),
+        pairs: Sequence[PairRow] = (),
     ) -> None:
         """Write everything about a run as a whole; what was recorded under its key before is replaced.
 
         Raises DiskFull or ResultsUnusable, and has changed nothing then.
         """
-        self._record(Record(RUN, {"runs": (run,), "stages": stages, "metrics": metrics, "layers": layers}))
+        rows = {"runs": (run,), "stages": stages, "metrics": metrics, "layers": layers, "pairs": pairs}
+        self._record(Record(RUN, rows))
 
     def record_night(
         self, night: NightRow, cells: Sequence[NightCellRow] = (), figures: Sequence[NightFigureRow] = ()
@@ -79,6 +82,10 @@ class ResultsStore:
     def layers(self, run_key: str | None = None) -> tuple[LayerRow, ...]:
         """Layers of one run, or of all, in the order given to `record`."""
         return self._rows("layers", LayerRow, run_key=run_key)
+
+    def pairs(self, run_key: str | None = None) -> tuple[PairRow, ...]:
+        """Checkpoints of one run, or of all, beside their dense models, in the order given to `record`."""
+        return self._rows("pairs", PairRow, run_key=run_key)
 
     def nights(self, name: str | None = None) -> tuple[NightRow, ...]:
         """The nights of one name, or all, oldest start first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -32,7 +32,10 @@ class Settings(BaseSettings):
     results_db: Path | None = None
     results_folder: Path | None = None
     """Folder of the results' files, perhaps one that machines share; by default beside the DuckDB file, their index."""
-    eval_batch_size: int = Field(default=8, ge=1)
+    eval_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Most rows of a forward pass when measuring; "auto" is as many as keep the device busy."""
+    eval_processes: int = Field(default=1, ge=1)
+    """Processes that share the rows of one suite; on CUDA each has a device of its own."""
     walk_batch_size: int = Field(default=8, ge=1)
     walk_processes: int = Field(default=1, ge=1)
     """Processes that share the calibration samples of a capture or a pruning; on CUDA each has a device of its own."""

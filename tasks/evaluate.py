@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from evaluation.suite import Means
+from infra.errors import SourceMissing
 from infra.sources import Sources, TextData
+from tasks.devices import device_names
+from tasks.loaded import load_kept
+from tasks.pairing import SAMPLES_FILE
 from tasks.requests import EvaluateRequest
 from tasks.stage import Bench, stage
 
 if TYPE_CHECKING:
-    from evaluation.report import EvalReport
+    from evaluation.crew import Crew
+    from evaluation.suite import SuiteResult
+
+MISSING = "missing"
+"""The key of a source identity that stands for a data set that could not be found."""
 
 
 class SuiteSources:
@@ -19,9 +29,27 @@ class SuiteSources:
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
 
-    def texts(self, dataset: str, *, config: str | None, split: str, text_field: str) -> list[str]:
+    def texts(
+        self,
+        dataset: str,
+        *,
+        config: str | None,
+        split: str,
+        text_field: str,
+        data_files: str | None = None,
+        revision: str | None = None,
+    ) -> list[str]:
         """One text per row."""
-        return self._sources.texts(TextData(dataset=dataset, config=config, split=split, text_field=text_field))
+        return self._sources.texts(
+            TextData(
+                dataset=dataset,
+                config=config,
+                split=split,
+                text_field=text_field,
+                data_files=data_files,
+                revision=revision,
+            )
+        )
 
     def folder(self, repo_id: str) -> Path | None:
         """Local folder of a data set, or None for the hub."""
@@ -29,31 +57,59 @@ class SuiteSources:
 
 
 def fill(request: EvaluateRequest, bench: Bench) -> None:
-    """Write report.json."""
+    """Write report.json and samples.parquet."""
+    from evaluation.samples import write_samples
     from infra.models import load_tokenizer
+
+    _require(request, bench.workplace.sources)
+    refs = [ref for ref in (request.checkpoint, request.reference) if ref is not None]
+    tokenizer = load_tokenizer(bench.store.path(request.checkpoint))
+    model, *reference = load_kept(refs, bench.store, bench.place)
+    settings = bench.workplace.settings
+    with _crew(request, bench) as crew:
+        result: SuiteResult = request.module.evaluate(
+            model,
+            tokenizer,
+            SuiteSources(bench.workplace.sources),
+            request.typed_config,
+            Means(
+                batch_size=None if settings.eval_batch_size == "auto" else settings.eval_batch_size,
+                progress=bench.progress,
+                crew=crew,
+            ),
+            **({"reference": reference[0]} if reference else {}),
+        )
+    write_samples(result.samples, bench.folder / SAMPLES_FILE)
+    (bench.folder / "report.json").write_text(result.report.model_dump_json(indent=1), encoding="utf-8")
+
+
+def _require(request: EvaluateRequest, sources: Sources) -> None:
+    """Raise SourceMissing for data that was not there when the run began, before a model is loaded."""
+    for identity in request.sources:
+        if MISSING in identity:
+            sources.find(identity[MISSING], "dataset")
+            raise SourceMissing(
+                f"the data set {identity[MISSING]} was missing when the run began and is there now; "
+                "the same command measures with it"
+            )
+
+
+def _crew(request: EvaluateRequest, bench: Bench) -> AbstractContextManager[Crew | None]:
+    """Further processes with copies of the model, if the settings ask for them."""
+    from evaluation.crew import Crew
     from pruning.checkpoint import load_checkpoint
 
-    folder = bench.store.path(request.checkpoint)
-    report: EvalReport = request.module.evaluate(
-        load_checkpoint(folder, **bench.place.load),
-        load_tokenizer(folder),
-        SuiteSources(bench.workplace.sources),
-        request.typed_config,
-        batch_size=bench.workplace.settings.eval_batch_size,
-        progress=bench.progress,
-    )
-    (bench.folder / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    settings = bench.workplace.settings
+    if settings.eval_processes == 1 or request.reference is not None:
+        return nullcontext()
+    names = device_names(settings.device)
+    loads: list[dict[str, Any]] = [{"device": names[i % len(names)]} for i in range(1, settings.eval_processes)]
+    return Crew(bench.store.path(request.checkpoint), load_checkpoint, loads)
 
 
-evaluate = stage(
-    "evaluate",
-    fill,
-    devices="one",
-    imports=(
-        "datasets",
-        "evaluation.perplexity",
-        "evaluation.harness",
-        "pruning.checkpoint",
-        "transformers.models.auto.tokenization_auto",
-    ),
-)
+def _imports(request: EvaluateRequest) -> tuple[str, ...]:
+    common = ("datasets", "pruning.checkpoint", "transformers.models.auto.tokenization_auto")
+    return (*common, *request.module.IMPORTS)
+
+
+evaluate = stage("evaluate", fill, devices="crew", imports=_imports)

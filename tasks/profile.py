@@ -6,10 +6,13 @@ from evaluation.profile_config import ProfileConfig
 from tasks.requests import ProfileRequest
 from tasks.stage import Bench, stage
 
+_SHARE_OF_TIMING = 0.9
+"""The progress at which memory is measured."""
+
 
 def fill(request: ProfileRequest, bench: Bench) -> None:
     """Write report.json."""
-    from evaluation.peak_memory import peak_resident_gib
+    from evaluation.peak_memory import with_resident_peaks
     from evaluation.profiler import profile as measure
     from pruning.checkpoint import load_checkpoint
     from pruning.folders import class_of_folder
@@ -21,12 +24,18 @@ def fill(request: ProfileRequest, bench: Bench) -> None:
         settings,
         reference=load_checkpoint(bench.store.path(reference), **bench.place.load) if reference else None,
         device=bench.place.device,
-        progress=bench.progress,
+        progress=lambda share, message: bench.progress(_SHARE_OF_TIMING * share, message),
     )
-    if report.peak_memory_gib is None:
-        model_class = class_of_folder(folder)  # stock or ours: whatever code lies in the folder is not run
-        peak = peak_resident_gib(folder, settings, f"{model_class.__module__}:{model_class.__qualname__}")
-        report = report.model_copy(update={"peak_memory_gib": peak.model_gib})
+    model_class = class_of_folder(folder)  # stock or ours: whatever code lies in the folder is not run
+    report = with_resident_peaks(
+        report,
+        folder,
+        settings,
+        model_class=f"{model_class.__module__}:{model_class.__qualname__}",
+        progress=lambda share, message: bench.progress(_SHARE_OF_TIMING + (1 - _SHARE_OF_TIMING) * share, message),
+    )
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    report = report.model_copy(update={"checkpoint_bytes": weights})
     (bench.folder / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
 
 

@@ -13,14 +13,16 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 from pydantic import BaseModel, ConfigDict
 
-from evaluation.report import EvalReport, Metric, ProfileReport
+from evaluation.profile_report import ProfileReport
+from evaluation.report import EvalReport, Metric
 from infra.artifacts import ArtifactRef
 from infra.errors import TrackingUnusable
 from infra.provenance import git_revision, versions
-from infra.result_rows import LayerRow, MetricRow, RunRow, StageRow
+from infra.result_rows import LayerRow, MetricRow, PairRow, RunRow, StageRow
 from infra.results import ResultsStore
 from infra.secrets import secrets_kept
 from infra.tracking import MetricPoint, Tracker
+from tasks.pairing import as_json, beside_dense
 from tasks.stage import Workplace
 
 
@@ -65,7 +67,8 @@ def record(outcome: RunOutcome, workplace: Workplace) -> tuple[MetricRow, ...]:
 def _record(outcome: RunOutcome, workplace: Workplace) -> tuple[MetricRow, ...]:
     metrics = tuple(_metric_rows(outcome, workplace))
     layers = tuple(_layer_rows(outcome, workplace))
-    mlflow_run_id, problem = tracked(lambda: _track(outcome, workplace, metrics, layers))
+    pairs = beside_dense(metrics, workplace.store)
+    mlflow_run_id, problem = tracked(lambda: _track(outcome, workplace, metrics, layers, pairs))
     run = RunRow(
         run_key=outcome.run_key,
         name=outcome.name,
@@ -79,7 +82,7 @@ def _record(outcome: RunOutcome, workplace: Workplace) -> tuple[MetricRow, ...]:
         git_revision=git_revision(),
         message=outcome.message,
     )
-    ResultsStore.of(workplace.settings).record(run, outcome.stages, metrics, layers)
+    ResultsStore.of(workplace.settings).record(run, outcome.stages, metrics, layers, pairs)
     if problem:
         raise problem
     return metrics
@@ -115,11 +118,7 @@ def _read_report(folder: Path, suite: str) -> tuple[tuple[Metric, ...], str]:
         report = EvalReport.model_validate_json(text)
         return report.metrics, json.dumps(report.protocol)
     profile = ProfileReport.model_validate_json(text)
-    conditions = profile.model_dump(
-        mode="json", include={"device_name", "dtype", "threads", "attn_implementation", "batch_size", "prompt_len"}
-        | {"new_tokens", "warmup", "runs"},
-    )  # fmt: skip
-    return profile.metrics(), json.dumps(conditions)
+    return profile.metrics(), json.dumps(profile.conditions())
 
 
 def _layer_rows(outcome: RunOutcome, workplace: Workplace) -> Iterator[LayerRow]:
@@ -146,7 +145,11 @@ def _layer_rows(outcome: RunOutcome, workplace: Workplace) -> Iterator[LayerRow]
 
 
 def _track(
-    outcome: RunOutcome, workplace: Workplace, metrics: tuple[MetricRow, ...], layers: tuple[LayerRow, ...]
+    outcome: RunOutcome,
+    workplace: Workplace,
+    metrics: tuple[MetricRow, ...],
+    layers: tuple[LayerRow, ...],
+    pairs: tuple[PairRow, ...],
 ) -> str:
     folders = {name: workplace.store.path(ref) for name, ref in outcome.checkpoints.items()}
     points = [MetricPoint(f"{row.checkpoint}/{row.suite}/{row.task}/{row.metric}", row.value) for row in metrics]
@@ -155,6 +158,8 @@ def _track(
             if row.stage_key == ref.key and row.measured_error is not None:
                 points.append(MetricPoint(f"{name}/{row.sub_layer}_error", row.measured_error, row.layer))
     artifacts = {"spec.json": json.dumps(outcome.spec, indent=1)}
+    if pairs:
+        artifacts["paired.json"] = as_json(pairs)
     for name, folder in folders.items():
         points += [MetricPoint(f"{name}/train_loss", loss, step) for step, loss in _losses(folder)]
         for file in ("plan.json", "pruning.json", "recovery.json"):

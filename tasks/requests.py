@@ -19,7 +19,7 @@ from tasks.calibration_data import CalibrationData, Template
 IMPORT_VERSION = 1
 CALIBRATE_VERSION = 1
 CAPTURE_VERSION = 1
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 
 
 class Request(BaseModel):
@@ -186,8 +186,11 @@ class EvaluateRequest(_PluginRequest):
     verb: ClassVar[str] = "evaluate"
 
     checkpoint: ArtifactRef
+    reference: ArtifactRef | None = Field(default=None, exclude_if=lambda reference: reference is None)
+    """The dense model, for a suite that compares with it."""
     sources: tuple[dict[str, str], ...]
-    """Identities of the data sets it reads, in the order in which the suite names them."""
+    """Identities of the data sets it reads, in the order in which the suite names them; of one that could not be found
+    when the run began, {"missing": its id}: the stage fails, and is another one when the data set is there."""
 
 
 class ProfileRequest(Request):

@@ -61,7 +61,9 @@ def eased(workplace: Workplace, stage_name: str) -> Workplace:
         return workplace
     free_caches()
     settings = workplace.settings
-    walk, evaluation = (max(1, size >> times) for size in (settings.walk_batch_size, settings.eval_batch_size))
+    # a suite halves its batches itself, and comes here only if one row was too much beside what else was loaded
+    evaluation = 1 if settings.eval_batch_size == "auto" else max(1, settings.eval_batch_size >> times)
+    walk = max(1, settings.walk_batch_size >> times)
     log.info(
         "%s: after running out of memory, in batches of %d (walk) and %d (evaluation)", stage_name, walk, evaluation
     )

@@ -27,6 +27,7 @@ from infra.sources import Sources
 from tasks.devices import Placement, pool
 from tasks.disk_needs import Forecast, check_room
 from tasks.interrupts import refuse_elsewhere, refuse_interrupted
+from tasks.loaded import forget
 from tasks.progress import Progress, stage_progress
 from tasks.requests import Request
 from tasks.retrying import eased, passes_by_itself
@@ -94,21 +95,25 @@ class Made(BaseModel):
 
 
 Fill = Callable[[Any, Bench], None]
-Devices = Literal["none", "one", "all", "team"]
-"""What a stage computes on; a team has as many devices as settings.walk_processes says: one, or all."""
+Devices = Literal["none", "one", "all", "team", "crew"]
+"""What a stage computes on; a team (of the walk) and a crew (of an evaluation) have as many devices as
+settings.walk_processes and settings.eval_processes say: one, or all."""
 
 
-def stage(name: str, fill: Fill, *, devices: Devices, imports: tuple[str, ...]) -> Task[..., Made]:
+def stage(
+    name: str, fill: Fill, *, devices: Devices, imports: tuple[str, ...] | Callable[[Any], tuple[str, ...]]
+) -> Task[..., Made]:
     """A Prefect task from a function that fills a folder.
 
-    devices: what it computes on. imports: the heavy modules that it imports when it runs.
+    devices: what it computes on. imports: the heavy modules that it imports when it runs, perhaps by its request.
     """
 
     def run(request: Request, stage_name: str, workplace: Workplace) -> Made:
         with secrets_kept():  # Prefect writes an error into its database, and beside the result
             refuse_elsewhere(workplace.settings)
             workplace = eased(workplace, stage_name)
-            return run_stage(request, stage_name, workplace, fill, devices=devices, imports=imports)
+            modules = imports(request) if callable(imports) else imports
+            return run_stage(request, stage_name, workplace, fill, devices=devices, imports=modules)
 
     return Task(
         fn=run,
@@ -166,6 +171,8 @@ def _run(request: Request, stage_name: str, workplace: Workplace, fill: Fill, de
     """Make the artifact when there is a device for it; returns the seconds that it took. Raises Interrupted."""
     with _placed(workplace.settings, devices) as place:
         refuse_interrupted(workplace.settings, workplace.part_of)  # the wait for a device may have been long
+        if place is not None and devices != "crew":
+            forget(place)  # only evaluations go on with the model that the one before them loaded
         reason = "refreshed" if _refreshing() else "not in the store"
         log.info("%s: running, %s is %s", stage_name, request.ref.key, reason)
         started = time.monotonic()
@@ -213,9 +220,9 @@ def _import_in_turn(modules: tuple[str, ...]) -> None:
 def _placed(settings: Settings, devices: Devices) -> AbstractContextManager[Placement | None]:
     if devices == "none":
         return nullcontext()
-    alone = devices == "one" or (devices == "team" and settings.walk_processes == 1)
+    processes = {"one": 1, "team": settings.walk_processes, "crew": settings.eval_processes}
     places = pool(settings.device, settings.device_lease)
-    return places.one() if alone else places.all()
+    return places.one() if processes.get(devices) == 1 else places.all()
 
 
 def _cache_key(context: Any, parameters: dict[str, Any]) -> str:

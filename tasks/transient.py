@@ -10,6 +10,8 @@ import ssl
 from collections.abc import Iterator
 from typing import Literal
 
+from evaluation.memory import class_names, short_of_memory
+
 Passing = Literal["network", "memory"]
 
 _BUSY = {408, 425, 429}
@@ -30,26 +32,18 @@ _SETTLED = {
     *("huggingface_hub.OfflineModeIsEnabled", "requests.SSLError", "requests.InvalidURL"),
     *("httpx.UnsupportedProtocol", "httpx2.UnsupportedProtocol", "datasets.DatasetNotFoundError"),
 }
-_MEMORY = {"torch.OutOfMemoryError", "builtins.MemoryError"}
-_MEMORY_WORDS = (
-    "out of memory",
-    "can't allocate memory",
-    "DefaultCPUAllocator",
-    "STATUS_ALLOC_FAILED",
-    "std::bad_alloc",
-)
 
 
 def passing(error: BaseException) -> Passing | None:
     """What will pass by itself, or None. What caused an error is looked at too: ours wrap those of the libraries."""
     causes = list(_chain(error))
-    if any(_short_of_memory(cause) for cause in causes):
+    if any(short_of_memory(cause) for cause in causes):
         return "memory"
     for cause in causes:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(status, int):  # an answer decides, whatever it is wrapped in
             return "network" if status in _BUSY or status >= 500 else None
-    if any(_names(cause) & _SETTLED or isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+    if any(class_names(cause) & _SETTLED or isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
         return None
     return "network" if any(_of_network(cause) for cause in causes) else None
 
@@ -64,18 +58,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         following = following.__cause__ or (None if hidden else following.__context__)
 
 
-def _short_of_memory(error: BaseException) -> bool:
-    if _names(error) & _MEMORY or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _MEMORY_WORDS)
-
-
 def _of_network(error: BaseException) -> bool:
-    if isinstance(error, ConnectionError | TimeoutError) or _names(error) & _NETWORK:
+    if isinstance(error, ConnectionError | TimeoutError) or class_names(error) & _NETWORK:
         return True
     return isinstance(error, OSError) and error.errno in _NETWORK_ERRNOS
-
-
-def _names(error: BaseException) -> set[str]:
-    """Its classes as "<top package>.<name>"."""
-    return {f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in type(error).__mro__}

@@ -6,12 +6,12 @@ import multiprocessing
 import os
 import signal
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
+from evaluation.child_process import end_with_parent
 from tasks.devices import device_names
 from tasks.stage import Bench
 
@@ -106,7 +106,7 @@ def _member(rank: int, size: int, meeting: Path, settings: Settings, job: WalkJo
 
     from pruning.team import Team
 
-    _end_with_parent()
+    end_with_parent()
     try:
         names = device_names(settings.device)
         device = torch.device(names[rank % len(names)])
@@ -127,16 +127,3 @@ def _member(rank: int, size: int, meeting: Path, settings: Settings, job: WalkJo
         messages.put(None)
     except Exception as error:  # whatever it is, the parent raises it
         messages.put(error)
-
-
-def _end_with_parent() -> None:
-    """Ctrl-C is the parent's affair; when the parent is gone, however it went, this process goes too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

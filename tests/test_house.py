@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -38,7 +39,7 @@ HEAVY = ("torch", "transformers", "datasets", "mlflow", "lm_eval", "peft", "duck
 PLUGINS = {
     "pruning.methods": ("needs_statistics", "order_config", "prune"),
     "pruning.recovery": ("recover", "scratch_bytes"),
-    "evaluation.suites": ("needs", "check", "evaluate"),
+    "evaluation.suites": ("needs", "check", "check_model", "evaluate"),
 }
 FILES = [path for room in ROOMS for path in sorted((PROJECT / room).rglob("*.py"))]
 MODULES = [(package, name) for package in PLUGINS for name in available(package)]
@@ -154,5 +155,9 @@ def test_a_plugin_offers_what_its_package_promises(package: str, name: str) -> N
     assert module.Config.model_config["frozen"] is True
     assert module.Config.model_config["extra"] == "forbid"
     assert module.__doc__, "slimline list prints its first line"
+    if package == "evaluation.suites":
+        assert module.IMPORTS
+        for heavy in module.IMPORTS:
+            assert importlib.util.find_spec(heavy), heavy
     for function in PLUGINS[package]:
         assert callable(getattr(module, function))

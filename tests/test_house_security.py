@@ -13,6 +13,8 @@ from tests.test_house import FILES, imports, name_of
 #: readers of formats that can hold code
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 RUNNERS = {"eval", "exec", "compile", "__import__", "execfile"}
+#: what a loader may be made from; the second is the first in C, where there is one
+SAFE_LOADERS = {"yaml.SafeLoader", "getattr(yaml, 'CSafeLoader', yaml.SafeLoader)"}
 #: the one file that may let a library run a model's code, and for which value
 TRUSTING = {"infra/models.py": {"False", "trusted"}}
 
@@ -34,7 +36,7 @@ def safe_loaders(path: Path) -> set[str]:
     found = {
         node.name
         for node in nodes
-        if isinstance(node, ast.ClassDef) and "yaml.SafeLoader" in map(ast.unparse, node.bases)
+        if isinstance(node, ast.ClassDef) and SAFE_LOADERS & set(map(ast.unparse, node.bases))
     }
     return found | {"yaml.SafeLoader"}
 

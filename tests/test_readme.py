@@ -44,8 +44,17 @@ def test_every_make_target_exists(command: str) -> None:
 
 
 def test_the_readmes_specs_are_specs() -> None:
-    run, branches, night = [yaml.safe_load(block) for language, block in BLOCKS if language == "yaml"]
+    run, evals, profile, branches, night = [yaml.safe_load(block) for language, block in BLOCKS if language == "yaml"]
     assert parse_spec(run, source="README").checkpoints == ("dense", "slimgpt-20", "slimgpt-20+lora")
+    measured = parse_spec(run | evals, source="README")
+    assert [entry.suite for entry in measured.evals] == ["perplexity"] * 4 + [
+        "agreement", "zero_shot", "mmlu", "longbench"
+    ]  # fmt: skip
+    for entry in measured.evals:
+        entry.module.check(entry.config)
+    profiled = parse_spec(run | profile, source="README").profile
+    assert profiled is not None
+    assert profiled.settings.new_tokens == (128, 512)
     names = parse_spec(run | branches, source="README").checkpoints
     assert len(names) == 1 + 3 * 2 * 2
     assert names[1:4] + names[-1:] == ("full-20", "full-20+lora", "full-50", "short-50+lora")

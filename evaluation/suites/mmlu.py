@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from evaluation.report import EvalReport
-from evaluation.stock_tasks import mmlu_tasks
-from evaluation.suite import DataNeed, Progress, SuiteConfig, SuiteData, silent
+from evaluation.chat_template import check_chat_template
+from evaluation.errors import EvaluationError
+from evaluation.report import Average, EvalReport, Metric
+from evaluation.stock_tasks import StockTask, mmlu_tasks
+from evaluation.suite import DataNeed, Means, ModelFacts, SuiteConfig, SuiteData, SuiteResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-VERSION = 1
+VERSION = 2
+IMPORTS = ("evaluation.harness",)
 
 
 class Config(SuiteConfig):
-    """How the 57 subjects are asked."""
+    """Which subjects, and how they are asked."""
+
+    subjects: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Such as "anatomy" or "high_school_physics"; None for all 57."""
 
     num_fewshot: int = Field(default=5, ge=0, le=5)
     """Examples before each question: the first of the subject's dev split, which has five."""
@@ -25,16 +34,36 @@ class Config(SuiteConfig):
     limit: int | None = Field(default=None, ge=1)
     """Score only the first so many questions of each subject."""
 
+    chat_template: bool = False
+    """Put the prompts into the tokenizer's chat template, as lm-eval's --apply_chat_template does."""
+
+    fewshot_as_multiturn: bool = True
+    """With chat_template: each example is a question and an answer of the conversation, not one long turn."""
+
 
 def needs(config: Config) -> tuple[DataNeed, ...]:
     """Each subject's test split, and its dev split if examples are asked for."""
-    leaves = [task for task in mmlu_tasks() if not task.is_group]
-    return tuple(need for task in leaves for need in task.needs(config.num_fewshot))
+    return tuple(need for task in _subjects(config) for need in task.needs(config.num_fewshot))
 
 
 def check(config: Config) -> None:
-    """Raise EvaluationError if lm-eval, or its MMLU, is not installed."""
-    mmlu_tasks()
+    """Raise EvaluationError if lm-eval, or its MMLU, is not installed, for a subject that MMLU does not have (naming
+    near ones) and for one that is named twice."""
+    known = [_subject(task) for task in mmlu_tasks() if not task.is_group]
+    asked = config.subjects or ()
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(sorted(known))}"
+            raise EvaluationError(f"MMLU has no subject '{name}'; {hint}")
+    if twice := sorted({name for name in asked if asked.count(name) > 1}):
+        raise EvaluationError(f"subjects names {', '.join(twice)} more than once; name each once")
+
+
+def check_model(config: Config, facts: ModelFacts) -> None:
+    """Raise EvaluationError if the chat template is asked of a tokenizer that has none."""
+    if config.chat_template:
+        check_chat_template(facts.has_chat_template)
 
 
 def evaluate(
@@ -42,19 +71,95 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     data: SuiteData,
     config: Config,
-    *,
-    batch_size: int = 1,
-    progress: Progress = silent,
-) -> EvalReport:
-    """Score all subjects. Tasks "mmlu", "mmlu_humanities", "mmlu_social_sciences", "mmlu_stem" and "mmlu_other" are the
-    averages, weighted by questions; the other 57 are the subjects. See `harness.run_tasks` for the errors."""
+    means: Means = Means(),
+) -> SuiteResult:
+    """Score the subjects, tasks "mmlu_<subject>".
+
+    Tasks "mmlu_humanities", "mmlu_social_sciences", "mmlu_stem" and "mmlu_other" are the averages of the categories,
+    "mmlu" of all, weighted by questions; each is there only if all its subjects were asked. A part of the subjects has
+    its average as "mmlu_<number>_subjects". Averages have no samples of their own. See `harness.run_tasks` for the
+    errors.
+    """
+    check(config)
     from evaluation.harness import TaskRun, run_tasks
 
     run = TaskRun(
-        names=("mmlu",),
-        definitions=mmlu_tasks(),
+        names=_names(config),
+        definitions=(*(task for task in mmlu_tasks() if task.is_group), *_subjects(config)),
         num_fewshot=config.num_fewshot,
         limit=config.limit,
+        chat_template=config.chat_template,
+        fewshot_as_multiturn=config.fewshot_as_multiturn,
     )
-    metrics, protocol = run_tasks(model, tokenizer, data, run, batch_size=batch_size, progress=progress)
-    return EvalReport(suite="mmlu", metrics=metrics, protocol=protocol)
+    metrics, samples, protocol = run_tasks(model, tokenizer, data, run, means)
+    averages = [
+        Average(task=task, metric="acc", parts=tuple((name, "acc") for name in names), weighted_by="items")
+        for task, names in _averaged(config).items()
+    ]
+    known = {metric.task for metric in metrics}
+    # lm-eval knows no average of a part of the subjects
+    metrics += tuple(subject_average(average, metrics) for average in averages if average.task not in known)
+    protocol["subjects"] = None if config.subjects is None else list(config.subjects)
+    return SuiteResult(EvalReport(suite="mmlu", metrics=metrics, protocol=protocol, averages=tuple(averages)), samples)
+
+
+def subject_average(average: Average, metrics: Sequence[Metric]) -> Metric:
+    """The mean over the questions of some subjects, its standard error from their pooled variance as lm-eval does it
+    for its groups: the sum of n(n-1)se^2 over N minus the number of subjects, divided by N, under the root."""
+    tasks = {task for task, _ in average.parts}
+    chosen = [metric for metric in metrics if metric.task in tasks]
+    sizes = [metric.num_examples or 0 for metric in chosen]
+    total = sum(sizes)
+    errors = [metric.stderr for metric in chosen if metric.stderr is not None]
+    stderr = None
+    if len(errors) == len(chosen):
+        pooled = math.fsum(size * (size - 1) * error**2 for size, error in zip(sizes, errors, strict=True))
+        stderr = math.sqrt(pooled / (total - len(chosen)) / total)
+    return Metric(
+        task=average.task,
+        metric=average.metric,
+        value=math.fsum(size * metric.value for size, metric in zip(sizes, chosen, strict=True)) / total,
+        stderr=stderr,
+        num_fewshot=chosen[0].num_fewshot,
+        num_examples=total,
+        higher_is_better=True,
+    )
+
+
+def _subjects(config: Config) -> list[StockTask]:
+    leaves = [task for task in mmlu_tasks() if not task.is_group]
+    return [task for task in leaves if config.subjects is None or _subject(task) in config.subjects]
+
+
+def _names(config: Config) -> tuple[str, ...]:
+    """What lm-eval is to load: "mmlu" if all subjects are asked for, else the complete categories and the rest."""
+    asked = [task.name for task in _subjects(config)]
+    categories = _categories()
+    complete = [category for category, names in categories.items() if set(names) <= set(asked)]
+    if len(complete) == len(categories):
+        return ("mmlu",)
+    covered = {name for category in complete for name in categories[category]}
+    return (*complete, *(name for name in asked if name not in covered))
+
+
+def _averaged(config: Config) -> dict[str, list[str]]:
+    """Tasks by the row that averages them; last the row of all that is asked for."""
+    asked = [task.name for task in _subjects(config)]
+    names = _names(config)
+    if names == ("mmlu",):
+        return _categories() | {"mmlu": asked}
+    found = {category: members for category, members in _categories().items() if category in names}
+    return found | ({f"mmlu_{len(asked)}_subjects": asked} if len(asked) > 1 else {})
+
+
+def _categories() -> dict[str, list[str]]:
+    """Tasks by the group that averages them: lm-eval tags a subject with the group's name and "_tasks"."""
+    categories: dict[str, list[str]] = {}
+    for task in mmlu_tasks():
+        if not task.is_group:
+            categories.setdefault(str(task.settings["tag"]).removesuffix("_tasks"), []).append(task.name)
+    return categories
+
+
+def _subject(task: StockTask) -> str:
+    return str(task.config)

@@ -2,47 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue, model_validator
 
-from evaluation.errors import EvaluationError
 from evaluation.report import EvalReport, Metric
-from evaluation.suite import DataNeed, Progress, SuiteData, silent
-from evaluation.windows import WindowProtocol, WindowSelection
+from evaluation.suite import DataNeed, Means, ModelFacts, Progress, SuiteData, SuiteResult
+from evaluation.text_presets import expanded
+from evaluation.windows import WindowProtocol, WindowSelection, check_consistent, refuse_twice, window_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from evaluation.perplexity import Perplexity
+    from evaluation.perplexity import Perplexity, Scored
+    from evaluation.samples import Sample
 
-VERSION = 1
+VERSION = 2
+IMPORTS = ("evaluation.perplexity",)
+
+_SHOWN_TOKENS = 24
+"""So much of a window is kept with its sample, to be recognised by."""
 
 
 class Config(WindowSelection):
     """The data and the window lengths; the fields of WindowSelection say how windows are cut and chosen."""
 
     dataset: str = "Salesforce/wikitext"
-    """A data set's id on the hub, or whatever else the caller's SuiteData can resolve (a local file)."""
+    """A data set's id on the hub, whatever else the caller's SuiteData can resolve (a folder, a file), or a preset:
+    wikitext2, ptb, ptb-test, c4 and lm-eval-wikitext stand for the data and the protocol of the papers' code, of which
+    any part can be said otherwise."""
 
     config: str | None = "wikitext-2-raw-v1"
-    split: str = "test"
-    text_field: str = "text"
+    """For a data set that is named, None if nothing is said."""
 
-    windows: tuple[Annotated[int, Field(ge=2)], ...] = Field(default=(128, 2048), min_length=1)
-    """One metric "ppl@<window>" for each; tokens, BOS included."""
+    split: str = "test"
+    """For a single file that is named, train if nothing is said."""
+
+    text_field: str = "text"
+    data_files: str | None = None
+    """Files inside the data set to read instead of what belongs to config and split."""
+
+    revision: str | None = Field(default=None, exclude_if=lambda revision: revision is None)
+    """Branch, tag or commit on the hub."""
+
+    windows: tuple[Annotated[int, Field(ge=2)] | Literal["max"], ...] = Field(default=(128, 2048), min_length=1)
+    """One metric "ppl@<window>" for each; tokens, BOS included. "max" is the model's max_position_embeddings, and the
+    metric has the number."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        return expanded(data) if isinstance(data, dict) else data
 
 
 def needs(config: Config) -> tuple[DataNeed, ...]:
     """The one split that is read."""
-    return (DataNeed(repo_id=config.dataset, config=config.config, split=config.split),)
+    return (DataNeed(repo_id=config.dataset, config=config.config, split=config.split, revision=config.revision),)
 
 
 def check(config: Config) -> None:
-    """Raise EvaluationError if a window length is asked twice: both would be the same row."""
-    if len(set(config.windows)) < len(config.windows):
-        raise EvaluationError(f"windows {config.windows} names a length twice; name each once")
+    """Raise EvaluationError for a length that is asked twice and for a protocol that contradicts itself."""
+    refuse_twice(config.windows)
+    check_consistent(config, [window for window in config.windows if window != "max"])
+
+
+def check_model(config: Config, facts: ModelFacts) -> None:
+    """Raise EvaluationError for windows longer than the model's context."""
+    if facts.max_position_embeddings is not None:
+        check_consistent(config, window_lengths(config.windows, facts.max_position_embeddings))
 
 
 def evaluate(
@@ -50,24 +79,46 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     data: SuiteData,
     config: Config,
-    *,
-    batch_size: int = 1,
-    progress: Progress = silent,
-) -> EvalReport:
-    """Measure every window length; see `evaluation.perplexity` for the errors raised."""
-    from evaluation.perplexity import check_fits, perplexity
+    means: Means = Means(),
+) -> SuiteResult:
+    """Measure every window length; one sample for each window. See `evaluation.perplexity` for the errors raised.
+
+    A sample's score is the window's mean negative log-likelihood in nats per predicted token, its weight their number.
+    Words and bytes of a window are the same for every model with that tokenizer, so what is per word or byte has no
+    score of its own: it differs between two models as ppl@W does.
+    """
+    from evaluation.perplexity import longest_context, score_windows, summary
+    from evaluation.text_streams import adds_bos
 
     # All lengths first: a window that cannot fit must not cost the time of the ones before it.
-    for window in config.windows:
-        check_fits(model, window)
-    texts = data.texts(config.dataset, config=config.config, split=config.split, text_field=config.text_field)
-    metrics = []
-    for done, window in enumerate(config.windows):
-        share = _part(progress, done, len(config.windows))
-        result = perplexity(model, tokenizer, texts, _protocol(config, window), batch_size=batch_size, progress=share)
-        metrics.append(_metric(config, window, result))
-    protocol = config.model_dump(mode="json") | {"stride": "window (no overlap)", "dtype": str(model.dtype)}
-    return EvalReport(suite="perplexity", metrics=tuple(metrics), protocol=protocol)
+    lengths = window_lengths(config.windows, longest_context(model))
+    check_consistent(config, lengths)
+    texts = data.texts(
+        config.dataset,
+        config=config.config,
+        split=config.split,
+        text_field=config.text_field,
+        data_files=config.data_files,
+        revision=config.revision,
+    )
+    metrics: list[Metric] = []
+    samples: list[Sample] = []
+    amounts: dict[str, JsonValue] = {}
+    for done, window in enumerate(lengths):
+        protocol = _protocol(config, window)
+        share = replace(means, progress=_part(means.progress, done, len(lengths)))
+        scored = score_windows(model, tokenizer, texts, protocol, share)
+        result = summary(scored, protocol)
+        metrics += _metrics(config, window, result)
+        samples += [_sample(config, window, entry, tokenizer) for entry in scored]
+        amounts[str(window)] = _amounts(result)
+    said = config.model_dump(mode="json") | {
+        "stride": config.stride or "window (no overlap)",
+        "tokenizer_adds_bos": adds_bos(tokenizer),
+        "measured": amounts,
+        "dtype": str(model.dtype),
+    }
+    return SuiteResult(EvalReport(suite="perplexity", metrics=tuple(metrics), protocol=said), tuple(samples))
 
 
 def task_name(config: Config) -> str:
@@ -80,15 +131,44 @@ def task_name(config: Config) -> str:
     return f"{name}-{config.config}"
 
 
-def _metric(config: Config, window: int, result: Perplexity) -> Metric:
-    return Metric(
+def _metrics(config: Config, window: int, result: Perplexity) -> list[Metric]:
+    figures = [("ppl", result.ppl, result.stderr)]
+    figures += [(figure.name, figure.value, figure.stderr) for figure in result.normalised]
+    return [
+        Metric(
+            task=task_name(config),
+            metric=f"{name}@{window}",
+            value=value,
+            stderr=stderr,
+            num_examples=result.num_windows,
+            higher_is_better=False,
+        )
+        for name, value, stderr in figures
+    ]
+
+
+def _sample(config: Config, window: int, scored: Scored, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    from evaluation.samples import Sample
+
+    num_tokens = len(scored.window.targets)
+    return Sample(
         task=task_name(config),
-        metric=f"ppl@{window}",
-        value=result.ppl,
-        stderr=result.stderr,
-        num_examples=result.num_windows,
-        higher_is_better=False,
+        item=scored.window.number,
+        item_hash=scored.window.content,
+        scores={f"ppl@{window}": scored.nll / num_tokens},
+        weight=float(num_tokens),
+        prompt=tokenizer.decode(scored.window.inputs[:_SHOWN_TOKENS].tolist()),
     )
+
+
+def _amounts(result: Perplexity) -> dict[str, JsonValue]:
+    """How much was measured: a figure per word means little without the number of words."""
+    said: dict[str, JsonValue] = {"windows": result.num_windows, "tokens": result.num_tokens}
+    if result.num_words:
+        said["words"] = result.num_words
+    if result.num_bytes:
+        said["bytes"] = result.num_bytes
+    return said
 
 
 def _protocol(config: Config, window: int) -> WindowProtocol:

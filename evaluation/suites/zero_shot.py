@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from evaluation.chat_template import check_chat_template
 from evaluation.errors import EvaluationError
-from evaluation.report import EvalReport, Metric
+from evaluation.report import Average, EvalReport, Metric
 from evaluation.stock_tasks import PAPER_TASKS, stock_task
-from evaluation.suite import DataNeed, Progress, SuiteConfig, SuiteData, silent
+from evaluation.suite import DataNeed, Means, ModelFacts, SuiteConfig, SuiteData, SuiteResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-VERSION = 1
+VERSION = 2
+IMPORTS = ("evaluation.harness",)
 
 AVERAGE_RECIPE = {
     "boolq": "acc",
@@ -45,6 +47,12 @@ class Config(SuiteConfig):
     seed: int = 1234
     """Draws the few-shot examples; lm-eval's default."""
 
+    chat_template: bool = False
+    """Put the prompts into the tokenizer's chat template, as lm-eval's --apply_chat_template does."""
+
+    fewshot_as_multiturn: bool = True
+    """With chat_template: each few-shot example is a question and an answer of the conversation, not one long turn."""
+
 
 def needs(config: Config) -> tuple[DataNeed, ...]:
     """The splits the tasks read, each once."""
@@ -61,16 +69,21 @@ def check(config: Config) -> None:
         raise EvaluationError(f"tasks names {', '.join(twice)} more than once; name each once")
 
 
+def check_model(config: Config, facts: ModelFacts) -> None:
+    """Raise EvaluationError if the chat template is asked of a tokenizer that has none."""
+    if config.chat_template:
+        check_chat_template(facts.has_chat_template)
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: SuiteData,
     config: Config,
-    *,
-    batch_size: int = 1,
-    progress: Progress = silent,
-) -> EvalReport:
-    """Score the tasks; with all seven of the papers a row "average" follows. See `harness.run_tasks` for the errors."""
+    means: Means = Means(),
+) -> SuiteResult:
+    """Score the tasks; with all seven of the papers a row "average" follows, which has no samples of its own. See
+    `harness.run_tasks` for the errors."""
     check(config)
     from evaluation.harness import TaskRun, run_tasks
 
@@ -80,12 +93,17 @@ def evaluate(
         num_fewshot=config.num_fewshot,
         limit=config.limit,
         seed=config.seed,
+        chat_template=config.chat_template,
+        fewshot_as_multiturn=config.fewshot_as_multiturn,
     )
-    metrics, protocol = run_tasks(model, tokenizer, data, run, batch_size=batch_size, progress=progress)
+    metrics, samples, protocol = run_tasks(model, tokenizer, data, run, means)
+    averages: tuple[Average, ...] = ()
     if set(PAPER_TASKS) <= set(config.tasks):
         metrics += (paper_average(metrics),)
         protocol["average"] = dict(AVERAGE_RECIPE)
-    return EvalReport(suite="zero_shot", metrics=metrics, protocol=protocol)
+        averages = (Average(task="average", metric="acc", parts=tuple(AVERAGE_RECIPE.items()), weighted_by="tasks"),)
+    report = EvalReport(suite="zero_shot", metrics=metrics, protocol=protocol, averages=averages)
+    return SuiteResult(report, samples)
 
 
 def paper_average(metrics: Sequence[Metric]) -> Metric:

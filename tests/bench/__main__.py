@@ -17,7 +17,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tests.bench import against_naive, growth, night, ordering, p1, report, speed, streaming
+from tests.bench import (
+    against_lm_eval,
+    against_naive,
+    growth,
+    night,
+    ordering,
+    p1,
+    profile_ratio,
+    report,
+    speed,
+    streaming,
+    zero_shot,
+)
 from tests.bench.materials import Materials
 from tests.bench.options import Options, parse_options
 from tests.bench.report import Result, Skipped
@@ -32,6 +44,9 @@ PARTS: dict[str, Callable[[Materials, Options], Result]] = {
     "night": night.run,
     "p1": p1.run,
     "ordering": ordering.run,
+    "profile": profile_ratio.run,
+    "zero_shot": zero_shot.run,
+    "lm_eval": against_lm_eval.run,
 }
 
 

@@ -18,6 +18,7 @@ from infra.settings import load_settings
 from infra.sources import OFFLINE_WORD, Sources, TextData, sources_from
 from pruning.calibration import CalibrationSet, sample_windows
 from pruning.checkpoint import load_checkpoint
+from tasks.evaluate import SuiteSources
 from tests.bench.options import Options, Windows
 from tests.bench.report import Skipped
 from tests.bench.timing import bar
@@ -71,6 +72,11 @@ class Materials:
     def model(self) -> PreTrainedModel:
         """A fresh copy in float32 on the CPU."""
         return load_checkpoint(self.model_folder, dtype=torch.float32)
+
+    @cached_property
+    def suite_data(self) -> SuiteSources:
+        """Where evaluation suites find their data, as in a run."""
+        return SuiteSources(self._sources)
 
     @cached_property
     def c4(self) -> Texts:

@@ -55,6 +55,18 @@ class Growth:
 
 
 @dataclass(frozen=True)
+class ProfileSizes:
+    """Options of the profile in the part `profile`; the seconds are at most spent on the ratios of one run."""
+
+    prompt_len: int = 128
+    new_tokens: int = 32
+    warmup: int = 0
+    runs: int = 2
+    ratio_precision: float = 0.01
+    ratio_seconds: float = 180.0
+
+
+@dataclass(frozen=True)
 class Options:
     """Everything but the choice of parts."""
 
@@ -79,6 +91,15 @@ class Options:
     ordering_samples: tuple[int, ...] = (8, 32, 128)
     ordering_lengths: tuple[int, ...] = (64, 256, 512, 1024)
     growth: Growth = Growth()
+    profile: ProfileSizes = ProfileSizes()
+    zero_shot_limit: int = 200
+    pruned: Path | None = None
+    lm_eval_limit: int = 100
+    lm_eval_tasks: tuple[str, ...] = (
+        *("piqa", "arc_easy", "hellaswag", "winogrande", "openbookqa"),
+        *("mmlu_anatomy", "mmlu_astronomy", "mmlu_nutrition", "mmlu_philosophy", "mmlu_sociology"),
+        *("longbench_hotpotqa", "longbench_qasper", "longbench_trec"),
+    )
 
 
 def parse_options(arguments: list[str] | None, parts: tuple[str, ...]) -> tuple[tuple[str, ...], Options]:
@@ -101,8 +122,17 @@ def parse_options(arguments: list[str] | None, parts: tuple[str, ...]) -> tuple[
     add("--kill-layers", type=int, default=defaults.kill_layers, help="depth of the model that is killed (%(default)s)")
     add("--head-unit", choices=("kv_group", "query_head"), help="of `ordering` (default: the method's, row by row)")
     add("--group-size", type=int, default=defaults.group_size, help="of the -DGS row of `ordering` (%(default)s)")
+    add("--zero-shot-limit", type=int, default=defaults.zero_shot_limit, help="documents a task of `zero_shot`")
+    add("--pruned", type=Path, metavar="FOLDER", help="`lm_eval`'s pruned checkpoint (default: pruned by 20 %% here)")
+    add("--lm-eval-limit", type=int, default=defaults.lm_eval_limit, help="documents a task of `lm_eval` (%(default)s)")
+    tasks = "of `lm_eval`: any lm-eval task, mmlu_<subject>, longbench_<task> (default: 5 + 5 + 3)"
+    add("--lm-eval-tasks", type=_names, default=defaults.lm_eval_tasks, metavar="NAME,NAME", help=tasks)
     given = vars(parser.parse_args(arguments))
     asked = tuple(given.pop("parts")) or parts
     if unknown := [part for part in asked if part not in parts]:
         parser.error(f"unknown part {unknown[0]!r}; there are {', '.join(parts)}")
     return asked, Options(**given)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)

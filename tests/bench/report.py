@@ -31,6 +31,9 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ordering_kv_group": ("The paper's ordering by kv groups: P1 perplexity", ("ordering_kv_group",)),
     "ordering_query_head": ("The paper's ordering by query heads: P1 perplexity", ("ordering_query_head",)),
     "p1": ("Protocol P1", ("p1",)),
+    "profile": ("The profile's ratio to the dense model, three times", ("profile",)),
+    "zero_shot": ("The seven tasks against bare forward passes", ("zero_shot",)),
+    "lm_eval": ("lm_eval by hand against ours", ("lm_eval",)),
 }
 _NOTES = ("protocol", "skipped")
 
@@ -48,14 +51,14 @@ class Skipped(Exception):
     """A part cannot be run here; the message is the sentence that says why."""
 
 
-def protocol(options: Options, *details: str) -> str:
-    """Details of the part, then device, dtype, threads, versions, commit and time."""
+def protocol(options: Options, *details: str, batches: str | None = None) -> str:
+    """Details of the part, then device, dtype, threads, versions, commit and time. batches: if not of the option."""
     libraries = versions()
     shown = [f"{name} {libraries[name]}" for name in ("python", "torch", "transformers") if name in libraries]
     machine = [
         f"{options.device} ({torch.get_num_threads()} threads, {os.cpu_count()} cores)",
         "float32",
-        f"batches of {options.batch_size}",
+        batches or f"batches of {options.batch_size}",
         ", ".join(shown),
         f"slimline {git_revision() or libraries.get('slimline', 'unknown')}",
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",

@@ -20,7 +20,7 @@ from tests.bench.__main__ import PARTS, main, run_parts
 from tests.bench.against_naive import differences, removals
 from tests.bench.growth import slope
 from tests.bench.naive import Naive, Removal, prune_naive_
-from tests.bench.options import Growth, Options, Shape, Windows, parse_options
+from tests.bench.options import Growth, Options, ProfileSizes, Shape, Windows, parse_options
 from tests.bench.resident import prune
 from tests.bench.synthetic import layer_bytes, write_checkpoint
 from tests.evaluation.local_data import write_data
@@ -97,6 +97,15 @@ def test_the_naive_schedule_gives_our_answer(options: Options) -> None:
         assert figures[f"naive_ppl_difference{ending}"] == pytest.approx(0, abs=1e-3)
         assert figures[f"naive_over_ours{ending}"] > 0  # type: ignore[operator]
         assert figures[f"naive_inversions{ending}"] >= 4  # type: ignore[operator]
+
+
+@pytest.mark.slow  # three fresh processes that import transformers
+def test_profile(options: Options) -> None:
+    sizes = ProfileSizes(prompt_len=8, new_tokens=4, ratio_seconds=0.5)
+    figures = run("profile", Options(**{**vars(options), "profile": sizes}))
+    for name in ("prefill", "decode"):
+        ratios = [figures[f"profile_{name}_ratio_{index}"] for index in (1, 2, 3)]
+        assert figures[f"profile_{name}_ratio_spread"] == pytest.approx(max(ratios) / min(ratios) - 1)  # type: ignore[type-var, operator]
 
 
 @pytest.mark.slow

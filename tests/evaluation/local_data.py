@@ -66,6 +66,18 @@ def hellaswag_rows(count: int) -> Rows:
     ]
 
 
+def winogrande_rows(count: int) -> Rows:
+    return [
+        {
+            "sentence": f"The fox saw dog {i} because _ was awake.",
+            "option1": "the fox",
+            "option2": "the lazy dog",
+            "answer": str(1 + i % 2),
+        }
+        for i in range(count)
+    ]
+
+
 def mmlu_rows(count: int) -> Rows:
     return [
         {"question": f"What is {i} plus one?", "choices": ["1", "2", "3", "4"], "answer": i % 4} for i in range(count)
@@ -80,7 +92,16 @@ class LocalData:
         self.given = list(texts)
         self.asked: list[str] = []
 
-    def texts(self, dataset: str, *, config: str | None, split: str, text_field: str) -> list[str]:
+    def texts(
+        self,
+        dataset: str,
+        *,
+        config: str | None,
+        split: str,
+        text_field: str,
+        data_files: str | None = None,
+        revision: str | None = None,
+    ) -> list[str]:
         self.asked.append(f"{dataset}/{config}/{split}/{text_field}")
         return self.given
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import hashlib
 import logging
 import random
 import threading
@@ -8,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import lm_eval.api.metrics
 import lm_eval.api.task
+import lm_eval.evaluator
 import numpy as np
 import pytest
 import torch
@@ -19,8 +23,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from evaluation.errors import EvaluationError
 from evaluation.report import EvalReport, Metric
 from evaluation.stock_tasks import PAPER_TASKS, mmlu_tasks, stock_task
+from evaluation.suite import Means, ModelFacts, SuiteResult
 from evaluation.suites import mmlu, zero_shot
-from tests.evaluation.local_data import LocalData, arc_rows, hellaswag_rows, mmlu_rows, piqa_rows, write_data
+from tests.evaluation.local_data import (
+    LocalData,
+    arc_rows,
+    hellaswag_rows,
+    mmlu_rows,
+    piqa_rows,
+    winogrande_rows,
+    write_data,
+)
+from tests.tiny import tiny_model
 
 
 @pytest.fixture
@@ -48,8 +62,9 @@ def by_hand(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm_eval.api.task.datasets, "load_dataset", redirected)
+        patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)  # it asks pip, for seconds
         results = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3),
+            model=HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=3),
             tasks=list(tasks),
             task_manager=TaskManager(include_path=[str(f) for f in folders], include_defaults=False),
             bootstrap_iters=1000,
@@ -72,7 +87,7 @@ def test_the_scores_are_those_of_simple_evaluate(
 ) -> None:
     tasks = ("piqa", "arc_easy")
     config = zero_shot.Config(tasks=tasks, num_fewshot=num_fewshot)
-    report = zero_shot.evaluate(model, tokenizer, data, config, batch_size=3)
+    report = zero_shot.evaluate(model, tokenizer, data, config, Means(batch_size=3)).report
     assert_equal_scores(report, by_hand(model, tokenizer, data, tasks, num_fewshot=num_fewshot))
     assert all(metric.num_fewshot == num_fewshot for metric in report.metrics)
 
@@ -81,14 +96,14 @@ def test_the_seed_draws_the_fewshot_examples_and_the_limit_cuts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: LocalData
 ) -> None:
     config = zero_shot.Config(tasks=("piqa",), num_fewshot=2, limit=4, seed=7)
-    report = zero_shot.evaluate(model, tokenizer, data, config)
+    report = zero_shot.evaluate(model, tokenizer, data, config).report
     given = {"num_fewshot": 2, "limit": 4, "fewshot_random_seed": 7}
     assert_equal_scores(report, by_hand(model, tokenizer, data, ("piqa",), **given))
     assert [metric.num_examples for metric in report.metrics] == [4, 4]
 
 
 def test_every_row_says_what_it_is(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: LocalData) -> None:
-    report = zero_shot.evaluate(model, tokenizer, data, zero_shot.Config(tasks=("piqa", "arc_easy")))
+    report = zero_shot.evaluate(model, tokenizer, data, zero_shot.Config(tasks=("piqa", "arc_easy"))).report
 
     assert [(m.task, m.metric, m.num_examples) for m in report.metrics] == [
         ("piqa", "acc", 9),
@@ -115,7 +130,7 @@ def test_every_row_says_what_it_is(model: PreTrainedModel, tokenizer: PreTrained
 def test_one_document_has_no_standard_error(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: LocalData
 ) -> None:
-    report = zero_shot.evaluate(model, tokenizer, data, zero_shot.Config(tasks=("piqa",), limit=1))
+    report = zero_shot.evaluate(model, tokenizer, data, zero_shot.Config(tasks=("piqa",), limit=1)).report
     assert [metric.stderr for metric in report.metrics] == [None, None]
 
 
@@ -123,15 +138,15 @@ def test_prompts_cut_to_the_models_length_are_counted(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: LocalData
 ) -> None:
     config = zero_shot.Config(tasks=("piqa",), limit=2)
-    assert zero_shot.evaluate(model, tokenizer, data, config).protocol["truncated_requests"] == 0
+    assert zero_shot.evaluate(model, tokenizer, data, config).report.protocol["truncated_requests"] == 0
     model.config.max_position_embeddings = 30
-    assert zero_shot.evaluate(model, tokenizer, data, config).protocol["truncated_requests"] == 4
+    assert zero_shot.evaluate(model, tokenizer, data, config).report.protocol["truncated_requests"] == 4
 
 
 def test_hellaswag_without_a_training_split_runs_zero_shot_only(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: LocalData
 ) -> None:
-    report = zero_shot.evaluate(model, tokenizer, data, zero_shot.Config(tasks=("hellaswag",)))
+    report = zero_shot.evaluate(model, tokenizer, data, zero_shot.Config(tasks=("hellaswag",))).report
     assert report.metrics[0].num_examples == 7
     # Drawing the examples from the scored split instead would be another benchmark under the same name.
     with pytest.raises(EvaluationError, match="task 'hellaswag' reads the split 'train'"):
@@ -160,7 +175,7 @@ def test_edited_data_is_not_served_stale(
     write_data(data.root, "baber/piqa", "plain_text", {"train": piqa_rows(6), "validation": piqa_rows(4)})
     readme.write_text(text)
     after = zero_shot.evaluate(model, tokenizer, data, config)
-    assert (before.metrics[0].num_examples, after.metrics[0].num_examples) == (9, 4)
+    assert (before.report.metrics[0].num_examples, after.report.metrics[0].num_examples) == (9, 4)
 
 
 def test_an_unknown_task_is_refused_by_evaluate_too(
@@ -204,7 +219,7 @@ def test_two_threads_give_the_figures_of_one(
 ) -> None:
     config = zero_shot.Config(tasks=("piqa",), num_fewshot=1)
     alone = zero_shot.evaluate(model, tokenizer, data, config)
-    found: list[EvalReport] = []
+    found: list[SuiteResult] = []
     run: Callable[[], None] = lambda: found.append(zero_shot.evaluate(model, tokenizer, data, config))  # noqa: E731
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
@@ -221,8 +236,7 @@ def test_progress_rises_to_one(model: PreTrainedModel, tokenizer: PreTrainedToke
         tokenizer,
         data,
         zero_shot.Config(tasks=("piqa", "arc_easy")),
-        batch_size=4,
-        progress=lambda share, message: heard.append((share, message)),
+        Means(batch_size=4, progress=lambda share, message: heard.append((share, message))),
     )
     shares = [share for share, _ in heard]
     assert heard[0] == (0.0, "loading piqa")
@@ -241,7 +255,7 @@ def test_mmlu_has_lm_evals_averages(
     kept = tuple(task for task in mmlu_tasks() if task.is_group or task.config in sizes)
     monkeypatch.setattr(mmlu, "mmlu_tasks", lambda: kept)
 
-    report = mmlu.evaluate(model, tokenizer, LocalData(tmp_path), mmlu.Config(), batch_size=4)
+    report = mmlu.evaluate(model, tokenizer, LocalData(tmp_path), mmlu.Config(), Means(batch_size=4)).report
 
     rows = {metric.task: metric for metric in report.metrics}
     assert all(metric.num_fewshot == 5 and metric.metric == "acc" for metric in report.metrics)
@@ -255,6 +269,148 @@ def test_mmlu_has_lm_evals_averages(
     leaves = sum(size * rows[f"mmlu_{subject}"].value for subject, size in sizes.items())
     assert rows["mmlu"].value == pytest.approx(leaves / 20)
     assert rows["mmlu"].stderr is not None
+
+
+SUBJECTS = ("anatomy", "astronomy", "nutrition")
+
+
+def test_mmlu_of_some_subjects_has_an_average_that_says_so(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = dict(zip(SUBJECTS, (3, 5, 9), strict=True))
+    for subject, size in sizes.items():
+        write_data(tmp_path, "cais/mmlu", subject, {"test": mmlu_rows(size), "dev": mmlu_rows(5)})
+    # as if STEM had these two only: a category that is complete keeps its row
+    stem = {"anatomy", "astronomy"}
+    kept = tuple(t for t in mmlu_tasks() if t.settings.get("tag") != "mmlu_stem_tasks" or t.config in stem)
+    monkeypatch.setattr(mmlu, "mmlu_tasks", lambda: kept)
+    result = mmlu.evaluate(model, tokenizer, LocalData(tmp_path), mmlu.Config(subjects=SUBJECTS))
+
+    rows = {metric.task: metric for metric in result.report.metrics}
+    assert set(rows) == {"mmlu_stem", *(f"mmlu_{subject}" for subject in SUBJECTS), "mmlu_3_subjects"}
+    part = rows["mmlu_3_subjects"]
+    right = sum(sample.scores["acc"] for sample in result.samples)
+    assert (part.value, part.num_examples) == (pytest.approx(right / 17), 17)
+    stderrs, counts = zip(*((rows[f"mmlu_{s}"].stderr, size) for s, size in sizes.items()), strict=True)
+    assert part.stderr == pytest.approx(lm_eval.api.metrics.pooled_sample_stderr(list(stderrs), list(counts)))
+    assert {average.task: len(average.parts) for average in result.report.averages} == {
+        "mmlu_stem": 2,
+        "mmlu_3_subjects": 3,
+    }
+    assert result.report.protocol["subjects"] == list(SUBJECTS)
+
+
+def test_mmlu_of_one_subject_is_that_subject(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    write_data(tmp_path, "cais/mmlu", "anatomy", {"test": mmlu_rows(3), "dev": mmlu_rows(5)})
+    result = mmlu.evaluate(model, tokenizer, LocalData(tmp_path), mmlu.Config(subjects=("anatomy",)))
+    assert [metric.task for metric in result.report.metrics] == ["mmlu_anatomy"]
+    assert [(sample.task, sample.item) for sample in result.samples] == [("mmlu_anatomy", n) for n in range(3)]
+
+
+def test_a_subject_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(EvaluationError, match="MMLU has no subject 'anatomie'; did you mean 'anatomy'"):
+        mmlu.check(mmlu.Config(subjects=("anatomie",)))
+    with pytest.raises(EvaluationError, match="MMLU has no subject 'zzz'; there are abstract_algebra, anatomy,"):
+        mmlu.check(mmlu.Config(subjects=("zzz",)))
+    with pytest.raises(EvaluationError, match="subjects names anatomy more than once"):
+        mmlu.check(mmlu.Config(subjects=("anatomy", "anatomy")))
+
+
+def test_the_samples_are_what_the_figures_are_the_means_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: LocalData
+) -> None:
+    write_data(data.root, "allenai/winogrande", "winogrande_xl", {"validation": winogrande_rows(5)})
+    tasks = ("piqa", "arc_easy", "winogrande")
+    result = zero_shot.evaluate(model, tokenizer, data, zero_shot.Config(tasks=tasks, num_fewshot=0))
+    for metric in result.report.metrics:
+        scores = [sample.scores[metric.metric] for sample in result.samples if sample.task == metric.task]
+        assert len(scores) == metric.num_examples
+        assert np.mean(scores) == pytest.approx(metric.value)
+    names = {task: {m.metric for m in result.report.metrics if m.task == task} for task in tasks}
+    assert all(set(sample.scores) == names[sample.task] for sample in result.samples)
+    assert [sample.item for sample in result.samples if sample.task == "piqa"] == list(range(9))
+    assert len({(sample.task, sample.item_hash) for sample in result.samples}) == len(result.samples)
+
+    first = next(sample for sample in result.samples if sample.task == "piqa")
+    assert first.prompt == "Question: How do you open box 0?\nAnswer:"
+    assert first.target == "lift the lid 0 times"
+    assert first.response in ("lift the lid 0 times", "paint it in 0 colours and wait")
+    for sample in result.samples:
+        assert sample.scores["acc"] == (sample.response == sample.target)
+    asked = next(sample for sample in result.samples if sample.task == "winogrande")
+    assert asked.target == "The fox saw dog 0 because the fox"
+
+
+def test_the_hash_tells_what_was_asked_and_not_who_was(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: LocalData
+) -> None:
+    def hashes(model: PreTrainedModel, **given: Any) -> list[str]:
+        config = zero_shot.Config(tasks=("piqa",), limit=4, **given)
+        return [sample.item_hash for sample in zero_shot.evaluate(model, tokenizer, data, config).samples]
+
+    assert hashes(model) == hashes(tiny_model("qwen2", seed=1))
+    assert not set(hashes(model)) & set(hashes(model, num_fewshot=1))
+
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
+)
+
+
+@pytest.mark.parametrize("multiturn", [False, True])
+def test_the_chat_template_is_applied_as_lm_eval_does(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: LocalData, multiturn: bool
+) -> None:
+    tokenizer.chat_template = TEMPLATE
+    tasks = ("piqa", "arc_easy")
+    config = zero_shot.Config(tasks=tasks, num_fewshot=1, chat_template=True, fewshot_as_multiturn=multiturn)
+    result = zero_shot.evaluate(model, tokenizer, data, config)
+    given = {"num_fewshot": 1, "apply_chat_template": True, "fewshot_as_multiturn": multiturn}
+    assert_equal_scores(result.report, by_hand(model, tokenizer, data, tasks, **given))
+    assert str(result.samples[0].prompt).count("[user]") == 1 + multiturn
+    recorded: Any = result.report.protocol["chat_template"]
+    assert recorded == {"sha256": hashlib.sha256(TEMPLATE.encode()).hexdigest(), "fewshot_as_multiturn": multiturn}
+
+
+@pytest.mark.parametrize("suite", [zero_shot, mmlu])
+def test_a_chat_template_that_is_not_there_is_refused_at_once(
+    suite: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = suite.Config(chat_template=True)
+    for facts in (ModelFacts(has_chat_template=True), ModelFacts()):
+        suite.check_model(config, facts)
+    suite.check_model(suite.Config(), ModelFacts(has_chat_template=False))
+    with pytest.raises(EvaluationError, match="tokenizer has no chat template; set chat_template: false"):
+        suite.check_model(config, ModelFacts(has_chat_template=False))
+    with pytest.raises(EvaluationError, match="tokenizer has no chat template"):
+        suite.evaluate(model, tokenizer, LocalData(tmp_path), config)
+
+
+def test_a_broken_model_is_told_and_not_scored(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: LocalData
+) -> None:
+    """The likeliest of answers that are all NaN is the first: lm-eval would call that an accuracy."""
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(EvaluationError, match="logits are NaN"):
+        zero_shot.evaluate(model, tokenizer, data, zero_shot.Config(tasks=("piqa",)))
+
+
+def test_a_tasks_own_perplexity_is_that_of_simple_evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: LocalData
+) -> None:
+    """Texts of one to several windows, all through one call of the model's scoring."""
+    model.config.max_position_embeddings = 64
+    pages = [{"page": " = Dogs = \n\n The quick brown fox jumps over the lazy dog . " * n} for n in (1, 6, 15)]
+    write_data(data.root, "EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", {"train": pages, "test": pages})
+    result = zero_shot.evaluate(model, tokenizer, data, zero_shot.Config(tasks=("wikitext",)), Means(batch_size=4))
+    expected = by_hand(model, tokenizer, data, ("wikitext",))["wikitext"]
+    for metric in result.report.metrics:
+        assert metric.value == pytest.approx(expected[f"{metric.metric},none"], rel=1e-5)
+        assert not metric.higher_is_better
+    assert [sample.item for sample in result.samples] == [0, 1, 2]
 
 
 def test_the_papers_average_takes_each_tasks_own_metric() -> None:
@@ -282,8 +438,6 @@ def test_a_mirror_brings_data_and_neither_tasks_nor_code(
     (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\ndef run(doc): return 0\n")
     task = "task: piqa\ndataset_path: baber/piqa\nvalidation_split: validation\ndoc_to_target: !function evil.run\n"
     (folder / "piqa.yaml").write_text(task)
-    assert zero_shot.evaluate(model, tokenizer, data, config) == expected
     (folder / "piqa.py").write_text((folder / "evil.py").read_text())
-    with pytest.raises(EvaluationError, match=r"scripts are no longer supported, but found piqa\.py"):
-        zero_shot.evaluate(model, tokenizer, data, config)
+    assert zero_shot.evaluate(model, tokenizer, data, config) == expected
     assert not mark.exists()

@@ -1,19 +1,18 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from itertools import chain
 
 import pytest
 import torch
-from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import evaluation.perplexity as module
 from evaluation.errors import EvaluationError
-from evaluation.perplexity import perplexity, rows_per_forward, select_windows, window_nll, windows_of
-from evaluation.suites import perplexity as suite
+from evaluation.perplexity import Scored, perplexity, rows_per_forward, summary, window_nlls
+from evaluation.suite import Means
+from evaluation.window_cutting import Window, select_windows, windows_of
 from evaluation.windows import WindowProtocol
-from tests.evaluation.local_data import LocalData
 from tests.tiny import BOS, FAMILIES, VOCAB_SIZE, random_ids, tiny_model
 
 TEXTS = [f"The quick brown fox number {i} jumps over the lazy dog, {i * i} times." for i in range(12)]
@@ -23,9 +22,24 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, texts: list[str], join: str = "\n
     return list(tokenizer(join.join(texts), add_special_tokens=False)["input_ids"])
 
 
+def cut(tokenizer: PreTrainedTokenizerFast, protocol: WindowProtocol, texts: list[str] = TEXTS) -> list[list[int]]:
+    return [window.inputs.tolist() for window in windows_of(tokenizer, texts, protocol)]
+
+
+def window_nll(model: PreTrainedModel, ids_BL: torch.Tensor) -> torch.Tensor:
+    """Sum of each row, of which all but the first token is predicted: (B,)."""
+    rows = [Window(number, ids, ids[1:], 0) for number, ids in enumerate(ids_BL.numpy())]
+    return torch.tensor(window_nlls(model, rows), dtype=torch.float64)
+
+
+def scored(sums: list[float], tokens: list[int]) -> list[Scored]:
+    ids = torch.zeros(max(tokens) + 1, dtype=torch.long).numpy()
+    return [Scored(Window(0, ids, ids[:count], 0), nll) for nll, count in zip(sums, tokens, strict=True)]
+
+
 def test_uniform_logits_give_the_vocabulary_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     torch.nn.init.zeros_(model.lm_head.weight)
-    result = perplexity(model, tokenizer, TEXTS, WindowProtocol(window=16), batch_size=3)
+    result = perplexity(model, tokenizer, TEXTS, WindowProtocol(window=16), Means(batch_size=3))
     assert result.ppl == pytest.approx(VOCAB_SIZE, rel=1e-6)
     assert result.stderr == pytest.approx(0.0, abs=1e-3)
 
@@ -41,10 +55,28 @@ def test_one_window_equals_the_hugging_face_loss(family: str) -> None:
 
 def test_batches_do_not_change_the_figure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     protocol = WindowProtocol(window=24, keep_last_partial=True)
-    one = perplexity(model, tokenizer, TEXTS, protocol, batch_size=1)
-    many = perplexity(model, tokenizer, TEXTS, protocol, batch_size=5)
+    one = perplexity(model, tokenizer, TEXTS, protocol, Means(batch_size=1))
+    many = perplexity(model, tokenizer, TEXTS, protocol, Means(batch_size=5))
     assert many.nll == pytest.approx(one.nll, rel=1e-6)
     assert many.num_tokens == one.num_tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shorter_windows_in_a_batch_do_not_change(family: str) -> None:
+    model = tiny_model(family)
+    rows = [Window(0, ids, ids[1:], 0) for n in (30, 17, 2) for ids in random_ids(model, 1, n, seed=n).numpy()]
+    assert window_nlls(model, rows) == pytest.approx([window_nlls(model, [row])[0] for row in rows], rel=1e-6)
+
+
+def test_a_batch_is_no_larger_than_its_logits_may_be(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = windows_of(tokenizer, TEXTS, WindowProtocol(window=24, keep_last_partial=True, bos="none"))
+    sizes = [len(batch) for batch in module._batches(model, windows, Means())]
+    assert sizes == [len(windows)]  # all of them fit into the tokens that keep a CPU busy
+    monkeypatch.setattr(module, "_LOGITS_BYTES", 4 * VOCAB_SIZE * 24 * 3)
+    assert max(len(batch) for batch in module._batches(model, windows, Means())) == 3
+    assert max(len(batch) for batch in module._batches(model, windows, Means(batch_size=2))) == 2
 
 
 def test_slices_of_the_logits_do_not_change_the_figure(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,14 +104,15 @@ def test_bos_goes_where_it_is_asked_and_never_by_itself(tokenizer: PreTrainedTok
     assert tokenizer("a")["input_ids"][0] == BOS, "this tokenizer would add one"
     ids = ids_of(tokenizer, TEXTS)
 
-    none = windows_of(tokenizer, TEXTS, WindowProtocol(window=16, bos="none"))
-    once = windows_of(tokenizer, TEXTS, WindowProtocol(window=16, bos="once"))
-    each = windows_of(tokenizer, TEXTS, WindowProtocol(window=16, bos="per_window"))
+    none = cut(tokenizer, WindowProtocol(window=16, bos="none"))
+    once = cut(tokenizer, WindowProtocol(window=16, bos="once"))
+    each = cut(tokenizer, WindowProtocol(window=16, bos="per_window"))
 
-    assert torch.cat(none).tolist() == ids[: len(ids) // 16 * 16]
-    assert torch.cat(once).tolist() == [BOS, *ids][: (len(ids) + 1) // 16 * 16]
-    assert each[0].tolist() == [BOS, *ids[:15]]
-    assert each[1].tolist() == [BOS, *ids[15:30]]
+    assert list(chain.from_iterable(none)) == ids[: len(ids) // 16 * 16]
+    assert list(chain.from_iterable(once)) == [BOS, *ids][: (len(ids) + 1) // 16 * 16]
+    assert cut(tokenizer, WindowProtocol(window=16, bos="tokenizer")) == once
+    assert each[0] == [BOS, *ids[:15]]
+    assert each[1] == [BOS, *ids[15:30]]
     assert len(each) == len(ids) // 15
 
 
@@ -92,7 +125,7 @@ def test_bos_of_a_tokenizer_without_one_is_refused(tokenizer: PreTrainedTokenize
 
 
 def test_the_join_string_is_tokenised_between_texts(tokenizer: PreTrainedTokenizerFast) -> None:
-    (window,) = windows_of(tokenizer, ["ab", "cd"], WindowProtocol(window=512, bos="none", join=" | "))
+    (window,) = cut(tokenizer, WindowProtocol(window=512, bos="none", join=" | "), ["ab", "cd"])
     assert tokenizer.decode(window) == "ab | cd"
 
 
@@ -105,7 +138,7 @@ def test_the_last_window_is_weighted_by_its_tokens(model: PreTrainedModel, token
     tokens = full.shape[0] * (length - 1) + rest.shape[1] - 1
 
     protocol = WindowProtocol(window=length, bos="none", keep_last_partial=True)
-    result = perplexity(model, tokenizer, TEXTS, protocol, batch_size=4)
+    result = perplexity(model, tokenizer, TEXTS, protocol, Means(batch_size=4))
 
     assert result.num_tokens == tokens
     assert result.num_windows == full.shape[0] + 1
@@ -115,7 +148,7 @@ def test_the_last_window_is_weighted_by_its_tokens(model: PreTrainedModel, token
 def test_a_rest_of_one_token_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = ids_of(tokenizer, TEXTS)
     protocol = WindowProtocol(window=len(ids) - 1, bos="none", keep_last_partial=True)
-    assert [len(window) for window in windows_of(tokenizer, TEXTS, protocol)] == [len(ids) - 1]
+    assert [len(window) for window in cut(tokenizer, protocol)] == [len(ids) - 1]
 
 
 def test_windows_are_chosen_as_protocol_p1_says(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -128,7 +161,8 @@ def test_windows_are_chosen_as_protocol_p1_says(tokenizer: PreTrainedTokenizerFa
     chosen = select_windows(windows, protocol)
 
     assert len(windows) == count
-    torch.testing.assert_close(torch.stack(chosen), ids[: count * 8].view(count, 8)[order])
+    assert [window.inputs.tolist() for window in chosen] == ids[: count * 8].view(count, 8)[order].tolist()
+    assert [window.number for window in chosen] == order.tolist()
     assert select_windows(windows, WindowProtocol(window=8)) == windows
 
 
@@ -151,8 +185,8 @@ def test_too_short_a_text_is_refused(
 
 def test_the_standard_error_shrinks_with_the_windows_and_covers_the_truth(model: PreTrainedModel) -> None:
     sums = window_nll(model, random_ids(model, batch=64, length=16)).tolist()
-    few = module._summary(sums[:16], [15] * 16)
-    all_ = module._summary(sums, [15] * 64)
+    few = summary(scored(sums[:16], [15] * 16), WindowProtocol(window=16))
+    all_ = summary(scored(sums, [15] * 64), WindowProtocol(window=16))
     assert few.stderr is not None
     assert all_.stderr is not None
     assert all_.stderr < few.stderr
@@ -169,7 +203,7 @@ def test_nan_is_an_error_and_no_figure(model: PreTrainedModel, tokenizer: PreTra
 
 
 def test_a_hopeless_model_has_an_infinite_ppl() -> None:
-    assert module._summary([8e5, 7e5], [1000, 1000]).ppl == math.inf
+    assert summary(scored([8e5, 7e5], [1000, 1000]), WindowProtocol(window=1001)).ppl == math.inf
 
 
 def test_a_window_beyond_the_models_positions_is_refused(
@@ -183,55 +217,3 @@ def test_the_model_comes_back_in_its_mode(model: PreTrainedModel) -> None:
     model.train()
     window_nll(model, random_ids(model))
     assert model.training
-
-
-def test_the_suite_reports_every_window_with_its_protocol(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    data = LocalData(tmp_path, TEXTS)
-    shares: list[float] = []
-    config = suite.Config(windows=(16, 32), max_windows=4)
-
-    report = suite.evaluate(
-        model, tokenizer, data, config, batch_size=2, progress=lambda share, message: shares.append(share)
-    )
-
-    assert data.asked == ["Salesforce/wikitext/wikitext-2-raw-v1/test/text"]
-    assert [(m.task, m.metric, m.num_examples) for m in report.metrics] == [
-        ("wikitext-2-raw-v1", "ppl@16", 4),
-        ("wikitext-2-raw-v1", "ppl@32", 4),
-    ]
-    assert not any(metric.higher_is_better for metric in report.metrics)
-    expected = perplexity(model, tokenizer, TEXTS, WindowProtocol(window=32, max_windows=4))
-    assert report.metrics[1].value == pytest.approx(expected.ppl)
-    assert report.metrics[1].stderr == pytest.approx(expected.stderr)
-    assert report.protocol["bos"] == "once"
-    assert report.protocol["join"] == "\n\n"
-    assert shares == sorted(shares)
-    assert shares[-1] == 1.0
-    assert type(report).model_validate_json(report.model_dump_json()) == report
-
-
-def test_the_suite_refuses_a_window_too_long_before_it_reads_data(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    data = LocalData(tmp_path, TEXTS)
-    with pytest.raises(EvaluationError, match="2048"):
-        suite.evaluate(model, tokenizer, data, suite.Config())
-    assert data.asked == []
-
-
-def test_the_suites_config_and_names() -> None:
-    assert suite.needs(suite.Config())[0].model_dump() == {
-        "repo_id": "Salesforce/wikitext",
-        "config": "wikitext-2-raw-v1",
-        "split": "test",
-    }
-    assert suite.task_name(suite.Config(dataset="allenai/c4", config="en")) == "c4-en"
-    assert suite.task_name(suite.Config(dataset="slimline/news", config=None)) == "news"
-    assert suite.task_name(suite.Config(dataset="/data/my.notes.txt", config=None)) == "my.notes"
-    with pytest.raises(EvaluationError, match="twice"):
-        suite.check(suite.Config(windows=(128, 128)))
-    for wrong in ({"windows": ()}, {"windows": (1,)}, {"max_windows": 0}, {"bos": "twice"}, {"window": 128}):
-        with pytest.raises(ValidationError):
-            suite.Config.model_validate(wrong)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from evaluation import stock_tasks
 from evaluation.errors import EvaluationError
@@ -146,3 +147,49 @@ def test_a_readme_that_lists_bare_files_means_train(tmp_path: Path, files: str) 
     (tmp_path / "a.csv").touch()
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: x\n  data_files: {files}\n---\n")
     assert LocalFolder(tmp_path).splits("x") == {"train"}
+
+
+README = """---
+license: mit
+dataset_info:
+- config_name: ARC-Challenge
+  features: [{name: id, dtype: string}]
+- config_name: ARC-Easy
+  features: [{name: id, dtype: string}, {name: label, dtype: int64}]
+  splits: [{name: train, num_examples: 7}]
+configs:
+- config_name: ARC-Challenge
+  data_files: [{split: test, path: ARC-Challenge/test-*}]
+- config_name: ARC-Easy
+  data_files: [{split: train, path: ARC-Easy/train-*}, {split: test, path: [ARC-Easy/test-*, more.parquet]}]
+---
+Text
+"""
+
+
+def test_an_excerpt_offers_what_is_read_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "README.md").write_text(README)
+    place = LocalFolder(folder).write_excerpt(tmp_path / "excerpt", "ARC-Easy", ["test"])
+    assert [path.name for path in place.iterdir()] == ["README.md"]
+    header = yaml.safe_load((place / "README.md").read_text().split("---\n")[1])
+    files = [{"split": "test", "path": [f"{folder}/ARC-Easy/test-*", f"{folder}/more.parquet"]}]
+    assert header == {
+        "configs": [{"config_name": "ARC-Easy", "data_files": files}],
+        "dataset_info": [
+            {
+                "config_name": "ARC-Easy",
+                "features": [{"name": "id", "dtype": "string"}, {"name": "label", "dtype": "int64"}],
+            }
+        ],
+    }
+
+
+def test_a_folder_without_a_readme_is_read_as_it_is(tmp_path: Path) -> None:
+    assert LocalFolder(tmp_path).write_excerpt(tmp_path / "excerpt", None, ["test"]) == tmp_path
+
+
+def test_some_subjects_need_only_their_data() -> None:
+    needs = mmlu.needs(mmlu.Config(subjects=("anatomy", "sociology"), num_fewshot=0))
+    assert [(need.config, need.split) for need in needs] == [("anatomy", "test"), ("sociology", "test")]

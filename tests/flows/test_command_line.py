@@ -245,6 +245,10 @@ def test_help_is_printed(idle: Home) -> None:
         (["model.id=./nowhere"], ["./nowhere does not exist"]),
         (["evals.1.tasks=[piqqa]"], ["piqqa", "did you mean 'piqa'"]),
         (["mirror=/nowhere"], ["mirror folder /nowhere does not exist"]),
+        (
+            ["profile.settings.prompt_len=100000"],
+            ["prompt_len 100000 + new_tokens", "max_position_embeddings", "shorten"],
+        ),
         (["calibration.seq_len=100000"], ["calibration.seq_len 100000 is longer than the context", "at most"]),
         (["steps.0.variants.long.calibration.seq_len=100000"], ["seq_len 100000 of variant long is longer", "at most"]),
         (["steps.0.variants.x.calibration.data.dataset=/nowhere/x"], ["dataset path /nowhere/x does not exist"]),

@@ -62,6 +62,37 @@ def test_cells_have_digits_and_errors() -> None:
     assert pruned["piqa acc"] == ""
 
 
+def test_a_grid_point_has_figures_of_its_own() -> None:
+    large = "profile b256 p12 n512"
+    rows = [
+        row("dense", "profile", "profile", "num_parameters", 1e6),
+        row("dense", "profile", large, "attention_macs", 3.0),
+        row("dense", "profile", large, "out_of_memory", 1.0),
+        row("dense", "zero_shot", "piqa", "acc", 0.7),
+        row("pruned", "profile", "profile b1 p12 n512", "prefill_ms_p50", 5.0),
+        row("pruned", "profile", "profile b1 p12 n512", "latency_ms_p50", 5.0),
+        row("pruned", "profile", large, "latency_ratio", 0.75),
+        row("pruned", "profile", large, "tokens_per_s", 12.0),
+    ]
+    dense, pruned = table_rows(rows)
+    assert list(dense) == [
+        "checkpoint",
+        "parameters (M)",
+        "piqa acc",
+        "tokens/s b256 p12 n512",
+        "latency / dense b256 p12 n512",
+        "out of memory b256 p12 n512",
+        "latency ms b1 p12 n512",
+    ]
+    assert dense["out of memory b256 p12 n512"] == "yes"
+    assert pruned["out of memory b256 p12 n512"] == ""
+
+
+def test_a_ratio_has_its_error() -> None:
+    (pruned,) = table_rows([row("pruned", "profile", "profile", "decode_ratio", 0.8754, stderr=0.0061)])
+    assert pruned["decode / dense"] == "0.875 ± 0.006"
+
+
 @pytest.mark.parametrize(
     "metrics, shown", [(("acc_norm", "acc"), "acc"), (("f1", "exact_match"), "exact_match"), (("score",), "score")]
 )

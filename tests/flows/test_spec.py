@@ -59,6 +59,7 @@ def test_the_dump_writes_every_default_out() -> None:
         ("evals.1.onn=all", "evals.1: zero_shot: unknown key 'onn'", "'on'"),
         ("profile.sttings={}", "'sttings' in profile", "'settings'"),
         ("profile.settings.prompt_length=3", "'prompt_length' in profile.settings", "'prompt_len'"),
+        ("profile.prompt_length=3", "'prompt_length' in profile.settings", "'prompt_len'"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_one(override: str, where: str, near: str) -> None:
@@ -133,6 +134,16 @@ def test_the_name_of_a_plugin_is_a_word(value: str) -> None:
         ("steps.0={method: slimgpt}", "steps.0: slimgpt: sparsity is missing"),
         ("steps.1.batch_size=3", "batch_size 3 is not a multiple of micro_batch_size 4"),
         ("name=null", "name = None: input should be a valid string"),
+        (
+            "profile.settings.new_tokens=0",
+            "profile.settings.new_tokens.0 = 0: input should be greater than",
+        ),
+        ("profile.batch_size=[8, 8]", "profile.settings.batch_size: 8 is there twice"),
+        ("profile.runs=3", "runs stands both beside and under `settings`; leave one of them out"),
+        (
+            "profile.preset=slimgpt_table",
+            "profile.settings: unknown preset 'slimgpt_table'; did you mean 'slimgpt_table4'?; available:",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused(override: str, sentence: str) -> None:
@@ -199,6 +210,19 @@ def test_set_makes_the_mappings_on_its_way(tmp_path: Path) -> None:
     spec = load_spec(path, ["profile.settings.runs=3", "calibration.data.dataset=a/c"])
     assert spec.profile is not None
     assert spec.profile.settings.runs == 3
+
+
+def test_options_of_a_profile_may_stand_beside_on(tmp_path: Path) -> None:
+    bare = {"name": "bare", "model": {"id": "a/b"}}
+    asked = {"on": ["dense"], "preset": "shortened_llama", "batch_size": [1, 2], "settings": {"runs": 3}}
+    spec = load_spec(written(tmp_path, bare | {"profile": asked}))
+    assert spec.profile is not None
+    settings = spec.profile.settings
+    assert (settings.batch_size, settings.new_tokens, settings.runs, settings.warmup) == ((1, 2), (128, 512), 3, 10)
+    dumped = yaml.safe_load(dump_spec(spec))["profile"]
+    assert dumped["settings"]["batch_size"] == [1, 2]
+    assert "preset" not in dumped["settings"]
+    assert parse_spec(yaml.safe_load(dump_spec(spec)), source="dump") == spec
 
 
 def test_the_last_set_wins() -> None:

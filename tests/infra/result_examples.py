@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from infra.result_rows import LayerRow, MetricRow, NightCellRow, NightFigureRow, NightRow, RunRow, StageRow
+from infra.result_rows import LayerRow, MetricRow, NightCellRow, NightFigureRow, NightRow, PairRow, RunRow, StageRow
 
 NOON = datetime(2025, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
 
@@ -33,6 +33,13 @@ def metric_row(key: str = "r1", task: str = "piqa", value: float = 0.5) -> Metri
 
 def layer_row(key: str = "r1", layer: int = 0) -> LayerRow:
     return LayerRow(run_key=key, stage_key="s", layer=layer, sub_layer="mlp", kept=3, total=4, sparsity=0.25)
+
+
+def pair_row(key: str = "r1", task: str = "piqa") -> PairRow:
+    return PairRow(run_key=key, checkpoint="slimgpt-20", reference="dense", suite="zero_shot", task=task, metric="acc",
+                   value=0.4, reference_value=0.5, difference=-0.1, low=-0.2, high=0.0, p_value=0.05, test="mcnemar",
+                   num_items=100, flips_lost=20, flips_gained=10, higher_is_better=True, stage_key="s",
+                   reference_stage_key="d")  # fmt: skip
 
 
 def night_row(night_id: str = "n1", **changes: object) -> NightRow:

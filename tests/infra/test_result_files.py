@@ -19,7 +19,7 @@ from infra.errors import DiskFull, ResultsUnusable
 from infra.result_rows import FORMAT, KINDS, RUN
 from infra.results import ResultsStore
 from tests.infra.processes import kill_after_line, start
-from tests.infra.result_examples import cell_row, layer_row, metric_row, night_row, run_row, stage_row
+from tests.infra.result_examples import cell_row, figure_row, layer_row, metric_row, night_row, run_row, stage_row
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +68,30 @@ def test_files_can_be_asked_without_slimline(store: ResultsStore) -> None:
 def test_the_format_is_counted_up_when_rows_change() -> None:
     """Who changes a row gives the new field a default, counts FORMAT up and puts the new digest here."""
     schemas = "\n".join(str(result_files._file_schema(kind)) for kind in KINDS)
-    digests = {2: "820032811472793e"}
+    digests = {2: "820032811472793e", 3: "22196f915068467f"}
     assert hashlib.sha256(schemas.encode()).hexdigest()[:16] == digests[FORMAT]
+
+
+def test_a_file_of_the_format_before_is_read(store: ResultsStore) -> None:
+    store.record(run_row(), [stage_row()], [metric_row()])
+    store.record_night(night_row(), [cell_row()], [figure_row()])
+    for path in store.files.folder.glob("*/*.parquet"):
+        as_of_format_2(path)
+    store.path.unlink()
+    assert (store.runs(), store.metrics(), store.pairs()) == ((run_row(),), (metric_row(),), ())
+    assert store.night_figures("n1") == (figure_row(),)
+
+
+def as_of_format_2(path: Path) -> None:
+    """There were no pairs, and figures of nights had no test."""
+    (values,) = pq.read_table(path).drop_columns(["digest"]).to_pylist()
+    values["format"] = 2
+    values.pop("pairs", None)
+    for figure in values.get("night_figures", ()):
+        del figure["test"]
+    table = pa.Table.from_pylist([values])
+    digest = result_files._digest(table.to_pylist()[0])
+    pq.write_table(table.append_column("digest", pa.array([digest])), path)
 
 
 def test_a_writer_killed_before_the_rename_leaves_nothing_to_see(store: ResultsStore) -> None:

@@ -22,6 +22,7 @@ from tests.infra.result_examples import (
     layer_row,
     metric_row,
     night_row,
+    pair_row,
     run_row,
     stage_row,
 )
@@ -37,13 +38,15 @@ def test_rows_come_back_as_they_were(store: ResultsStore) -> None:
     stages = [stage_row(name="sample"), stage_row(name="prune")]
     metrics = [metric_row(task=f"task{index}", value=index / 3) for index in range(300)]
     layers = [layer_row(layer=layer) for layer in (2, 0, 1)]
-    store.record(run, stages, metrics, layers)
+    pairs = [pair_row(task=task) for task in ("piqa", "arc")]
+    store.record(run, stages, metrics, layers, pairs)
     assert store.runs() == (run,)
     assert store.stages("r1") == tuple(stages)
     assert store.stages() == tuple(stages)
     assert store.metrics("r1") == tuple(metrics)
     assert store.layers("r1") == tuple(layers)
-    assert store.metrics("other") == ()
+    assert store.pairs("r1") == tuple(pairs)
+    assert store.metrics("other") == store.pairs("other") == ()
 
 
 def test_nights_come_back_by_their_start(store: ResultsStore) -> None:

@@ -85,7 +85,7 @@ class Tries:
     def __init__(self, *failures: Exception) -> None:
         self.failures = list(failures)
         self.times: list[float] = []
-        self.batches: list[tuple[int, int]] = []
+        self.batches: list[tuple[int, int | str]] = []
 
     def __call__(self, request: CaptureRequest, bench: Bench) -> None:
         settings = bench.workplace.settings
@@ -103,7 +103,7 @@ class Tries:
 @pytest.fixture
 def attempt(prefect_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Tries], State[Any]]:
     monkeypatch.setenv("SLIMLINE_HOME", str(tmp_path / "home"))
-    settings = Settings(device="cpu", retries=3, retry_delay=0.2, walk_batch_size=2)
+    settings = Settings(device="cpu", retries=3, retry_delay=0.2, walk_batch_size=2, eval_batch_size=8)
     workplace = Workplace(settings, Sources((), None, False, home=settings.home))
 
     def run(tries: Tries) -> State[Any]:

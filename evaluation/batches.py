@@ -1,0 +1,115 @@
+"""Rows through a model in batches: as large as memory takes, halved where it does not, over copies of the model if any.
+
+Nothing here changes a result beyond the rounding of the kernels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from evaluation.memory import short_of_memory
+from evaluation.suite import Means
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("slimline")
+
+Row = TypeVar("Row")
+Result = TypeVar("Result")
+Work = Callable[["PreTrainedModel", Sequence[Row]], list[Result]]
+"""Gives one result per row, in order. With a crew it is sent to other processes: a function at the top of a module, or
+a functools.partial of one, and its results must be picklable (numbers, CPU tensors)."""
+
+_TOKENS_CPU = 2**11
+_TOKENS_ACCELERATOR = 2**14
+"""Tokens of a forward pass where the batch size is left open: more of them make it no faster."""
+
+
+def rows_per_batch(model: PreTrainedModel, length: int, means: Means) -> int:
+    """How many rows of so many tokens to run at once: what is asked for, or what keeps the device busy; at least 1."""
+    if means.batch_size is not None:
+        return means.batch_size
+    tokens = _TOKENS_CPU if model.device.type == "cpu" else _TOKENS_ACCELERATOR
+    return max(1, tokens // length)
+
+
+def batched(model: PreTrainedModel, rows: Sequence[Row], lengths: Sequence[int], means: Means) -> list[list[int]]:
+    """Indices of the rows in batches, longest rows first, so that a batch pads little and memory runs short at once.
+
+    lengths: tokens of each row. Rows of one batch are neighbours in length; equal lengths keep their order.
+    """
+    order = sorted(range(len(rows)), key=lambda index: -lengths[index])
+    batches: list[list[int]] = []
+    start = 0
+    while start < len(order):
+        count = rows_per_batch(model, lengths[order[start]], means)
+        batches.append(order[start : start + count])
+        start += count
+    return batches
+
+
+def run_batches(
+    model: PreTrainedModel,
+    work: Work[Row, Result],
+    batches: Sequence[Sequence[Row]],
+    means: Means,
+    *,
+    told: Callable[[int], str] = "{} rows".format,
+) -> list[list[Result]]:
+    """The results of every row of every batch, in their order.
+
+    A batch that does not fit into memory is halved and the work goes on, with a line in the log; nothing that was
+    measured is measured again. told: what the progress says after so many rows.
+    Raises what says that memory ran out if a single row does not fit.
+    """
+    total = max(1, sum(map(len, batches)))
+    done = 0
+
+    def finished(rows: int) -> None:
+        nonlocal done
+        done += rows
+        means.progress(min(1.0, done / total), told(done))
+
+    if means.crew is None:
+        careful = Careful(work)
+        results = []
+        for batch in batches:
+            results.append(careful(model, batch))
+            finished(len(batch))
+        return results
+    return means.crew.run(model, work, batches, finished)
+
+
+class Careful:
+    """Work that halves its batch when memory runs out, and remembers how much was too much. One per process."""
+
+    def __init__(self, work: Work[Any, Any]) -> None:
+        self._work = work
+        self._limit: int | None = None
+
+    def __call__(self, model: PreTrainedModel, rows: Sequence[Any]) -> list[Any]:
+        """One result per row."""
+        if self._limit is not None and len(rows) > self._limit:
+            return self._halved(model, rows)
+        try:
+            return self._work(model, rows)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if len(rows) == 1 or not short_of_memory(error):
+                raise
+            # the traceback holds the tensors that fill the memory
+            error.__traceback__ = None
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        # rows come longest first, so a limit in rows is not too large for those that follow
+        self._limit = (len(rows) + 1) // 2
+        log.warning("out of memory with %d rows at once; going on with %d", len(rows), self._limit)
+        return self._halved(model, rows)
+
+    def _halved(self, model: PreTrainedModel, rows: Sequence[Any]) -> list[Any]:
+        middle = (len(rows) + 1) // 2
+        return self(model, rows[:middle]) + self(model, rows[middle:])

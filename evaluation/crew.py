@@ -1,0 +1,137 @@
+"""Copies of one model in processes of their own, one per device, that share the rows of a measurement.
+
+The process that measures has the model too and does its part; each takes the next batch when it is ready with one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from evaluation.batches import Careful, Result, Row, Work
+from evaluation.child_process import end_with_parent
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from transformers import PreTrainedModel
+
+Loader = Callable[..., "PreTrainedModel"]
+"""Loads a checkpoint: called with its folder and the keyword arguments of one process; a function of a module."""
+
+
+class Crew:
+    """A context manager; its processes live as long as the block.
+
+    loads: for each further process the keyword arguments that tell `loader` on which device to put the model.
+    """
+
+    def __init__(self, folder: Path, loader: Loader, loads: Sequence[Mapping[str, Any]]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._threads = torch.get_num_threads()
+        share = max(1, self._threads // (len(loads) + 1))
+        self._mates: list[tuple[Any, Connection]] = []
+        for load in loads:
+            here, there = context.Pipe()
+            mate = context.Process(target=_serve, args=(there, folder, loader, dict(load), share), daemon=True)
+            self._mates.append((mate, here))
+        self._share = share
+
+    def __enter__(self) -> Self:
+        for mate, _ in self._mates:
+            mate.start()
+        torch.set_num_threads(self._share)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        torch.set_num_threads(self._threads)
+        for mate, _ in self._mates:
+            mate.terminate()
+            mate.join()
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        work: Work[Row, Result],
+        batches: Sequence[Sequence[Row]],
+        finished: Callable[[int], None],
+    ) -> list[list[Result]]:
+        """The results of all batches in their order; `finished` is called in this thread or another, one at a time,
+        with the rows of each batch. Raises the first error of any process; RuntimeError if one of them died."""
+        results: dict[int, list[Result]] = {}
+        errors: list[BaseException] = []
+        numbers, telling = count(), threading.Lock()
+
+        def take(answer: Callable[[Sequence[Row]], list[Result]]) -> None:
+            # itertools.count is atomic under the interpreter's lock: each batch is taken once
+            while not errors and (number := next(numbers)) < len(batches):
+                try:
+                    found = answer(batches[number])
+                except BaseException as error:  # also Ctrl-C: the other threads must not wait for ever
+                    errors.append(error)
+                    return
+                with telling:
+                    results[number] = found
+                    finished(len(batches[number]))
+
+        threads = [
+            threading.Thread(target=take, args=(_asker(mate, line, work),), daemon=True) for mate, line in self._mates
+        ]
+        for thread in threads:
+            thread.start()
+        careful = Careful(work)
+        take(lambda rows: careful(model, rows))
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return [results[number] for number in range(len(batches))]
+
+
+def _asker(mate: Any, line: Connection, work: Work[Row, Result]) -> Callable[[Sequence[Row]], list[Result]]:
+    # sent once: what a work holds (a tokenizer) takes longer to send than the rows
+    unsent: list[Work[Row, Result]] = [work]
+
+    def ask(rows: Sequence[Row]) -> list[Result]:
+        try:
+            line.send((unsent.pop() if unsent else None, rows))
+            answer = line.recv()
+        except (EOFError, OSError) as error:
+            mate.join(timeout=1.0)
+            perhaps = ", perhaps out of memory" if mate.exitcode == -signal.SIGKILL else ""
+            raise RuntimeError(f"a process of the evaluation died (exit code {mate.exitcode}){perhaps}") from error
+        if isinstance(answer, BaseException):
+            raise answer
+        found: list[Result] = answer
+        return found
+
+    return ask
+
+
+def _serve(line: Connection, folder: Path, loader: Loader, load: dict[str, Any], threads: int) -> None:
+    """One further process."""
+    end_with_parent()
+    torch.set_num_threads(threads)
+    model: PreTrainedModel | None = None
+    careful: Careful | None = None
+    while True:
+        work, rows = line.recv()
+        if work is not None:
+            careful = Careful(work)
+        assert careful is not None
+        try:
+            if model is None:
+                model = loader(folder, **load).eval()
+            line.send(careful(model, rows))
+        except Exception as error:  # whatever it is, the parent raises it
+            line.send(error)

@@ -1,0 +1,217 @@
+"""Answers written by a model: what lm-eval's `generate_until` requests ask for.
+
+Prompts are cut to fit (`evaluation.prompt_length`), put into batches longest first and padded on the left. An answer
+ends at the first stop string, at the end-of-sequence token or after `max_gen_toks` tokens; it is that of lm-eval's own
+path with a batch of one row, to the rounding of the kernels, whatever the batch. Layers of unequal widths need nothing
+special: each keeps its own cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from evaluation.batches import batched, run_batches
+from evaluation.prompt_length import PromptRule, fit_prompt
+from evaluation.suite import Means
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_MAX_GEN_TOKS = 256
+"""lm-eval's default."""
+
+_LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call the length of an answer; of several the first counts, as in lm-eval."""
+
+_SEED = 1234
+
+
+@dataclass(frozen=True)
+class Response:
+    """text: the answer. prompt: what was asked after cutting. truncated: whether it was cut."""
+
+    text: str
+    prompt: str
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt to continue. options: for the model's `generate`. seed: of a sampled answer."""
+
+    input_ids: tuple[int, ...]
+    max_gen_toks: int
+    stops: tuple[str, ...]
+    options: Mapping[str, Any]
+    seed: int
+
+    @property
+    def settings(self) -> str:
+        """Equal for rows that may share a batch. A sampled answer has none beside it, for it would depend on them."""
+        alone = self.seed if self.options["do_sample"] else None
+        return repr((self.max_gen_toks, self.stops, sorted(self.options.items()), alone))
+
+
+def generate_until(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[tuple[str, Mapping[str, Any]]],
+    rule: PromptRule,
+    means: Means = Means(),
+) -> list[Response]:
+    """The answers to pairs of prompt and generation settings (lm-eval's: `until`, `max_gen_toks`, `do_sample`,
+    `temperature`, ... and whatever else the model's `generate` takes), in order.
+
+    Sampled answers are drawn with a seed for each, so that they depend on neither batches nor processes.
+    Raises EvaluationError if an answer leaves no room for a prompt.
+    """
+    rows, prompts = [], []
+    for number, (text, settings) in enumerate(requests):
+        options = _options(settings)
+        max_gen_toks = _max_gen_toks(settings)
+        prompt = fit_prompt(tokenizer, text, rule, max_gen_toks=max_gen_toks)
+        prompts.append(prompt)
+        rows.append(Row(prompt.input_ids, max_gen_toks, _stops(settings, tokenizer), options, _SEED + number))
+    batches = _batches(model, rows, means)
+    told = f"{{}} of {len(rows)} answers written".format
+    work = partial(continue_rows, tokenizer=tokenizer)
+    written = run_batches(model, work, [[rows[index] for index in batch] for batch in batches], means, told=told)
+    texts = {
+        index: _until(str(tokenizer.decode(ids, skip_special_tokens=True)), rows[index].stops)
+        for batch, found in zip(batches, written, strict=True)
+        for index, ids in zip(batch, found, strict=True)
+    }
+    return [Response(texts[index], prompt.text, prompt.truncated) for index, prompt in enumerate(prompts)]
+
+
+def continue_rows(
+    model: PreTrainedModel, rows: Sequence[Row], *, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Per row the new token ids up to its end: work for `batches.run_batches`. The rows have the same settings."""
+    first = rows[0]
+    longest = max(len(row.input_ids) for row in rows)
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    pads = [longest - len(row.input_ids) for row in rows]
+    ids_BL = torch.tensor([[pad] * missing + [*row.input_ids] for row, missing in zip(rows, pads, strict=True)])
+    mask_BL = torch.tensor([[0] * missing + [1] * (longest - missing) for missing in pads])
+    ends = _Ends(tokenizer, first.stops, _eos_ids(model), longest, len(rows))
+    with _own_seed(model, first), _quiet():
+        output_BN = model.generate(
+            input_ids=ids_BL.to(model.device),
+            attention_mask=mask_BL.to(model.device),
+            max_new_tokens=first.max_gen_toks,
+            stopping_criteria=StoppingCriteriaList([ends]),
+            pad_token_id=pad,
+            use_cache=True,
+            **first.options,
+        )
+    written = output_BN[:, longest:].tolist()
+    return [ids[:end] for ids, end in zip(written, ends.lengths, strict=True)]
+
+
+class _Ends(StoppingCriteria):  # type: ignore[misc]
+    """Notes for each row after how many new tokens it ended: by a stop string or by a token that ends a sequence.
+
+    A stop string is looked for in the text of the last tokens, two more than it has itself, for it can be written with
+    other tokens than a tokenizer would take.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], eos_ids: Sequence[int], start: int, rows: int
+    ) -> None:
+        self._tokenizer, self._stops, self._eos_ids, self._start = tokenizer, stops, frozenset(eos_ids), start
+        lengths = [len(tokenizer.encode(stop, add_special_tokens=False)) for stop in stops]
+        self._window = max(lengths, default=0) + 2
+        self.lengths: list[int | None] = [None] * rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        written_BN = input_ids[:, self._start :]
+        count = written_BN.shape[1]
+        for row, ids in enumerate(written_BN[:, -self._window :].tolist()):
+            if self.lengths[row] is None and self._ended(ids):
+                self.lengths[row] = count
+        return torch.tensor([length is not None for length in self.lengths], device=input_ids.device)
+
+    def _ended(self, ids: Sequence[int]) -> bool:
+        if ids[-1] in self._eos_ids:
+            return True
+        text = self._tokenizer.decode(ids) if self._stops else ""
+        return any(stop in text for stop in self._stops)
+
+
+def _batches(model: PreTrainedModel, rows: Sequence[Row], means: Means) -> list[list[int]]:
+    """Indices of rows of the same settings, the group of the longest rows first."""
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(row.settings, []).append(index)
+    lengths = [len(row.input_ids) + row.max_gen_toks for row in rows]
+    found = []
+    for group in sorted(groups.values(), key=lambda indices: -max(lengths[index] for index in indices)):
+        parts = batched(model, group, [lengths[index] for index in group], means)
+        found += [[group[place] for place in part] for part in parts]
+    return found
+
+
+def _max_gen_toks(settings: Mapping[str, Any]) -> int:
+    given = (settings[key] for key in _LENGTH_KEYS if settings.get(key) is not None)
+    return int(next(given, _MAX_GEN_TOKS))
+
+
+def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `generate` is given: without `do_sample` a temperature above 0 samples, and greedy decoding has none."""
+    options = {key: value for key, value in settings.items() if key not in ("until", *_LENGTH_KEYS)}
+    temperature = float(options.pop("temperature", None) or 0.0)
+    if options.get("do_sample") is None:
+        options["do_sample"] = temperature > 0.0
+    return options | {"temperature": temperature} if options["do_sample"] else options
+
+
+def _stops(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    until = settings.get("until") or []
+    strings = [until] if isinstance(until, str) else [*until]
+    eos = [] if tokenizer.eos_token_id is None else [str(tokenizer.decode([tokenizer.eos_token_id]))]
+    return tuple(dict.fromkeys(stop for stop in (*strings, *eos) if stop))
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    """The text before the stop strings; cut by one after the other, as lm-eval does: they may overlap."""
+    for stop in stops:
+        text = text.split(stop, 1)[0]
+    return text
+
+
+def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),)
+
+
+@contextlib.contextmanager
+def _own_seed(model: PreTrainedModel, row: Row) -> Iterator[None]:
+    """Draws by the row's seed inside; the generators as before outside."""
+    if not row.options["do_sample"]:
+        yield
+        return
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(row.seed)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' remarks on what a model's own generation settings leave unused."""
+    logger = logging.getLogger("transformers.generation")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

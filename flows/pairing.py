@@ -1,0 +1,248 @@
+"""Two recorded checkpoints beside each other on the same items: which, whether they may be, and what is significant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from evaluation.comparison import holm
+from flows.errors import SpecError
+from flows.finding import pick_run, recorded_runs
+from infra.artifacts import ArtifactRef, ArtifactStore
+from infra.errors import ArtifactMissing
+from infra.registry import near
+from infra.result_rows import DENSE, MetricRow, PairRow, RunRow
+from tasks.pairing import Reports, beside, by_evaluation
+
+if TYPE_CHECKING:
+    from infra.results import ResultsStore
+
+Verdict = Literal["same", "better", "worse", "noise"]
+
+_HARMLESS = frozenset({"bootstrap_iters"})
+"""Parts of a protocol that change no figure, only the standard error of some."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A measured checkpoint of a recorded run, its rows by suite."""
+
+    run: RunRow
+    checkpoint: str
+    suites: Mapping[str, Sequence[MetricRow]]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One figure of both sides. labels: what the sides are called. verdict: after Holm's correction over all rows."""
+
+    labels: tuple[str, str]
+    row: PairRow
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All figures; a sentence for each thing that could not be compared; the figures that have no samples."""
+
+    rows: tuple[Compared, ...]
+    problems: tuple[str, ...]
+    without_samples: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to compare: RUN or RUN:CHECKPOINT; without `other`, checkpoints of one run with its dense one."""
+
+    name: str
+    other: str | None = None
+    suite: str | None = None
+    alpha: float = 0.05
+    seed: int = 0
+
+
+def compared(question: Question, results: ResultsStore, store: ArtifactStore) -> Comparison:
+    """The answer. Raises SpecError if a run, checkpoint or suite is unknown, or nothing of it can be compared."""
+    sides = list(_sides(question, results))
+    _check_suite(question.suite, sides)
+    reports = Reports(store)
+    found: list[tuple[tuple[str, str], PairRow]] = []
+    problems: list[str] = []
+    bare: list[str] = []
+    for mine, theirs in sides:
+        labels = _labels(mine, theirs)
+        for suite in [name for name in mine.suites if name in theirs.suites and question.suite in (None, name)]:
+            try:
+                _check_alike(suite, (mine, theirs), labels, store)
+                _check_samples(suite, (mine, theirs), labels, reports, store)
+            except SpecError as error:
+                problems.append(str(error))
+                continue
+            rows, others = mine.suites[suite], theirs.suites[suite]
+            answer = beside(rows, others, reports, reference=labels[1], seed=question.seed)
+            found += [(labels, row) for row in answer.rows]
+            problems += answer.problems
+            bare += _without_samples(rows, others, answer.rows, answer.problems)
+    problems = list(dict.fromkeys(problems))
+    if not found:
+        raise SpecError("nothing can be compared: " + ("; ".join(problems) or _nothing_common(sides)))
+    return Comparison(_judged(found, question.alpha), tuple(problems), tuple(dict.fromkeys(bare)))
+
+
+def _sides(question: Question, results: ResultsStore) -> Iterator[tuple[Side, Side]]:
+    runs = recorded_runs(results)
+    if not runs:
+        raise SpecError(f"there are no results in {results.path} yet; run a spec first: slimline run demo")
+    run, name = _named(question.name, runs)
+    mine = _measured(run, results)
+    if question.other is None:
+        others = [name] if name else [each for each in mine if each != DENSE]
+        if not others:
+            raise SpecError(f"run {run.name} has measured no checkpoint but {DENSE}; name another run to compare with")
+        for each in others:
+            yield _side(run, each, mine), _side(run, DENSE, mine)
+        return
+    other_run, other_name = _named(question.other, runs)
+    theirs = _measured(other_run, results)
+    if name is None and other_name is None:
+        common = [each for each in mine if each in theirs]
+        if not common:
+            raise SpecError(
+                f"{run.name} and {other_run.name} have measured no checkpoint of the same name; name one of each: "
+                f"{', '.join(f'{run.name}:{each}' for each in mine)} and "
+                f"{', '.join(f'{other_run.name}:{each}' for each in theirs)}"
+            )
+        for each in common:
+            yield _side(run, each, mine), _side(other_run, each, theirs)
+        return
+    wanted = [name] if name else list(mine)
+    for each in wanted:
+        reference = other_name or each
+        if name or (run.run_key, each) != (other_run.run_key, reference):
+            yield _side(run, each, mine), _side(other_run, reference, theirs)
+
+
+def _named(name: str, runs: Sequence[RunRow]) -> tuple[RunRow, str | None]:
+    """The run and the checkpoint, if one is named. Names of runs may have a colon too."""
+    if any(name in (run.run_key, run.name) for run in runs) or ":" not in name:
+        return pick_run(runs, name), None
+    run, _, checkpoint = name.rpartition(":")
+    return pick_run(runs, run), checkpoint
+
+
+def _measured(run: RunRow, results: ResultsStore) -> dict[str, dict[str, list[MetricRow]]]:
+    """Rows by checkpoint and suite."""
+    found: dict[str, dict[str, list[MetricRow]]] = {}
+    for (checkpoint, suite), rows in by_evaluation(results.metrics(run.run_key)).items():
+        found.setdefault(checkpoint, {})[suite] = rows
+    if not found:
+        raise SpecError(f"run {run.run_key} has measured nothing that has samples; add an evaluation to its spec")
+    return found
+
+
+def _side(run: RunRow, checkpoint: str, measured: Mapping[str, Mapping[str, Sequence[MetricRow]]]) -> Side:
+    if checkpoint not in measured:
+        raise SpecError(
+            f"run {run.name} has no measured checkpoint {checkpoint!r}{near(checkpoint, measured)}; "
+            f"it has: {', '.join(measured)}"
+        )
+    return Side(run, checkpoint, measured[checkpoint])
+
+
+def _labels(mine: Side, theirs: Side) -> tuple[str, str]:
+    """The checkpoints' names, with those of their runs if these differ."""
+    if mine.run.run_key == theirs.run.run_key:
+        return mine.checkpoint, theirs.checkpoint
+    if mine.run.name == theirs.run.name:
+        return f"{mine.run.run_key}:{mine.checkpoint}", f"{theirs.run.run_key}:{theirs.checkpoint}"
+    return f"{mine.run.name}:{mine.checkpoint}", f"{theirs.run.name}:{theirs.checkpoint}"
+
+
+def _check_suite(suite: str | None, sides: Sequence[tuple[Side, Side]]) -> None:
+    known = sorted({name for pair in sides for side in pair for name in side.suites})
+    if suite is not None and suite not in known:
+        raise SpecError(f"--suite: no evaluation {suite!r}{near(suite, known)}; there are: {', '.join(known)}")
+
+
+def _check_alike(suite: str, sides: tuple[Side, Side], labels: tuple[str, str], store: ArtifactStore) -> None:
+    """Raise SpecError, which names the difference, if the two were not measured alike."""
+    mine, theirs = (side.suites[suite][0] for side in sides)
+    differences = list(_differences(json.loads(mine.protocol), json.loads(theirs.protocol)))
+    if not differences and _dense_of(mine.stage_key, store) != _dense_of(theirs.stage_key, store):
+        differences = ["the dense model that they were measured against is another"]
+    if differences:
+        raise SpecError(
+            f"{suite} of {labels[0]} and {labels[1]} was not measured alike: {'; '.join(differences[:3])}; "
+            "measure one of them again as the other was"
+        )
+
+
+def _differences(mine: Any, theirs: Any, place: str = "") -> Iterator[str]:
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in [key for key in {**mine, **theirs} if key not in _HARMLESS]:
+            yield from _differences(mine.get(key), theirs.get(key), f"{place}.{key}" if place else key)
+    elif mine != theirs:
+        yield f"{place} is {json.dumps(mine)} in the one and {json.dumps(theirs)} in the other"
+
+
+def _dense_of(stage_key: str, store: ArtifactStore) -> Any:
+    """What a suite that compares with the dense model compared with; None of other suites and of what is gone."""
+    try:
+        return store.manifest(ArtifactRef(kind="report", key=stage_key)).request.get("reference")
+    except ArtifactMissing:
+        return None
+
+
+def _check_samples(
+    suite: str, sides: tuple[Side, Side], labels: tuple[str, str], reports: Reports, store: ArtifactStore
+) -> None:
+    """Raise SpecError, which says what makes them, if the samples of one side cannot be had."""
+    for side, label in zip(sides, labels, strict=True):
+        key = side.suites[suite][0].stage_key
+        try:
+            reports.read(key)
+        except ArtifactMissing as error:
+            if store.has(ArtifactRef(kind="report", key=key)):
+                raise SpecError(
+                    f"{suite} of {label} has no samples that can be read, as before they were kept; run spec "
+                    f"{side.run.name} with --refresh evaluate:{suite}"
+                ) from error
+            raise SpecError(
+                f"the samples of {suite} of {label} are no longer in the store (slimline gc collects them with the "
+                f"report {key}); run spec {side.run.name} again"
+            ) from error
+
+
+def _without_samples(
+    rows: Sequence[MetricRow], others: Sequence[MetricRow], pairs: Sequence[PairRow], problems: Sequence[str]
+) -> list[str]:
+    both = {(row.task, row.metric) for row in others}
+    done = {f"{row.suite}/{row.task}/{row.metric}" for row in pairs} | {text.partition(": ")[0] for text in problems}
+    names = [f"{row.suite}/{row.task}/{row.metric}" for row in rows if (row.task, row.metric) in both]
+    return [name for name in names if name not in done]
+
+
+def _nothing_common(sides: Sequence[tuple[Side, Side]]) -> str:
+    mine, theirs = sides[0]
+    labels = _labels(mine, theirs)
+    return (
+        f"{labels[0]} was measured by {', '.join(mine.suites)} and {labels[1]} by {', '.join(theirs.suites)}; "
+        "they have no figures with samples in common"
+    )
+
+
+def _judged(found: Sequence[tuple[tuple[str, str], PairRow]], alpha: float) -> tuple[Compared, ...]:
+    significant = holm([row.p_value for _, row in found], alpha)
+    return tuple(
+        Compared(labels, row, _verdict(row, differs)) for (labels, row), differs in zip(found, significant, strict=True)
+    )
+
+
+def _verdict(row: PairRow, differs: bool) -> Verdict:
+    if row.difference == 0:
+        return "same"
+    if not differs:
+        return "noise"
+    return "better" if (row.difference > 0) == row.higher_is_better else "worse"

@@ -1,0 +1,126 @@
+"""Batches: longest rows first, halved when memory is short, shared with other processes; results as of one by one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from evaluation.batches import batched, rows_per_batch, run_batches
+from evaluation.crew import Crew
+from evaluation.suite import Means
+from pruning.checkpoint import load_checkpoint, save_checkpoint
+
+ROWS = [tuple(range(3, 3 + length)) for length in (5, 9, 2, 9, 7, 4, 6)]
+
+
+@torch.inference_mode()
+def last_logit(model: PreTrainedModel, rows: Sequence[tuple[int, ...]]) -> list[float]:
+    return [float(model(torch.tensor([row])).logits[0, -1, 0]) for row in rows]
+
+
+def who(model: PreTrainedModel, rows: Sequence[int]) -> list[int]:
+    return [os.getpid()] * len(rows)
+
+
+class Narrow:
+    """Holds so many rows and no more."""
+
+    def __init__(self, most: int, error: Exception) -> None:
+        self.most, self.error = most, error
+        self.taken: list[int] = []
+
+    def __call__(self, model: PreTrainedModel, rows: Sequence[int]) -> list[int]:
+        self.taken.append(len(rows))
+        if len(rows) > self.most:
+            raise self.error
+        return [row * row for row in rows]
+
+
+def test_batches_hold_neighbours_in_length_the_longest_first(model: PreTrainedModel) -> None:
+    lengths = [len(row) for row in ROWS]
+    batches = batched(model, ROWS, lengths, Means(batch_size=3))
+    assert [[lengths[index] for index in batch] for batch in batches] == [[9, 9, 7], [6, 5, 4], [2]]
+    assert sorted(index for batch in batches for index in batch) == list(range(len(ROWS)))
+
+
+def test_the_batch_size_is_the_asked_or_what_keeps_the_device_busy(model: PreTrainedModel) -> None:
+    assert rows_per_batch(model, 100, Means(batch_size=3)) == 3
+    assert rows_per_batch(model, 128, Means()) == 16
+    assert rows_per_batch(model, 10**6, Means()) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate")],
+)
+def test_short_of_memory_batches_are_halved_and_nothing_is_lost(
+    model: PreTrainedModel, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    narrow, told = Narrow(2, error), []
+    means = Means(progress=lambda share, message: told.append((share, message)))
+    with caplog.at_level(logging.WARNING, "slimline"):
+        results = run_batches(model, narrow, [list(range(7)), list(range(7, 12))], means)
+    assert results == [[row * row for row in range(7)], [row * row for row in range(7, 12)]]
+    assert [record.getMessage() for record in caplog.records] == [
+        "out of memory with 7 rows at once; going on with 4",
+        "out of memory with 4 rows at once; going on with 2",
+    ]
+    assert narrow.taken == [7, 4, 2, 2, 2, 1, 2, 1, 2]  # once it is known, too much is not tried again
+    assert told == [(7 / 12, "7 rows"), (1.0, "12 rows")]
+
+
+def test_one_row_that_does_not_fit_is_an_error(model: PreTrainedModel) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        run_batches(model, Narrow(0, torch.OutOfMemoryError("CUDA out of memory")), [[1, 2]], Means())
+
+
+def test_any_other_error_is_one(model: PreTrainedModel) -> None:
+    narrow = Narrow(0, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_batches(model, narrow, [[1, 2]], Means())
+    assert narrow.taken == [2]
+
+
+@pytest.fixture
+def folder(model: PreTrainedModel, tmp_path: Path) -> Path:
+    save_checkpoint(model, None, tmp_path)
+    return tmp_path
+
+
+def test_a_crew_gives_what_one_process_gives(model: PreTrainedModel, folder: Path) -> None:
+    batches = [ROWS[:3], ROWS[3:5], ROWS[5:]]
+    alone = run_batches(model, last_logit, batches, Means())
+    told: list[str] = []
+    threads = torch.get_num_threads()
+    with Crew(folder, load_checkpoint, [{"device": "cpu"}]) as crew:
+        together = run_batches(model, last_logit, batches, Means(crew=crew, progress=lambda _, text: told.append(text)))
+        processes = {pid for batch in run_batches(model, who, [[1]] * 200, Means(crew=crew)) for pid in batch}
+        with pytest.raises(IndexError):
+            run_batches(model, last_logit, [[(10**6,)]] * 8, Means(crew=crew))
+    assert together == alone
+    assert len(processes) == 2
+    assert told[-1] == "7 rows"
+    assert torch.get_num_threads() == threads
+
+
+def die(model: PreTrainedModel, rows: Sequence[int]) -> list[int]:
+    if rows[0] != os.getpid():
+        os._exit(9)
+    import time
+
+    time.sleep(0.2)
+    return list(rows)
+
+
+def test_a_process_that_dies_is_an_error_and_not_a_wait(model: PreTrainedModel, folder: Path) -> None:
+    with (
+        Crew(folder, load_checkpoint, [{"device": "cpu"}]) as crew,
+        pytest.raises(RuntimeError, match=r"a process of the evaluation died \(exit code 9\)"),
+    ):
+        run_batches(model, die, [[os.getpid()]] * 1000, Means(crew=crew))

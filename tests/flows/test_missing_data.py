@@ -1,0 +1,88 @@
+"""Data that is not there costs its own evaluation: the others are measured and recorded, and only it is run again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from infra.offline import OfflineDefault
+from tests.flows.home import Home, stages_run
+
+TASKS = {
+    "boolq": "aps/super_glue",
+    "piqa": "baber/piqa",
+    "hellaswag": "Rowan/hellaswag",
+    "winogrande": "allenai/winogrande",
+    "arc_easy": "allenai/ai2_arc",
+    "openbookqa": "allenai/openbookqa",
+}
+
+
+@pytest.fixture
+def mirror(tmp_path: Path, offline_root: Path) -> Path:
+    offline = OfflineDefault(offline_root)
+    for repo_id in ("slimline/tiny-random-llama", "slimline/wikipedia", *TASKS.values()):
+        link = tmp_path / "mirror" / repo_id
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(offline.folder(repo_id))
+    return tmp_path / "mirror"
+
+
+@pytest.fixture
+def spec(tmp_path: Path, mirror: Path) -> Path:
+    wikipedia = {"dataset": "slimline/wikipedia", "config": None, "windows": [64], "max_windows": 2}
+    suites = [{"suite": "zero_shot", "name": task, "tasks": [task], "limit": 4} for task in TASKS]
+    text = {
+        "name": "seven",
+        "mirror": str(mirror),
+        "model": {"id": "slimline/tiny-random-llama"},
+        "evals": [{"suite": "perplexity", **wikipedia}, *suites],
+    }
+    path = tmp_path / "seven.yaml"
+    path.write_text(yaml.safe_dump(text), encoding="utf-8")
+    return path
+
+
+def test_six_of_seven_suites_are_recorded_and_only_the_failed_one_is_run_again(
+    home: Home, spec: Path, mirror: Path
+) -> None:
+    lost = mirror / TASKS["openbookqa"]
+    folder = lost.readlink()
+    lost.unlink()
+    failed = home.slimline("run", str(spec), code=2)
+    assert f"{mirror}" in failed.stderr.splitlines()[-1]
+    assert "allenai/openbookqa" in failed.stderr.splitlines()[-1]
+    (run,) = home.results.runs()
+    assert run.status == "failed"
+    others = {"perplexity", *TASKS} - {"openbookqa"}
+    assert {row.suite for row in home.results.metrics(run.run_key)} == others
+    lost.symlink_to(folder)
+    mended = home.slimline("run", str(spec))
+    assert stages_run(mended.stderr) == ["evaluate:openbookqa:dense"]
+    newest = home.results.runs()[-1]
+    assert newest.status == "completed"
+    assert {row.suite for row in home.results.metrics(newest.run_key)} == {"perplexity", *TASKS}
+
+
+def test_it_is_said_before_anything_is_run(home: Home, spec: Path, mirror: Path) -> None:
+    (mirror / TASKS["openbookqa"]).unlink()
+    lines = home.slimline("run", str(spec), code=2).stderr.splitlines()
+    (warned,) = (number for number, line in enumerate(lines) if "will fail for want of data" in line)
+    assert "evaluate:openbookqa:dense" in lines[warned]
+    assert warned < min(number for number, line in enumerate(lines) if ": running, " in line)
+
+
+def test_with_no_data_at_all_nothing_is_run(home: Home, spec: Path, mirror: Path) -> None:
+    for repo_id in TASKS.values():
+        (mirror / repo_id).unlink()
+    child = home.slimline("run", str(spec), "--set", "evals=[{suite: zero_shot, limit: 4}]", code=2)
+    assert stages_run(child.stderr) == []
+    assert "aps/super_glue" in child.stderr
+
+
+def test_a_data_set_that_the_spec_names_is_refused_at_once(home: Home, spec: Path) -> None:
+    child = home.slimline("run", str(spec), "--set", "evals.0.dataset=slimline/wikipedai", code=2)
+    assert stages_run(child.stderr) == []
+    assert "slimline/wikipedai" in child.stderr.splitlines()[-1]

@@ -1,0 +1,87 @@
+"""The evaluation stage: reports and samples side by side, equal in one process and in several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evaluation.report import EvalReport
+from evaluation.samples import read_samples
+from infra.artifacts import ArtifactRef, ArtifactStore
+from infra.errors import SourceMissing
+from infra.settings import Settings
+from infra.sources import Sources
+from pruning.checkpoint import save_checkpoint
+from tasks.devices import Placement
+from tasks.evaluate import MISSING, fill
+from tasks.loaded import forget
+from tasks.pairing import SAMPLES_FILE
+from tasks.requests import EvaluateRequest
+from tasks.stage import Bench, Workplace
+from tests.tiny import tiny_model, tiny_tokenizer
+
+CHECKPOINT, OTHER = (ArtifactRef(kind="checkpoint", key=f"checkpoint-v1-{digit * 16}") for digit in "ab")
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Workplace:
+    settings = Settings(home=tmp_path / "home", device="cpu")
+    store = ArtifactStore(settings.store_root)
+    for seed, ref in enumerate((CHECKPOINT, OTHER)):
+        with store.writing(ref, request={}, versions={}) as folder:
+            save_checkpoint(tiny_model("llama", seed=seed), tiny_tokenizer(), folder)
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200, encoding="utf-8")
+    return Workplace(settings, Sources((), None, False, home=settings.home))
+
+
+def asked(tmp_path: Path, suite: str, **more: Any) -> EvaluateRequest:
+    config = {"dataset": str(tmp_path / "text.txt"), "config": None, "split": "train", "windows": [32]}
+    return EvaluateRequest(plugin=suite, checkpoint=CHECKPOINT, **{"config": config, "sources": ({},), **more})
+
+
+def filled(request: EvaluateRequest, workplace: Workplace, folder: Path, **settings: Any) -> EvalReport:
+    folder.mkdir()
+    changed = Workplace(workplace.settings.model_copy(update=settings), workplace.sources)
+    place = Placement(torch.device("cpu"))
+    try:
+        fill(request, Bench(changed, folder, request.ref, place, lambda share, message: None))
+    finally:
+        forget()
+    return EvalReport.model_validate_json((folder / "report.json").read_text())
+
+
+def test_several_processes_and_batch_sizes_measure_the_same(workplace: Workplace, tmp_path: Path) -> None:
+    request = asked(tmp_path, "perplexity")
+    alone = filled(request, workplace, tmp_path / "alone")
+    together = filled(request, workplace, tmp_path / "together", eval_processes=2, eval_batch_size=3)
+    (metric,), (same,) = alone.metrics, together.metrics
+    assert same.value == pytest.approx(metric.value, rel=1e-6)
+    samples = [read_samples(tmp_path / name / SAMPLES_FILE) for name in ("alone", "together")]
+    assert [sample.item_hash for sample in samples[0]] == [sample.item_hash for sample in samples[1]]
+    assert len(samples[0]) == metric.num_examples
+
+
+def test_a_comparison_gets_both_models(workplace: Workplace, tmp_path: Path) -> None:
+    report = filled(asked(tmp_path, "agreement", reference=OTHER), workplace, tmp_path / "report")
+    assert next(metric.value for metric in report.metrics if metric.metric == "kl@32") > 0
+    same = filled(asked(tmp_path, "agreement", reference=CHECKPOINT), workplace, tmp_path / "same")
+    assert next(metric.value for metric in same.metrics if metric.metric == "kl@32") == pytest.approx(0, abs=1e-6)
+
+
+def test_the_reference_is_part_of_the_key_where_there_is_one(tmp_path: Path) -> None:
+    request = asked(tmp_path, "agreement", reference=OTHER)
+    assert request.inputs == (CHECKPOINT, OTHER)
+    assert request.ref.key != asked(tmp_path, "agreement", reference=CHECKPOINT).ref.key
+    assert "reference" not in asked(tmp_path, "perplexity").model_dump()
+
+
+def test_data_that_was_missing_fails_before_a_model_is_loaded(workplace: Workplace, tmp_path: Path) -> None:
+    lost = asked(tmp_path, "zero_shot", sources=({MISSING: "aps/super_glue"},), config={"tasks": ["boolq"]})
+    with pytest.raises(SourceMissing, match="aps/super_glue"):
+        filled(lost, workplace, tmp_path / "lost")
+    found = asked(tmp_path, "perplexity", sources=({MISSING: str(tmp_path / "text.txt")},))
+    with pytest.raises(SourceMissing, match="is there now"):
+        filled(found, workplace, tmp_path / "found")
