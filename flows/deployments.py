@@ -6,6 +6,8 @@ Importing this module prepares a process that Prefect started (prefect.yaml name
 
 from __future__ import annotations
 
+import logging
+
 from flows.environment import entered_by_prefect, prepare_engine
 
 if entered_by_prefect():
@@ -23,6 +25,8 @@ from infra.settings import load_settings
 
 __all__ = ["nightly", "run"]
 
+log = logging.getLogger("slimline")
+
 if entered_by_prefect():
     nightly = on_runner(load_settings().runner, load_settings())
 
@@ -39,4 +43,8 @@ def run(spec: str, overrides: tuple[str, ...] = (), refresh: tuple[str, ...] = (
     created = context.flow_run.created if context and context.flow_run else None
     settings = load_settings()
     runner = runner_named(settings.runner, settings)
-    return compress.with_options(task_runner=runner)(load_spec(spec, overrides), refresh, created)
+    try:
+        return compress.with_options(task_runner=runner)(load_spec(spec, overrides), refresh, created)
+    except Exception as error:
+        log.error("run %s: %s", spec, error)  # Prefect keeps it for its pages and says nothing where it runs
+        raise

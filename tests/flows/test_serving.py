@@ -71,10 +71,13 @@ def test_a_schedule_fires_and_a_retry_runs_what_failed(
         for path, content in good.items():
             path.write_bytes(content)
         before = log.read_text()
+        assert "smoke.yaml: evaluate:zero_shot:" in before
         failed = {name for name in stages_run(before) if name.startswith("evaluate:zero_shot")}
         assert len(failed) == 3
         api.retry(first["id"])
-        wait_for(lambda: api.state(first["id"]) == "COMPLETED", 90, process)
+        wait_for(lambda: api.flow_run(first["id"])["run_count"] == 2, 90, process)
+        ended = wait_for(lambda: {api.state(first["id"])} & {"COMPLETED", "FAILED", "CRASHED"}, 150, process)
+        assert ended == {"COMPLETED"}, log.read_text()
         assert api.flow_run(first["id"])["run_count"] == 2
         assert set(stages_run(log.read_text()[len(before) :])) == failed
     assert process.returncode == 0, log.read_text()
