@@ -100,9 +100,19 @@ def _find(name_or_path: str, shipped: dict[str, Path], noun: str) -> Path:
     raise SpecError(f"there is no {noun} file {name_or_path!r}{hint}; shipped {noun}s: {', '.join(shipped)}")
 
 
+class _SpecLoader(yaml.SafeLoader):
+    """YAML in which `on`, a key of ours, is a word: to YAML 1.1 a bare `on` is true. Pydantic knows yes, no and off."""
+
+
+_SpecLoader.yaml_implicit_resolvers = {
+    first: [(tag, words) for tag, words in resolvers if first in "tTfF" or not tag.endswith(":bool")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_SpecLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -121,7 +131,7 @@ def _apply_(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise SpecError(f"--set {override!r} is not of the form a.b.c=value, e.g. --set steps.0.sparsity=0.5")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_SpecLoader)
     except yaml.YAMLError as error:
         raise SpecError(f"--set {override!r}: the value is not valid YAML") from error
     place: Any = raw

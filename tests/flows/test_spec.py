@@ -292,3 +292,16 @@ def test_specs_are_frozen() -> None:
         spec.name = "other"
     with pytest.raises(ValueError, match="frozen"):
         spec.steps[0].config.sparsity = 0.5
+
+
+def test_on_is_a_key_and_no_boolean(tmp_path: Path) -> None:
+    """YAML 1.1 reads a bare `on` as true."""
+    (tmp_path / "own.yaml").write_text(
+        "name: own\nmodel: {id: a/b}\nevals:\n  - {suite: perplexity, on: dense, keep_last_partial: yes}\n"
+        "profile: {on: [dense]}\n"
+    )
+    spec = load_spec(str(tmp_path / "own.yaml"), ["evals.0.name=wiki", "profile={on: all}"])
+    assert (spec.evals[0].on, spec.evals[0].config.keep_last_partial) == (("dense",), True)
+    assert spec.profile is not None
+    assert spec.profile.on == "all"
+    assert parse_spec(yaml.safe_load(dump_spec(spec)), source="dump") == spec
