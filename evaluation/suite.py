@@ -77,21 +77,24 @@ class DataNeed(BaseModel):
     revision: str | None = None
 
 
+class TextNeed(BaseModel):
+    """The texts of one column: of a split, or of `data_files` inside the data set instead. revision: of the hub."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    config: str | None
+    split: str
+    text_field: str
+    data_files: str | None = None
+    revision: str | None = None
+
+
 class SuiteData(Protocol):
     """Where a suite gets its data; the caller knows about mirrors and the hub, the suite does not."""
 
-    def texts(
-        self,
-        dataset: str,
-        *,
-        config: str | None,
-        split: str,
-        text_field: str,
-        data_files: str | None = None,
-        revision: str | None = None,
-    ) -> list[str]:
-        """One text per row, in the order of the data set. data_files: read these files of it instead of a split.
-        revision: of the hub."""
+    def texts(self, need: TextNeed) -> list[str]:
+        """One text per row, in the order of the data set."""
         ...
 
     def folder(self, repo_id: str) -> Path | None:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.suite import Means
+from evaluation.suite import Means, TextNeed
 from infra.errors import SourceMissing
 from infra.sources import Sources, TextData
 from tasks.devices import device_names
@@ -29,27 +29,9 @@ class SuiteSources:
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
 
-    def texts(
-        self,
-        dataset: str,
-        *,
-        config: str | None,
-        split: str,
-        text_field: str,
-        data_files: str | None = None,
-        revision: str | None = None,
-    ) -> list[str]:
+    def texts(self, need: TextNeed) -> list[str]:
         """One text per row."""
-        return self._sources.texts(
-            TextData(
-                dataset=dataset,
-                config=config,
-                split=split,
-                text_field=text_field,
-                data_files=data_files,
-                revision=revision,
-            )
-        )
+        return self._sources.texts(TextData(**need.model_dump()))
 
     def folder(self, repo_id: str) -> Path | None:
         """Local folder of a data set, or None for the hub."""

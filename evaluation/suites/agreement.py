@@ -75,14 +75,7 @@ def evaluate(
     check(config)
     check_comparable(model, reference)
     lengths = window_lengths(config.windows, longest_context(model))
-    texts = data.texts(
-        config.dataset,
-        config=config.config,
-        split=config.split,
-        text_field=config.text_field,
-        data_files=config.data_files,
-        revision=config.revision,
-    )
+    texts = data.texts(config.texts)
     metrics: list[Metric] = []
     samples: list[Sample] = []
     for done, window in enumerate(lengths):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from evaluation.report import EvalReport, Metric
-from evaluation.suite import DataNeed, Means, ModelFacts, Progress, SuiteData, SuiteResult
+from evaluation.suite import DataNeed, Means, ModelFacts, Progress, SuiteData, SuiteResult, TextNeed
 from evaluation.text_presets import expanded
 from evaluation.windows import WindowProtocol, WindowSelection, check_consistent, refuse_twice, window_lengths
 
@@ -50,6 +50,11 @@ class Config(WindowSelection):
     windows: tuple[Annotated[int, Field(ge=2)] | Literal["max"], ...] = Field(default=(128, 2048), min_length=1)
     """One metric "ppl@<window>" for each; tokens, BOS included. "max" is the model's max_position_embeddings, and the
     metric has the number."""
+
+    @property
+    def texts(self) -> TextNeed:
+        """Which texts are read."""
+        return TextNeed(**{name: getattr(self, name) for name in TextNeed.model_fields})
 
     @model_validator(mode="before")
     @classmethod
@@ -93,14 +98,7 @@ def evaluate(
     # All lengths first: a window that cannot fit must not cost the time of the ones before it.
     lengths = window_lengths(config.windows, longest_context(model))
     check_consistent(config, lengths)
-    texts = data.texts(
-        config.dataset,
-        config=config.config,
-        split=config.split,
-        text_field=config.text_field,
-        data_files=config.data_files,
-        revision=config.revision,
-    )
+    texts = data.texts(config.texts)
     metrics: list[Metric] = []
     samples: list[Sample] = []
     amounts: dict[str, JsonValue] = {}

@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from evaluation.suite import TextNeed
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -92,17 +94,8 @@ class LocalData:
         self.given = list(texts)
         self.asked: list[str] = []
 
-    def texts(
-        self,
-        dataset: str,
-        *,
-        config: str | None,
-        split: str,
-        text_field: str,
-        data_files: str | None = None,
-        revision: str | None = None,
-    ) -> list[str]:
-        self.asked.append(f"{dataset}/{config}/{split}/{text_field}")
+    def texts(self, need: TextNeed) -> list[str]:
+        self.asked.append(f"{need.dataset}/{need.config}/{need.split}/{need.text_field}")
         return self.given
 
     def folder(self, repo_id: str) -> Path | None:

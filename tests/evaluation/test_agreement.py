@@ -24,7 +24,7 @@ from evaluation.crew import Crew
 from evaluation.errors import EvaluationError
 from evaluation.paired import pair
 from evaluation.perplexity import perplexity
-from evaluation.suite import Means, SuiteResult
+from evaluation.suite import Means, SuiteResult, TextNeed
 from evaluation.suites import agreement as suite
 from evaluation.window_cutting import Window, windows_of
 from evaluation.windows import WindowProtocol
@@ -37,7 +37,7 @@ PROTOCOL = WindowProtocol(window=24, keep_last_partial=True)
 class Texts:
     """Data with one text field."""
 
-    def texts(self, dataset: str, **how: object) -> list[str]:
+    def texts(self, need: TextNeed) -> list[str]:
         return TEXTS
 
     def folder(self, repo_id: str) -> None:
