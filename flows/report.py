@@ -7,9 +7,10 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
-from infra.result_rows import MetricRow
+from infra.result_rows import DENSE, MetricRow
 
 #: which figure of the profile stands in the table, under which heading, divided by what
 _PROFILE_COLUMNS = {
@@ -37,15 +38,24 @@ Table = list[dict[str, str]]
 
 
 def table_rows(metrics: Iterable[MetricRow]) -> Table:
-    """One row per checkpoint in the order of their first metric; every row has the same columns."""
+    """One row per checkpoint, the dense one first; every row has the same columns."""
     shown = [row for row in metrics if _heading(row) is not None]
     shown = _one_metric_per_task(shown)
     columns = _columns(shown)
     ordered = _in_order(shown, columns)
-    rows: dict[str, dict[str, str]] = {}
+    rows: dict[str, dict[str, str]] = {name: {} for name in _checkpoints(shown)}
     for row in shown:
-        rows.setdefault(row.checkpoint, {})[columns[row.suite, row.task, row.metric]] = _cell(row)
+        rows[row.checkpoint][columns[row.suite, row.task, row.metric]] = _cell(row)
     return [{"checkpoint": name} | {h: cells.get(h, "") for h in ordered} for name, cells in rows.items()]
+
+
+def _checkpoints(rows: Iterable[MetricRow]) -> list[str]:
+    """Dense, then the others in the order of the suite that measured most of them: one may measure only some."""
+    measured: dict[str, dict[str, None]] = {}
+    for row in rows:
+        measured.setdefault(row.suite, {})[row.checkpoint] = None
+    names = dict.fromkeys(chain.from_iterable(sorted(map(list, measured.values()), key=len, reverse=True)))
+    return sorted(names, key=lambda name: name != DENSE)
 
 
 def _in_order(rows: Sequence[MetricRow], columns: Mapping[tuple[str, str, str], str]) -> list[str]:

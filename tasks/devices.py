@@ -23,6 +23,8 @@ BALANCED = "balanced"
 
 #: seconds between two looks at devices that other processes use
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
+#: how many later ones may be served before who waits, because the device has their model loaded
+_PATIENCE = 8
 
 log = logging.getLogger("slimline")
 
@@ -45,9 +47,18 @@ class Placement:
         return {"device_map": self.device_map} if self.device_map else {"device": self.device}
 
 
+@dataclass(eq=False)
+class _Waiting:
+    """Who waits for a place: the model that it needs there, and how many later ones were served before it."""
+
+    needs: str | None
+    passed_over: int = 0
+
+
 class DevicePool:
     """Hands out places; who asks while all are taken waits. Shared by the threads of one run.
 
+    First come, first served, but who needs the model that was used last on a place comes before who needs another one.
     An accelerator is also leased from the other processes of the host: several runs never compute on the same one.
     """
 
@@ -55,13 +66,18 @@ class DevicePool:
         self._places = places
         self._lease = lease
         self._free = list(places)
+        self._loaded: dict[Placement, str] = {}
+        self._queue: list[_Waiting] = []
         self._changed = threading.Condition()
         self._taking_all = threading.Lock()
 
     @contextmanager
-    def one(self) -> Iterator[Placement]:
-        """A place of one's own for the length of the block: the first that nobody uses, here or on the host."""
-        place, leases = self._take_any()
+    def one(self, needs: str | None = None) -> Iterator[Placement]:
+        """A place of one's own for the length of the block: one that nobody uses, here or on the host.
+
+        needs: key of the checkpoint that will be loaded there and stay (see tasks.loaded), if it may.
+        """
+        place, leases = self._take_any(needs)
         with self._given_back(place, leases):
             yield place
 
@@ -79,28 +95,54 @@ class DevicePool:
     def _this(self, place: Placement) -> Iterator[None]:
         with self._changed:
             self._changed.wait_for(lambda: place in self._free)
-            self._free.remove(place)
+            self._took(place, None)
         leases = ExitStack()
         with self._given_back(place, leases):
             for name in sorted(place.accelerators):
                 leases.enter_context(self._lease(name, True))
             yield
 
-    def _take_any(self) -> tuple[Placement, ExitStack]:
-        pause, told = _FIRST_PAUSE, False
-        with self._changed:
+    def _take_any(self, needs: str | None = None) -> tuple[Placement, ExitStack]:
+        pause, told, me = _FIRST_PAUSE, False, _Waiting(needs)
+        with self._changed, self._queued(me):
             while True:
-                for place in self._free:
-                    leases = self._try(place)
+                for place in sorted(self._free, key=lambda place: needs is None or self._loaded.get(place) != needs):
+                    leases = self._try(place) if self._next_on(place) is me else None
                     if leases is not None:
-                        self._free.remove(place)
+                        self._took(place, needs)
+                        for earlier in self._queue[: self._queue.index(me)]:
+                            earlier.passed_over += 1
                         return place, leases
-                if self._free and not told:
+                if self._free and not told and self._queue[0] is me:
                     log.info("waiting for a device: other processes of this host use %s", _named(self._free))
                     told = True
                 # A place that is given back here wakes us up; one that another process gives back must be asked for.
                 self._changed.wait(pause if self._free else None)
                 pause = min(2 * pause, _LONGEST_PAUSE)
+
+    @contextmanager
+    def _queued(self, waiting: _Waiting) -> Iterator[None]:
+        """In the queue for the length of the block, within the lock; the next look up when it leaves."""
+        self._queue.append(waiting)
+        try:
+            yield
+        finally:
+            self._queue.remove(waiting)
+            self._changed.notify_all()
+
+    def _next_on(self, place: Placement) -> _Waiting:
+        """Whose turn it is on a free place: the first that needs what is loaded there, else the first; nobody is passed
+        over for ever."""
+        first, loaded = self._queue[0], self._loaded.get(place)
+        if loaded is None or first.passed_over >= _PATIENCE:
+            return first
+        return next((waiting for waiting in self._queue if waiting.needs == loaded), first)
+
+    def _took(self, place: Placement, needs: str | None) -> None:
+        self._free.remove(place)
+        self._loaded.pop(place, None)
+        if needs is not None:
+            self._loaded[place] = needs
 
     def _try(self, place: Placement) -> ExitStack | None:
         """Leases of all accelerators of a place, or None as soon as one of them is not free."""

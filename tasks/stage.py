@@ -29,7 +29,7 @@ from tasks.disk_needs import Forecast, check_room
 from tasks.interrupts import refuse_elsewhere, refuse_interrupted
 from tasks.loaded import forget
 from tasks.progress import Progress, stage_progress
-from tasks.requests import Request
+from tasks.requests import EvaluateRequest, Request
 from tasks.retrying import eased, passes_by_itself
 from tasks.sharing import sharing_of
 
@@ -169,7 +169,7 @@ def _found(ref: ArtifactRef, store: ArtifactStore) -> Made:
 
 def _run(request: Request, stage_name: str, workplace: Workplace, fill: Fill, devices: Devices) -> float:
     """Make the artifact when there is a device for it; returns the seconds that it took. Raises Interrupted."""
-    with _placed(workplace.settings, devices) as place:
+    with _placed(workplace.settings, devices, request) as place:
         refuse_interrupted(workplace.settings, workplace.part_of)  # the wait for a device may have been long
         if place is not None and devices != "crew":
             forget(place)  # only evaluations go on with the model that the one before them loaded
@@ -217,12 +217,14 @@ def _import_in_turn(modules: tuple[str, ...]) -> None:
             importlib.import_module(module)
 
 
-def _placed(settings: Settings, devices: Devices) -> AbstractContextManager[Placement | None]:
+def _placed(settings: Settings, devices: Devices, request: Request) -> AbstractContextManager[Placement | None]:
     if devices == "none":
         return nullcontext()
     processes = {"one": 1, "team": settings.walk_processes, "crew": settings.eval_processes}
     places = pool(settings.device, settings.device_lease)
-    return places.one() if processes.get(devices) == 1 else places.all()
+    if processes.get(devices) != 1:
+        return places.all()
+    return places.one(request.checkpoint.key if isinstance(request, EvaluateRequest) else None)
 
 
 def _cache_key(context: Any, parameters: dict[str, Any]) -> str:

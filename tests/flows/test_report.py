@@ -50,6 +50,16 @@ def test_one_row_per_checkpoint_and_the_size_first() -> None:
     assert list(rows[0]) == list(rows[1])
 
 
+def test_dense_stands_first_whatever_was_measured_first() -> None:
+    rows = [
+        row("tuned", "agreement", "text", "kl", 0.1),
+        row("pruned", "zero_shot", "piqa", "acc", 0.5),
+        row("tuned", "zero_shot", "piqa", "acc", 0.6),
+        row("dense", "perplexity", "text", "ppl@64", 20.0),
+    ]
+    assert [cells["checkpoint"] for cells in table_rows(rows)] == ["dense", "pruned", "tuned"]
+
+
 def test_cells_have_digits_and_errors() -> None:
     dense, pruned = table_rows(ROWS)
     assert dense["wikitext ppl@128"] == "27.80 ± 0.50"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from infra.errors import SettingsInvalid
-from tasks.devices import BALANCED, DevicePool, Placement, device_label, device_names, pool
+from tasks.devices import _PATIENCE, BALANCED, DevicePool, Placement, device_label, device_names, pool
 
 TWO = (Placement(torch.device("cuda:0")), Placement(torch.device("cuda:1")))
 
@@ -82,6 +82,48 @@ def test_a_place_is_given_back_after_a_failure() -> None:
         raise RuntimeError
     with places.one() as place:
         assert place == TWO[0]
+
+
+def served(places: DevicePool, needs: list[str | None]) -> list[str | None]:
+    """In which order those who ask in this order, while all is taken, are served."""
+    order: list[str | None] = []
+
+    def work(key: str | None) -> None:
+        with places.one(key):
+            order.append(key)
+            time.sleep(0.005)
+
+    with ThreadPoolExecutor(len(needs)) as threads, places.one():
+        for number, key in enumerate(needs, start=1):
+            threads.submit(work, key)
+            while len(places._queue) < number:
+                time.sleep(0.001)
+    return order
+
+
+def test_suites_of_a_checkpoint_follow_one_another() -> None:
+    asked = ["dense", None, "pruned", "dense", "tuned", "pruned", "dense", "tuned"]
+    order = served(DevicePool(TWO[:1]), asked)
+    assert order == ["dense"] * 3 + [None] + ["pruned"] * 2 + ["tuned"] * 2
+
+
+def test_nobody_waits_for_ever() -> None:
+    order = served(DevicePool(TWO[:1]), ["dense", None, *["dense"] * 20])
+    assert order == [*["dense"] * (1 + _PATIENCE), None, *["dense"] * (20 - _PATIENCE)]
+
+
+def test_the_place_with_the_model_is_taken_first() -> None:
+    places = DevicePool(TWO)
+    with places.one("dense") as first, places.one("pruned") as second:
+        pass
+    for _ in range(2):
+        with places.one("pruned") as place:
+            assert place == second
+        with places.one("dense") as place:
+            assert place == first
+    with places.all():
+        pass
+    assert not places._loaded
 
 
 def test_the_pool_is_shared_by_a_process() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 import pruning.checkpoint
 from infra.artifacts import ArtifactRef, ArtifactStore
 from pruning.checkpoint import save_checkpoint
-from tasks.devices import Placement
+from tasks.devices import DevicePool, Placement
 from tasks.loaded import forget, load_kept
 from tests.tiny import tiny_model
 
@@ -61,6 +63,20 @@ def test_another_checkpoint_takes_its_place_and_both_may_be_asked_for(store: Art
     assert load_kept([PRUNED], store, HERE) == (pruned,)
     load_kept([DENSE], store, HERE)
     assert loads == [DENSE.key, PRUNED.key, DENSE.key]
+
+
+def test_side_by_side_suites_load_each_checkpoint_once(store: ArtifactStore, loads: list[str]) -> None:
+    places = DevicePool((HERE,))
+
+    def measure(ref: ArtifactRef) -> None:
+        with places.one(ref.key) as place:
+            load_kept([ref], store, place)
+            time.sleep(0.005)
+
+    with ThreadPoolExecutor(8) as threads:
+        for future in [threads.submit(measure, ref) for ref in [DENSE, PRUNED] * 4]:
+            future.result(timeout=10)
+    assert sorted(loads) == [DENSE.key, PRUNED.key]
 
 
 def test_each_device_has_its_own(store: ArtifactStore, loads: list[str]) -> None:
