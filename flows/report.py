@@ -51,10 +51,11 @@ def table_rows(metrics: Iterable[MetricRow]) -> Table:
 
 def _checkpoints(rows: Iterable[MetricRow]) -> list[str]:
     """Dense, then the others in the order of the suite that measured most of them: one may measure only some."""
-    measured: dict[str, dict[str, None]] = {}
+    measured: dict[str, list[str]] = {}
     for row in rows:
-        measured.setdefault(row.suite, {})[row.checkpoint] = None
-    names = dict.fromkeys(chain.from_iterable(sorted(map(list, measured.values()), key=len, reverse=True)))
+        if row.checkpoint not in measured.setdefault(row.suite, []):
+            measured[row.suite].append(row.checkpoint)
+    names = dict.fromkeys(chain.from_iterable(sorted(measured.values(), key=len, reverse=True)))
     return sorted(names, key=lambda name: name != DENSE)
 
 
