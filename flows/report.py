@@ -55,8 +55,8 @@ def _checkpoints(rows: Iterable[MetricRow]) -> list[str]:
     for row in rows:
         if row.checkpoint not in measured.setdefault(row.suite, []):
             measured[row.suite].append(row.checkpoint)
-    names = dict.fromkeys(chain.from_iterable(sorted(measured.values(), key=len, reverse=True)))
-    return sorted(names, key=lambda name: name != DENSE)
+    widest_first = sorted(measured.values(), key=len, reverse=True)
+    return sorted(dict.fromkeys(chain.from_iterable(widest_first)), key=lambda name: name != DENSE)
 
 
 def _in_order(rows: Sequence[MetricRow], columns: Mapping[tuple[str, str, str], str]) -> list[str]:
