@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from evaluation.batches import batched, run_batches
+from evaluation.logs import only
 from evaluation.prompt_length import PromptRule, fit_prompt
 from evaluation.suite import Means
 
@@ -104,7 +105,8 @@ def continue_rows(
     ids_BL = torch.tensor([[pad] * missing + [*row.input_ids] for row, missing in zip(rows, pads, strict=True)])
     mask_BL = torch.tensor([[0] * missing + [1] * (longest - missing) for missing in pads])
     ends = _Ends(tokenizer, first.stops, _eos_ids(model), longest, len(rows))
-    with _own_seed(model, first), _quiet():
+    # transformers remarks on what a model's own generation settings leave unused
+    with _own_seed(model, first), only(logging.ERROR, "transformers.generation"):
         output_BN = model.generate(
             input_ids=ids_BL.to(model.device),
             attention_mask=mask_BL.to(model.device),
@@ -203,15 +205,3 @@ def _own_seed(model: PreTrainedModel, row: Row) -> Iterator[None]:
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(row.seed)
         yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' remarks on what a model's own generation settings leave unused."""
-    logger = logging.getLogger("transformers.generation")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

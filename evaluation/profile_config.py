@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from itertools import product
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from evaluation.errors import EvaluationError
+from evaluation.naming import near_names
 
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2402.02834, section 4 and its published measuring script: a prompt of 12 tokens; latency is the time of a
@@ -93,9 +93,8 @@ class ProfileConfig(BaseModel):
             return data
         name = data["preset"]
         if name not in PRESETS:
-            near = difflib.get_close_matches(str(name).lower().replace("-", "_"), PRESETS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown preset {name!r}{hint}; available: {', '.join(PRESETS)}")
+            hint = near_names(str(name).lower().replace("-", "_"), PRESETS, most=1)
+            raise ValueError(f"unknown preset {name!r}; {hint and f'{hint} '}available: {', '.join(PRESETS)}")
         return PRESETS[name] | {key: value for key, value in data.items() if key != "preset"}
 
     @field_validator("batch_size", "prompt_len", "new_tokens")

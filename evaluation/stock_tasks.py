@@ -5,7 +5,6 @@ Only these files say which data a task reads and whether a name exists; nothing 
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.errors import EvaluationError
+from evaluation.naming import near_names
 from evaluation.suite import DataNeed
 from evaluation.task_yaml import load_yaml
 
@@ -143,9 +143,8 @@ def _usual_path(name: str) -> Path | None:
 def _find(name: str) -> Path:
     known = _known()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; `lm_eval ls tasks` lists them"
-        raise EvaluationError(f"lm-eval has no task '{name}'{hint}")
+        hint = near_names(name, known) or "`lm_eval ls tasks` lists them"
+        raise EvaluationError(f"lm-eval has no task '{name}'; {hint}")
     return known[name]
 
 

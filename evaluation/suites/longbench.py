@@ -7,7 +7,6 @@ chat template away where examples or code are to be continued, is what the autho
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import logging
@@ -21,7 +20,9 @@ from pydantic import Field, JsonValue
 
 from evaluation.chat_template import check_chat_template
 from evaluation.errors import EvaluationError
+from evaluation.logs import only
 from evaluation.longbench_tasks import CONTINUED, KNOWN, TASKS, Category, Language, task_name, tasks_by_category
+from evaluation.naming import near_names, refuse_twice
 from evaluation.report import Average, EvalReport, Metric
 from evaluation.stock_tasks import stock_task
 from evaluation.suite import DataNeed, Means, ModelFacts, Progress, SuiteConfig, SuiteData, SuiteResult
@@ -78,13 +79,12 @@ def check(config: Config) -> None:
     if config.tasks is not None and (config.categories is not None or config.languages is not None):
         raise EvaluationError("longbench is given tasks beside categories or languages; give the one or the other")
     for field in ("tasks", "categories", "languages"):
-        _refuse_twice(field, getattr(config, field) or ())
+        refuse_twice(field, getattr(config, field) or ())
     for name in config.tasks or ():
         if name not in KNOWN:
             whole = task_name(name)
-            near = [whole] if whole in KNOWN else difflib.get_close_matches(name, KNOWN, n=3)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(KNOWN)}"
-            raise EvaluationError(f"LongBench has no task '{name}'; {hint}")
+            hint = f"did you mean '{whole}'?" if whole in KNOWN else near_names(name, KNOWN)
+            raise EvaluationError(f"LongBench has no task '{name}'; {hint or 'it has ' + ', '.join(KNOWN)}")
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise EvaluationError(
             f"LongBench's metrics need {' and '.join(missing)}, not installed here; pip install {' '.join(_PACKAGES)}"
@@ -243,11 +243,6 @@ def _by_category(config: Config) -> dict[str, tuple[str, ...]]:
     return tasks_by_category(config.categories or tuple(TASKS), config.languages or ("en",))
 
 
-def _refuse_twice(field: str, given: Sequence[str]) -> None:
-    if twice := sorted({name for name in given if given.count(name) > 1}):
-        raise EvaluationError(f"{field} names {', '.join(twice)} more than once; name each once")
-
-
 @contextlib.contextmanager
 def _quiet_metrics() -> Iterator[None]:
     """Without what the metrics' packages say on stderr: jieba of its dictionary, fuzzywuzzy of a faster library."""
@@ -255,10 +250,5 @@ def _quiet_metrics() -> Iterator[None]:
         warnings.simplefilter("ignore")
         for name in ("jieba", "fuzzywuzzy.fuzz"):
             importlib.import_module(name)
-    logger = logging.getLogger("jieba")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
+    with only(logging.WARNING, "jieba"):
         yield
-    finally:
-        logger.setLevel(level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from pydantic import Field
 
 from evaluation.chat_template import check_chat_template
 from evaluation.errors import EvaluationError
+from evaluation.naming import near_names, refuse_twice
 from evaluation.report import Average, EvalReport, Metric
 from evaluation.stock_tasks import StockTask, mmlu_tasks
 from evaluation.suite import DataNeed, Means, ModelFacts, SuiteConfig, SuiteData, SuiteResult
@@ -50,14 +50,11 @@ def check(config: Config) -> None:
     """Raise EvaluationError if lm-eval, or its MMLU, is not installed, for a subject that MMLU does not have (naming
     near ones) and for one that is named twice."""
     known = [_subject(task) for task in mmlu_tasks() if not task.is_group]
-    asked = config.subjects or ()
-    for name in asked:
+    for name in config.subjects or ():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(sorted(known))}"
+            hint = near_names(name, known) or f"there are {', '.join(sorted(known))}"
             raise EvaluationError(f"MMLU has no subject '{name}'; {hint}")
-    if twice := sorted({name for name in asked if asked.count(name) > 1}):
-        raise EvaluationError(f"subjects names {', '.join(twice)} more than once; name each once")
+    refuse_twice("subjects", config.subjects or ())
 
 
 def check_model(config: Config, facts: ModelFacts) -> None:

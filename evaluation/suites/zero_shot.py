@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from evaluation.chat_template import check_chat_template
-from evaluation.errors import EvaluationError
+from evaluation.naming import refuse_twice
 from evaluation.report import Average, EvalReport, Metric
 from evaluation.stock_tasks import PAPER_TASKS, stock_task
 from evaluation.suite import DataNeed, Means, ModelFacts, SuiteConfig, SuiteData, SuiteResult
@@ -64,9 +64,7 @@ def check(config: Config) -> None:
     """Raise EvaluationError for a task that lm-eval does not have (naming near names) or that is named twice."""
     for name in config.tasks:
         stock_task(name)
-    twice = sorted({name for name in config.tasks if config.tasks.count(name) > 1})
-    if twice:
-        raise EvaluationError(f"tasks names {', '.join(twice)} more than once; name each once")
+    refuse_twice("tasks", config.tasks)
 
 
 def check_model(config: Config, facts: ModelFacts) -> None:

@@ -6,16 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from evaluation.paired import is_exponential
 from evaluation.report import Average, EvalReport, Metric
 from evaluation.samples import Sample, write_samples
-from infra.artifacts import ArtifactRef, ArtifactStore
+from infra.artifacts import ArtifactRef
 from infra.result_rows import MetricRow, RunRow
-from infra.results import ResultsStore
-from infra.settings import Settings
+from tests.flows.home import Home
 
 NOON = datetime(2025, 6, 1, 12, tzinfo=UTC)
 
@@ -48,22 +46,8 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Records:
-    """A home with a store and results."""
-
-    folder: Path
-
-    @property
-    def settings(self) -> Settings:
-        return Settings(home=self.folder)
-
-    @property
-    def store(self) -> ArtifactStore:
-        return ArtifactStore(self.settings.store_root)
-
-    @property
-    def results(self) -> ResultsStore:
-        return ResultsStore.of(self.settings)
+class Records(Home):
+    """A home whose runs were never run."""
 
     def add(self, name: str, checkpoints: Mapping[str, Sequence[Evaluation]], *, version: int = 0) -> str:
         """A run of that name in which the checkpoints were measured; returns its key."""
