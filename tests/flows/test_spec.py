@@ -142,7 +142,7 @@ def test_the_name_of_a_plugin_is_a_word(value: str) -> None:
         ("profile.runs=3", "runs stands both beside and under `settings`; leave one of them out"),
         (
             "profile.preset=slimgpt_table",
-            "profile.settings: unknown preset 'slimgpt_table'; did you mean 'slimgpt_table4'?; available:",
+            "profile.settings: unknown preset 'slimgpt_table'; did you mean 'slimgpt_table4'? available:",
         ),
     ],
 )
