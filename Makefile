@@ -27,8 +27,8 @@ demo: $(STAMP)  ## calibrate, prune, repair and measure a real model offline; ab
 	@echo "Figures again:      $(BIN)/slimline results"
 	@echo "Prefect and MLflow: make ui   (then http://127.0.0.1:4200 and http://127.0.0.1:5000)"
 
-test: $(STAMP)  ## all tests, with real Prefect, MLflow and DuckDB
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+test: $(STAMP)  ## all tests, with real Prefect, MLflow and DuckDB; folder after folder, so that the longest do not come last
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP)  ## benchmarks into build/bench.md, some in `make bench PARTS="speed stream"`; hours on two cores
 	$(BIN)/python -m tests.bench $(PARTS)
