@@ -1,15 +1,15 @@
 """Log-likelihoods of given answers after given contexts: what lm-eval's `loglikelihood` requests ask for.
 
-Requests that feed a model the same tokens share one row (the A, B, C and D of a question, "yes" and "no"), rows are run
-longest first, and the head is applied to the positions that an answer depends on. The figures are those of lm-eval's
-own path to the rounding of the kernels.
+Requests that feed a model the same tokens share one row (the A, B, C and D of a question, "yes" and "no"), rows that
+begin with the same examples run these once, the longest rows come first, and the head is applied to the positions that
+an answer depends on. The figures are those of lm-eval's own path to the rounding of the kernels.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from evaluation.batches import batched, run_batches
 from evaluation.errors import EvaluationError
+from evaluation.shared_prefix import grouped, run_prefix
 from evaluation.suite import Means
 
 if TYPE_CHECKING:
@@ -27,16 +28,23 @@ if TYPE_CHECKING:
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context and of an answer."""
 
+_COPIED = 8
+"""So many tokens of which a layer's keys and values are copied count as much as one that is run."""
+
 _ELEMENTS_AT_ONCE = 2**24
 """Logits that are normalised at once: 64 MiB in float32, however long the answers and large the vocabulary."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens to run, and the answers read from them: of an answer of n tokens the last n positions predict it."""
+    """Tokens to run, and the answers read from them: of an answer of n tokens the last n positions predict it.
+
+    shared: so many first tokens are those of every row of the batch.
+    """
 
     input_ids: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
+    shared: int = 0
 
     @property
     def first(self) -> int:
@@ -59,11 +67,24 @@ def score_answers(model: PreTrainedModel, pairs: Sequence[Pair], means: Means, *
     Raises EvaluationError for an answer without tokens or of more than max_length.
     """
     rows, places = gather_rows(pairs, max_length)
-    batches = batched(model, rows, [len(row.input_ids) for row in rows], means)
+    batches = _batches(model, rows, means)
     told = f"{{}} of {len(rows)} prompts scored".format
-    done = run_batches(model, score_rows, [[rows[index] for index in batch] for batch in batches], means, told=told)
-    found = dict(zip(chain.from_iterable(batches), chain.from_iterable(done), strict=True))
+    done = run_batches(model, score_rows, [batch for _, batch in batches], means, told=told)
+    indices = chain.from_iterable(batch for batch, _ in batches)
+    found = dict(zip(indices, chain.from_iterable(done), strict=True))
     return [found[row][answer] for row, answer in places]
+
+
+def _batches(model: PreTrainedModel, rows: Sequence[Row], means: Means) -> list[tuple[list[int], list[Row]]]:
+    """Indices of the rows and the rows, by batch: first those that are run whole, then each group that shares."""
+    found = []
+    for group in grouped([row.input_ids for row in rows], [row.first for row in rows]):
+        mine = [replace(rows[index], shared=group.shared) for index in group.rows]
+        # keys and values of what is shared are copied for each row: memory, if little work
+        costs = [len(row.input_ids) - group.shared + group.shared // _COPIED for row in mine]
+        for batch in batched(model, mine, costs, means):
+            found.append(([group.rows[place] for place in batch], [mine[place] for place in batch]))
+    return found
 
 
 def gather_rows(pairs: Sequence[Pair], max_length: int) -> tuple[list[Row], list[tuple[int, int]]]:
@@ -91,7 +112,7 @@ def score_rows(model: PreTrainedModel, rows: Sequence[Row]) -> list[tuple[Score,
     longest = max(len(row.input_ids) for row in rows)
     ids_BL = torch.tensor([[*row.input_ids, *[0] * (longest - len(row.input_ids))] for row in rows])
     start = min(row.first for row in rows)
-    logits_BKV = _logits(model, ids_BL.to(model.device), start)
+    logits_BKV = _logits(model, ids_BL.to(model.device), start, rows[0].shared)
     asked = [(number, row, answer) for number, row in enumerate(rows) for answer in row.answers]
     # one entry per token of an answer: where it is predicted, and what it is
     row_M = [number for number, _, answer in asked for _ in answer]
@@ -113,15 +134,21 @@ def _at_tokens(logits_BKV: Tensor, row_M: Tensor, place_M: Tensor, token_M: Tens
     return log_probs_MV.gather(1, token_M[:, None])[:, 0], log_probs_MV.argmax(dim=-1) == token_M
 
 
-def _logits(model: PreTrainedModel, ids_BL: Tensor, start: int) -> Tensor:
-    """Logits of the positions from `start` on. The model's own forward cuts before its head, and so scales and caps the
-    logits as its architecture does (Gemma 2, Granite, Cohere); one that cannot computes them all."""
+def _logits(model: PreTrainedModel, ids_BL: Tensor, start: int, shared: int) -> Tensor:
+    """Logits of the positions from `start` on; the first `shared` tokens, the same in all rows, are run for one. The
+    model's own forward cuts before its head, and so scales and caps the logits as its architecture does (Gemma 2,
+    Granite, Cohere); one that cannot computes them all."""
+    past = run_prefix(model, ids_BL[0, :shared]) if shared else None
+    given = {"input_ids": ids_BL, "use_cache": False}
+    if past is not None:
+        given = {"input_ids": ids_BL[:, shared:], "past_key_values": past, "use_cache": True}
+    kept = ids_BL.shape[1] - start
     if _keeps_logits(type(model).forward):
         # a number of last positions, not their indices: those could be on another device than the last layer
-        logits_BKV: Tensor = model(input_ids=ids_BL, use_cache=False, logits_to_keep=ids_BL.shape[1] - start).logits
+        logits_BKV: Tensor = model(**given, logits_to_keep=kept).logits
         return logits_BKV
-    logits_BLV: Tensor = model(input_ids=ids_BL, use_cache=False).logits
-    return logits_BLV[:, start:]
+    logits_BLV: Tensor = model(**given).logits
+    return logits_BLV[:, -kept:]
 
 
 @lru_cache(maxsize=32)
