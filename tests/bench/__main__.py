@@ -20,6 +20,7 @@ from pathlib import Path
 from tests.bench import (
     against_lm_eval,
     against_naive,
+    few_shot,
     growth,
     night,
     ordering,
@@ -46,6 +47,7 @@ PARTS: dict[str, Callable[[Materials, Options], Result]] = {
     "ordering": ordering.run,
     "profile": profile_ratio.run,
     "zero_shot": zero_shot.run,
+    "few_shot": few_shot.run,
     "lm_eval": against_lm_eval.run,
 }
 

@@ -20,21 +20,19 @@ from typing import Any
 import torch
 import yaml
 
-from evaluation.errors import EvaluationError
 from evaluation.local_folder import LocalFolder
 from evaluation.report import Metric
 from evaluation.stock_tasks import StockTask, mmlu_tasks, stock_task
-from evaluation.suite import Means, SuiteConfig
+from evaluation.suite import SuiteConfig
 from evaluation.suites import longbench, mmlu, zero_shot
-from infra.errors import SourceInvalid, SourceMissing
 from infra.models import load_tokenizer
 from pruning.checkpoint import load_checkpoint, save_checkpoint
 from pruning.methods import slimgpt
 from tests.bench.materials import Materials
 from tests.bench.options import Options, Windows
-from tests.bench.report import Figures, Result, Skipped, protocol
+from tests.bench.report import Figures, Result, protocol
 from tests.bench.resident import prune
-from tests.bench.timing import bar, log, seconds
+from tests.bench.timing import bar, log
 
 _CALIBRATION = Windows(8, 256)
 _SPARSITY = 0.2
@@ -127,7 +125,7 @@ def write_task_files(materials: Materials, place: Path, comparison: Comparison) 
     """One file for each task that includes lm-eval's and names the data's folder."""
     place.mkdir(parents=True)
     for task in comparison.tasks:
-        folder = _folder(materials, task)
+        folder = materials.data_folder(task.repo_id)
         settings: dict[str, Any] = {"include": str(task.path)}
         if folder is not None:
             settings["dataset_path"] = str(folder.absolute())
@@ -163,24 +161,8 @@ def _ours(materials: Materials, options: Options, folder: Path, comparison: Comp
     names = {task.name for task in comparison.tasks}
     model = load_checkpoint(folder, dtype=torch.float32).to(options.device)
     title = f"{comparison.suite.__name__.rpartition('.')[2]} on {folder.name}"
-    try:
-        with bar(title) as progress:
-            result, _ = seconds(
-                lambda: comparison.suite.evaluate(
-                    model, load_tokenizer(folder), materials.suite_data, comparison.config, Means(progress=progress)
-                ),
-                options.device,
-            )
-    except (EvaluationError, SourceMissing, SourceInvalid) as error:
-        raise Skipped(f"it needs the data of {', '.join(sorted(names))}: {error}") from error
+    result, _ = materials.evaluate(comparison.suite, model, load_tokenizer(folder), comparison.config, title)
     return [metric for metric in result.report.metrics if metric.task in names]
-
-
-def _folder(materials: Materials, task: StockTask) -> Path | None:
-    try:
-        return materials.suite_data.folder(task.repo_id)
-    except (SourceMissing, SourceInvalid) as error:
-        raise Skipped(f"it needs the data of {task.name}: {error}") from error
 
 
 def _pruned(materials: Materials, options: Options) -> Path:

@@ -6,11 +6,14 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from evaluation.errors import EvaluationError
 from evaluation.perplexity import perplexity
+from evaluation.suite import Means, SuiteConfig, SuiteResult
 from evaluation.windows import WindowProtocol
 from infra.errors import SourceInvalid, SourceMissing
 from infra.models import import_model, load_tokenizer
@@ -21,7 +24,7 @@ from pruning.checkpoint import load_checkpoint
 from tasks.evaluate import SuiteSources
 from tests.bench.options import Options, Windows
 from tests.bench.report import Skipped
-from tests.bench.timing import bar
+from tests.bench.timing import bar, seconds
 
 log = logging.getLogger("slimline.bench")
 
@@ -73,10 +76,30 @@ class Materials:
         """A fresh copy in float32 on the CPU."""
         return load_checkpoint(self.model_folder, dtype=torch.float32)
 
-    @cached_property
-    def suite_data(self) -> SuiteSources:
-        """Where evaluation suites find their data, as in a run."""
-        return SuiteSources(self._sources)
+    def evaluate(
+        self,
+        suite: ModuleType,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SuiteConfig,
+        title: str,
+    ) -> tuple[SuiteResult, float]:
+        """What a suite finds, and its seconds. Raises Skipped when its data is not to be had."""
+        try:
+            with bar(title) as progress:
+                return seconds(
+                    lambda: suite.evaluate(model, tokenizer, self._suite_data, config, Means(progress=progress)),
+                    model.device.type,
+                )
+        except (EvaluationError, SourceMissing, SourceInvalid) as error:
+            raise Skipped(f"it needs the tasks' data: {error}") from error
+
+    def data_folder(self, repo_id: str) -> Path | None:
+        """Where suites find a data set; None for the hub. Raises Skipped when it is not to be had."""
+        try:
+            return self._suite_data.folder(repo_id)
+        except (SourceMissing, SourceInvalid) as error:
+            raise Skipped(f"it needs the tasks' data: {error}") from error
 
     @cached_property
     def c4(self) -> Texts:
@@ -145,6 +168,10 @@ class Materials:
     def _p1_windows(self) -> WindowProtocol:
         windows = self.options.p1_windows
         return WindowProtocol(window=windows.length, bos="none", max_windows=windows.count, window_seed=1)
+
+    @cached_property
+    def _suite_data(self) -> SuiteSources:
+        return SuiteSources(self._sources)
 
     @cached_property
     def _sources(self) -> Sources:

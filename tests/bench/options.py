@@ -93,6 +93,8 @@ class Options:
     growth: Growth = Growth()
     profile: ProfileSizes = ProfileSizes()
     zero_shot_limit: int = 200
+    few_shot_limit: int = 20
+    few_shot_subjects: tuple[str, ...] = ("anatomy", "astronomy", "nutrition", "philosophy", "sociology")
     pruned: Path | None = None
     lm_eval_limit: int = 100
     lm_eval_tasks: tuple[str, ...] = (
@@ -123,6 +125,8 @@ def parse_options(arguments: list[str] | None, parts: tuple[str, ...]) -> tuple[
     add("--head-unit", choices=("kv_group", "query_head"), help="of `ordering` (default: the method's, row by row)")
     add("--group-size", type=int, default=defaults.group_size, help="of the -DGS row of `ordering` (%(default)s)")
     add("--zero-shot-limit", type=int, default=defaults.zero_shot_limit, help="documents a task of `zero_shot`")
+    add("--few-shot-limit", type=int, default=defaults.few_shot_limit, help="questions a subject of `few_shot`")
+    add("--few-shot-subjects", type=_names, default=defaults.few_shot_subjects, metavar="NAME,NAME", help="of MMLU")
     add("--pruned", type=Path, metavar="FOLDER", help="`lm_eval`'s pruned checkpoint (default: pruned by 20 %% here)")
     add("--lm-eval-limit", type=int, default=defaults.lm_eval_limit, help="documents a task of `lm_eval` (%(default)s)")
     tasks = "of `lm_eval`: any lm-eval task, mmlu_<subject>, longbench_<task> (default: 5 + 5 + 3)"

@@ -33,6 +33,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "p1": ("Protocol P1", ("p1",)),
     "profile": ("The profile's ratio to the dense model, three times", ("profile",)),
     "zero_shot": ("The seven tasks against bare forward passes", ("zero_shot",)),
+    "few_shot": ("MMLU with its examples run once against whole prompts", ("few_shot",)),
     "lm_eval": ("lm_eval by hand against ours", ("lm_eval",)),
 }
 _NOTES = ("protocol", "skipped")

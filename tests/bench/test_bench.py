@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from tests.bench.naive import Naive, Removal, prune_naive_
 from tests.bench.options import Growth, Options, ProfileSizes, Shape, Windows, parse_options
 from tests.bench.resident import prune
 from tests.bench.synthetic import layer_bytes, write_checkpoint
-from tests.evaluation.local_data import write_data
+from tests.evaluation.local_data import mmlu_rows, write_data
 from tests.pruning.captured import hooked_moments, outputs
 from tests.tiny import random_ids, tiny_model, tiny_tokenizer
 
@@ -44,6 +45,7 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"text": f"{sentence} And again, {number} times over."} for number in range(150) for sentence in SENTENCES]
     write_data(root, "allenai/c4", "en", {"train": rows})
     write_data(root, "Salesforce/wikitext", "wikitext-2-raw-v1", {"test": rows[::3]})
+    write_data(root, "cais/mmlu", "virology", {"test": mmlu_rows(12), "dev": mmlu_rows(5)})
     return root
 
 
@@ -102,10 +104,22 @@ def test_the_naive_schedule_gives_our_answer(options: Options) -> None:
 @pytest.mark.slow  # three fresh processes that import transformers
 def test_profile(options: Options) -> None:
     sizes = ProfileSizes(prompt_len=8, new_tokens=4, ratio_seconds=0.5)
-    figures = run("profile", Options(**{**vars(options), "profile": sizes}))
+    figures = run("profile", replace(options, profile=sizes))
     for name in ("prefill", "decode"):
         ratios = [figures[f"profile_{name}_ratio_{index}"] for index in (1, 2, 3)]
         assert figures[f"profile_{name}_ratio_spread"] == pytest.approx(max(ratios) / min(ratios) - 1)  # type: ignore[type-var, operator]
+
+
+def test_few_shot(options: Options) -> None:
+    figures = run("few_shot", replace(options, few_shot_limit=9, few_shot_subjects=("virology",)))
+    assert figures["few_shot_questions"] == 9
+    assert figures["few_shot_answers_that_differ"] == 0
+    assert figures["few_shot_whole_over_shared"] > 0  # type: ignore[operator]
+
+
+def test_few_shot_without_its_data_is_skipped(options: Options) -> None:
+    run_parts(("few_shot",), replace(options, few_shot_subjects=("anatomy",)))
+    assert "cais/mmlu" in str(report.read(options.out)["few_shot_skipped"])
 
 
 @pytest.mark.slow
@@ -139,7 +153,7 @@ def test_p1(options: Options) -> None:
 
 @pytest.mark.parametrize("head_unit", [None, "query_head"])
 def test_ordering(options: Options, head_unit: str | None) -> None:
-    options = Options(**{**vars(options), "head_unit": head_unit})
+    options = replace(options, head_unit=head_unit)
     figures = run("ordering", options)
     section = f"ordering_{head_unit}" if head_unit else "ordering"
     names = {"log_increase", "linear_decrease", "uniform", "no_gcd", "no_dgs", "split_default", "samples_4"}

@@ -5,22 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from unittest import mock
 
 import torch
 from transformers import PreTrainedModel
 
 from evaluation import scoring
-from evaluation.errors import EvaluationError
 from evaluation.scoring import Row, Score
-from evaluation.suite import Means
 from evaluation.suites import zero_shot
-from infra.errors import SourceInvalid, SourceMissing
 from tests.bench.materials import Materials
 from tests.bench.options import Options
-from tests.bench.report import Figures, Result, Skipped, protocol
-from tests.bench.timing import bar, seconds
+from tests.bench.report import Figures, Result, protocol
+from tests.bench.timing import seconds
 
 
 @dataclass
@@ -75,10 +71,11 @@ def run(materials: Materials, options: Options) -> Result:
     config = zero_shot.Config(limit=options.zero_shot_limit)
     warm = Clock(options.device, scoring.score_rows)
     with mock.patch.object(scoring, "score_rows", warm):  # first calls pay for what later ones find ready, lm-eval too
-        _evaluate(materials, model, zero_shot.Config(tasks=("piqa",), limit=4), "warm-up")
+        warm_up = zero_shot.Config(tasks=("piqa",), limit=4)
+        materials.evaluate(zero_shot, model, materials.tokenizer, warm_up, "warm-up")
     clock = Clock(options.device, scoring.score_rows)
     with mock.patch.object(scoring, "score_rows", clock):
-        whole = seconds(lambda: _evaluate(materials, model, config, "the seven tasks"), options.device)[1]
+        _, whole = materials.evaluate(zero_shot, model, materials.tokenizer, config, "the seven tasks")
     suite = whole - clock.lost
     figures: Figures = {
         "zero_shot_ratio": suite / clock.forward,
@@ -100,13 +97,3 @@ def run(materials: Materials, options: Options) -> Result:
         batches="batches of the suite's own size",
     )
     return Result("zero_shot", how, figures)
-
-
-def _evaluate(materials: Materials, model: PreTrainedModel, config: zero_shot.Config, title: str) -> Any:
-    try:
-        with bar(title) as progress:
-            return zero_shot.evaluate(
-                model, materials.tokenizer, materials.suite_data, config, Means(progress=progress)
-            )
-    except (EvaluationError, SourceMissing, SourceInvalid) as error:
-        raise Skipped(f"it needs the seven tasks' data: {error}") from error
