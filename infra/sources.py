@@ -170,12 +170,15 @@ class Sources:
         if self.offline is not None:
             looked.append(f"the offline default, which has only {', '.join(self.offline.names(repo_type))}")
         places = f"looked in {'; '.join(looked)}; " if looked else ""
-        return (
-            f"{repo_type} {repo_id!r} was not found: {places}{answer}. Ways out: "
-            f"(1) the hub: unset SLIMLINE_MIRROR and the spec's mirror, with network; "
-            f"(2) a mirror: copy it to <folder>/{repo_id} and set SLIMLINE_MIRROR=<folder> (or the spec's mirror); "
-            f"(3) the offline default: `{OfflineDefault.INSTALL}`, SLIMLINE_MIRROR=offline and one of its {repo_type}s"
-        )
+        ways = [
+            "the hub: unset SLIMLINE_MIRROR and the spec's mirror, with network",
+            f"a mirror: copy it to <folder>/{repo_id} and set SLIMLINE_MIRROR=<folder> (or the spec's mirror)",
+        ]
+        if self.offline is None:
+            one = f"`{OfflineDefault.INSTALL}`, SLIMLINE_MIRROR=offline and one of its {repo_type}s"
+            ways.append(f"the offline default: {one}")
+        numbered = "; ".join(f"({number}) {way}" for number, way in enumerate(ways, start=1))
+        return f"{repo_type} {repo_id!r} was not found: {places}{answer}. Ways out: {numbered}"
 
 
 def sources_from(mirror: str | Sequence[str] | None, settings: Settings) -> Sources:

@@ -68,20 +68,20 @@ def test_mirror_folder_that_does_not_exist(settings: Settings) -> None:
         sources_from("/nowhere", settings)
 
 
-def test_missing_names_where_it_looked_and_the_three_ways_out(tmp_path: Path, settings: Settings) -> None:
-    sources = sources_from([str(put(tmp_path / "m")), "offline"], settings)
+def test_missing_names_where_it_looked_and_the_ways_out(tmp_path: Path, settings: Settings) -> None:
+    mirror = str(put(tmp_path / "m"))
+    ways = ["'nobody/nothing'", mirror, "(1) the hub", "(2) a mirror"]
+    with pytest.raises(SourceMissing) as caught:
+        sources_from(mirror, settings).find("nobody/nothing", "dataset")
+    for part in (*ways, "(3) the offline default", "SLIMLINE_MIRROR=offline", "pip install"):
+        assert part in str(caught.value)
+
+    sources = sources_from([mirror, "offline"], settings)
     with pytest.raises(SourceMissing) as caught:
         sources.find("nobody/nothing", "dataset")
-    message = str(caught.value)
-    for part in (
-        "'nobody/nothing'",
-        str(tmp_path / "m"),
-        "slimline/news",
-        "SLIMLINE_MIRROR=offline",
-        "hub",
-        "pip install",
-    ):
-        assert part in message
+    for part in (*ways, "slimline/news"):
+        assert part in str(caught.value)
+    assert "(3)" not in str(caught.value), "the offline default is where it looked"
     with pytest.raises(SourceMissing, match=r"path \./nothing does not exist"):
         sources.find("./nothing", "model")
 
