@@ -106,7 +106,7 @@ class DevicePool:
         pause, told, me = _FIRST_PAUSE, False, _Waiting(needs)
         with self._changed, self._queued(me):
             while True:
-                for place in sorted(self._free, key=lambda place: needs is None or self._loaded.get(place) != needs):
+                for place in sorted(self._free, key=lambda place: self._unfit(place, needs)):
                     leases = self._try(place) if self._next_on(place) is me else None
                     if leases is not None:
                         self._took(place, needs)
@@ -137,6 +137,11 @@ class DevicePool:
         if loaded is None or first.passed_over >= _PATIENCE:
             return first
         return next((waiting for waiting in self._queue if waiting.needs == loaded), first)
+
+    def _unfit(self, place: Placement, needs: str | None) -> int:
+        """0 for a place where the model is loaded, 1 for one without any, 2 for one with a model for somebody else."""
+        loaded = self._loaded.get(place)
+        return 1 if loaded is None else 0 if loaded == needs else 2
 
     def _took(self, place: Placement, needs: str | None) -> None:
         self._free.remove(place)

@@ -121,6 +121,11 @@ def test_the_place_with_the_model_is_taken_first() -> None:
             assert place == second
         with places.one("dense") as place:
             assert place == first
+    with places.one() as emptied:  # both held a model
+        pass
+    for key in (None, "tuned"):
+        with places.one(key) as place:
+            assert place == emptied, "the other still holds one"
     with places.all():
         pass
     assert not places._loaded
