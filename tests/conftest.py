@@ -23,6 +23,8 @@ os.environ.update(
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "HF_DATASETS_CACHE": str(_SCRATCH / "datasets"),
+        # a package, of which a process has one
+        "HF_MODULES_CACHE": str(_SCRATCH / "modules"),
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "TRANSFORMERS_VERBOSITY": "error",

@@ -24,13 +24,10 @@ SHORT = ("profile=null", "evals=[]", "steps.1.max_steps=1")
 
 
 @pytest.fixture
-def model(offline_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def model(offline_root: Path, tmp_path: Path) -> Path:
     """The tiny model with a tokenizer of its own, and modelling code that must not run."""
-    import transformers.dynamic_module_utils as dynamic
-
     from infra.offline import OfflineDefault
 
-    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     source = OfflineDefault(offline_root).folder("slimline/tiny-random-llama")
     folder = Path(shutil.copytree(source, tmp_path / "model"))
     (folder / "tokenization_own.py").write_text(CODE)

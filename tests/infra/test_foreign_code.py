@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +42,8 @@ def mark(tmp_path: Path) -> Path:
     return tmp_path / "foreign code was run"
 
 
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where transformers puts foreign code to run it: one place per process, since that is a package."""
-    import transformers.dynamic_module_utils as dynamic
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
-
-
 @pytest.fixture
-def model(offline: Sources, tmp_path: Path, mark: Path, modules: None) -> Path:
+def model(offline: Sources, tmp_path: Path, mark: Path) -> Path:
     """A model whose tokenizer, config and decoder come with code of their own."""
     source = offline.find("slimline/tiny-random-llama", "model").folder
     assert source is not None
