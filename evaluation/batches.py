@@ -6,6 +6,7 @@ Nothing here changes a result beyond the rounding of the kernels.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,30 +87,33 @@ def run_batches(
 
 
 class Careful:
-    """Work that halves its batch when memory runs out, and remembers how much was too much. One per process."""
+    """Work that takes a batch in parts when memory runs out, and later batches in as many: they are planned to need as
+    much. One per process."""
 
     def __init__(self, work: Work[Any, Any]) -> None:
         self._work = work
-        self._limit: int | None = None
+        self._parts = 1
 
     def __call__(self, model: PreTrainedModel, rows: Sequence[Any]) -> list[Any]:
         """One result per row."""
-        if self._limit is not None and len(rows) > self._limit:
-            return self._halved(model, rows)
-        try:
-            return self._work(model, rows)
-        except (RuntimeError, MemoryError, OSError) as error:
-            if len(rows) == 1 or not short_of_memory(error):
-                raise
-            # the traceback holds the tensors that fill the memory
-            error.__traceback__ = None
-        if model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        # rows come longest first, so a limit in rows is not too large for those that follow
-        self._limit = (len(rows) + 1) // 2
-        log.warning("out of memory with %d rows at once; going on with %d", len(rows), self._limit)
-        return self._halved(model, rows)
+        found: list[Any] = []
+        while len(found) < len(rows):
+            part = rows[len(found) : len(found) + self._rows_of(rows)]
+            try:
+                found += self._work(model, part)
+            except (RuntimeError, MemoryError, OSError) as error:
+                if len(part) == 1 or not short_of_memory(error):
+                    raise
+                # the traceback holds the tensors that fill the memory
+                error.__traceback__ = None
+                self._parts *= 2
+                log.warning("out of memory with %d rows at once; going on with %d", len(part), self._rows_of(rows))
+            else:
+                continue
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return found
 
-    def _halved(self, model: PreTrainedModel, rows: Sequence[Any]) -> list[Any]:
-        middle = (len(rows) + 1) // 2
-        return self(model, rows[:middle]) + self(model, rows[middle:])
+    def _rows_of(self, rows: Sequence[Any]) -> int:
+        """How many rows of a batch are a part."""
+        return math.ceil(len(rows) / self._parts)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from evaluation.batches import batched, run_batches
+from evaluation.batches import batched, rows_per_batch, run_batches
 from evaluation.errors import EvaluationError
-from evaluation.shared_prefix import grouped, run_prefix
+from evaluation.shared_prefix import cost, grouped, run_prefix
 from evaluation.suite import Means
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context and of an answer."""
-
-_COPIED = 8
-"""So many tokens of which a layer's keys and values are copied count as much as one that is run."""
 
 _ELEMENTS_AT_ONCE = 2**24
 """Logits that are normalised at once: 64 MiB in float32, however long the answers and large the vocabulary."""
@@ -64,7 +61,7 @@ def score_answers(model: PreTrainedModel, pairs: Sequence[Pair], means: Means, *
     """The score of each answer after its context.
 
     A pair of more than max_length + 1 tokens loses the first tokens of its context, as in lm-eval.
-    Raises EvaluationError for an answer without tokens or of more than max_length.
+    Raises EvaluationError for an answer without tokens or of more than max_length, and for one without a context.
     """
     rows, places = gather_rows(pairs, max_length)
     batches = _batches(model, rows, means)
@@ -76,15 +73,17 @@ def score_answers(model: PreTrainedModel, pairs: Sequence[Pair], means: Means, *
 
 
 def _batches(model: PreTrainedModel, rows: Sequence[Row], means: Means) -> list[tuple[list[int], list[Row]]]:
-    """Indices of the rows and the rows, by batch: first those that are run whole, then each group that shares."""
+    """Indices of the rows and the rows, by batch, the longest first: memory that runs short does so at once."""
+
+    def rows_at_once(tokens: int) -> int:
+        return rows_per_batch(model, tokens, means)
+
     found = []
-    for group in grouped([row.input_ids for row in rows], [row.first for row in rows]):
+    for group in grouped([row.input_ids for row in rows], [row.first for row in rows], rows_at_once):
         mine = [replace(rows[index], shared=group.shared) for index in group.rows]
-        # keys and values of what is shared are copied for each row: memory, if little work
-        costs = [len(row.input_ids) - group.shared + group.shared // _COPIED for row in mine]
-        for batch in batched(model, mine, costs, means):
+        for batch in batched(model, mine, [cost(len(row.input_ids), group.shared) for row in mine], means):
             found.append(([group.rows[place] for place in batch], [mine[place] for place in batch]))
-    return found
+    return sorted(found, key=lambda batch: -max(len(row.input_ids) for row in batch[1]))
 
 
 def gather_rows(pairs: Sequence[Pair], max_length: int) -> tuple[list[Row], list[tuple[int, int]]]:
@@ -96,6 +95,11 @@ def gather_rows(pairs: Sequence[Pair], max_length: int) -> tuple[list[Row], list
         if not 0 < len(answer) <= max_length:
             raise EvaluationError(
                 f"an answer has {len(answer)} tokens, and this model can score 1 to {max_length}; leave the task out"
+            )
+        if not context:
+            raise EvaluationError(
+                "an answer has no token before it that could predict it: a prompt is empty and the tokenizer adds no "
+                "beginning-of-sequence token; leave the task out"
             )
         input_ids = (*context, *answer)[-(max_length + 1) :][:-1]
         asked = answers.setdefault(input_ids, {})

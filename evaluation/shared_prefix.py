@@ -5,7 +5,8 @@ The examples of a few-shot task are most of its tokens. Attention is causal, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -19,20 +20,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FORWARD_PASS = 256
-"""Tokens that must be saved to be worth one more forward pass, which takes its time however few tokens it has."""
+"""Tokens that a forward pass costs beside its own, for it takes its time however few it has."""
+
+_COPIED = 8
+"""So many tokens of which a layer's keys and values are copied count as much as one that is run."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows (indices) of which the first `shared` tokens are the same; 0: rows that are run whole."""
+    """Rows (indices) of which the first `shared` tokens are the same; 0: rows that are run whole.
+
+    saved: tokens that are not run because those of one row of each batch are.
+    """
 
     rows: tuple[int, ...]
     shared: int
-
-    @property
-    def saved(self) -> int:
-        """Tokens that are not run because one row's are."""
-        return (len(self.rows) - 1) * self.shared - _FORWARD_PASS
+    saved: int = 0
 
 
 @dataclass
@@ -44,20 +47,36 @@ class _Stretch:
     groups: list[Group]
 
 
-def grouped(sequences: Sequence[tuple[int, ...]], most: Sequence[int]) -> list[Group]:
+def grouped(
+    sequences: Sequence[tuple[int, ...]], most: Sequence[int], rows_per_batch: Callable[[int], int]
+) -> list[Group]:
     """Every row in one group, so that the fewest tokens are run: those that gain nothing by sharing in the first.
 
-    most: how many first tokens of each row may be shared.
+    most: how many first tokens of each row may be shared. rows_per_batch: how many rows that cost so many tokens each
+    are run at once (see `cost`).
     """
     order = sorted(range(len(sequences)), key=lambda index: sequences[index])
-    sharing = _sharing(order, [_alike(sequences, most, *pair) for pair in pairwise(order)])
+
+    def whole(start: int, stop: int, shared: int) -> Group:
+        rows = tuple(order[start:stop])
+        longest = max(len(sequences[index]) for index in rows)
+        batches = math.ceil(len(rows) / rows_per_batch(cost(longest, shared)))
+        return Group(rows, shared, (len(rows) - batches) * shared - batches * _FORWARD_PASS)
+
+    sharing = _sharing([_alike(sequences, most, *pair) for pair in pairwise(order)], whole)
     together = {index for group in sharing for index in group.rows}
     rest = tuple(index for index in range(len(sequences)) if index not in together)
     return [Group(rest, 0), *sharing] if rest else sharing
 
 
-def _sharing(order: Sequence[int], alike: Sequence[int]) -> list[Group]:
-    """The groups that save the most tokens. alike: what each row shares with the next.
+def cost(length: int, shared: int) -> int:
+    """Tokens that a row counts as in its batch: keys and values of what is shared are copied for it, which takes memory
+    if little work."""
+    return length - shared + shared // _COPIED
+
+
+def _sharing(alike: Sequence[int], whole: Callable[[int, int, int], Group]) -> list[Group]:
+    """The groups that save the most tokens. alike: what each row shares with the next. whole: the group of a stretch.
 
     Stretches that share as much lie within each other like brackets; each is one group if that saves more than the
     groups within it.
@@ -67,10 +86,10 @@ def _sharing(order: Sequence[int], alike: Sequence[int]) -> list[Group]:
         start, inner = place, []
         while open_stretches[-1].shared > shared:
             ended = open_stretches.pop()
-            whole = Group(tuple(order[ended.start : place + 1]), ended.shared)
+            outer = whole(ended.start, place + 1, ended.shared)
             start, inner = ended.start, ended.groups
-            if whole.saved > sum(group.saved for group in inner):
-                inner = [whole]
+            if outer.saved > sum(group.saved for group in inner):
+                inner = [outer]
             if open_stretches[-1].shared >= shared:
                 open_stretches[-1].groups += inner
         if open_stretches[-1].shared < shared:

@@ -71,8 +71,23 @@ def test_short_of_memory_batches_are_halved_and_nothing_is_lost(
         "out of memory with 7 rows at once; going on with 4",
         "out of memory with 4 rows at once; going on with 2",
     ]
-    assert narrow.taken == [7, 4, 2, 2, 2, 1, 2, 1, 2]  # once it is known, too much is not tried again
+    assert narrow.taken == [7, 4, 2, 2, 2, 1, 2, 2, 1]  # once it is known, too much is not tried again
     assert told == [(7 / 12, "7 rows"), (1.0, "12 rows")]
+
+
+def test_long_rows_that_do_not_fit_leave_the_short_ones_their_batches(model: PreTrainedModel) -> None:
+    """Memory for 900 tokens, where batches of 1800 and of 2000 were planned."""
+    taken: list[int] = []
+
+    def work(model: PreTrainedModel, lengths: Sequence[int]) -> list[int]:
+        if sum(lengths) > 900:
+            raise torch.OutOfMemoryError
+        taken.append(len(lengths))
+        return list(lengths)
+
+    results = run_batches(model, work, [[900] * 2, [10] * 200, [10] * 160], Means())
+    assert results == [[900] * 2, [10] * 200, [10] * 160]
+    assert taken == [1, 1, 50, 50, 50, 50, 40, 40, 40, 40]
 
 
 def test_one_row_that_does_not_fit_is_an_error(model: PreTrainedModel) -> None:

@@ -137,6 +137,11 @@ def test_an_answer_that_cannot_be_scored_is_refused(model: PreTrainedModel, leng
         score_answers(model, [([1], [2] * length)], Means(), max_length=24)
 
 
+def test_an_answer_without_a_prompt_is_refused(model: PreTrainedModel) -> None:
+    with pytest.raises(EvaluationError, match="no token before it"):
+        score_answers(model, [([], [5, 6])], Means(), max_length=24)
+
+
 def test_a_large_vocabulary_is_normalised_in_pieces(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = gather_rows(pairs_of(), MAX_LENGTH)
     whole = score_rows(model, rows)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -175,42 +176,48 @@ def test_what_is_shared_counts_towards_the_size_of_a_batch(monkeypatch: pytest.M
     assert run == [322, 10] * 3
 
 
-def best(rows: Rows) -> int:
-    """Tokens that can be saved, by trying all of the tree."""
-    shared = next((n for n, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1), min(map(len, rows)))
-    together = Group(tuple(range(len(rows))), shared).saved
+def in_batches(size: int) -> Callable[[int], int]:
+    return lambda tokens: size
+
+
+def best(rows: Rows, size: int) -> int:
+    """Tokens that can be saved in batches of so many rows, by trying all of the tree."""
     if len(rows) == 1:
         return 0
+    shared = next((n for n, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1), min(map(len, rows)))
+    count = math.ceil(len(rows) / size)
+    together = (len(rows) - count) * shared - 3 * count
     longer = sorted(row for row in rows if len(row) > shared)
     parts = [list(part) for _, part in groupby(longer, key=lambda row: row[shared])]
-    return max(0, together, sum(best(part) for part in parts))
+    return max(0, together, sum(best(part, size) for part in parts))
 
 
 @pytest.mark.usefixtures("cheap_passes")
 def test_the_groups_save_most() -> None:
     rng = random.Random(0)
-    for _ in range(300):
+    for size in (99, 3, 1) * 100:
         rows = list({tuple(rng.randrange(2) for _ in range(rng.randint(1, 9))) for _ in range(rng.randint(1, 9))})
-        groups = grouped(rows, [len(row) for row in rows])
+        groups = grouped(rows, [len(row) for row in rows], in_batches(size))
         assert sorted(index for group in groups for index in group.rows) == list(range(len(rows)))
-        assert all(group.shared == 0 for group in groups[:1] if group.saved < 0)
         sharing = [group for group in groups if group.shared]
         for group in sharing:
             assert len({rows[index][: group.shared] for index in group.rows}) == 1
-        assert sum(group.saved for group in sharing) == best(rows)
+        assert sum(group.saved for group in sharing) == best(rows, size)
 
 
 @pytest.mark.usefixtures("cheap_passes")
 def test_no_more_is_shared_than_each_row_may() -> None:
     rows = [(1, 1, 1, 1, 1, 1, 1, n) for n in range(4)]
-    assert grouped(rows, [8, 7, 5, 8]) == [Group((0, 1, 2, 3), 5)]
-    assert grouped(rows, [0, 0, 0, 0]) == [Group((0, 1, 2, 3), 0)]
-    assert grouped([], []) == []
+    assert grouped(rows, [8, 7, 5, 8], in_batches(9)) == [Group((0, 1, 2, 3), 5, saved=3 * 5 - 3)]
+    assert grouped(rows, [0, 0, 0, 0], in_batches(9)) == [Group((0, 1, 2, 3), 0)]
+    assert grouped([], [], in_batches(9)) == []
 
 
 def test_endings_of_a_sentence_are_run_whole() -> None:
     """Four endings of fifty shared tokens are not worth a pass of their own: zero-shot figures stay what they are."""
     rows = [(*range(50), 100 + n) for n in range(4)]
-    assert grouped(rows, [50] * 4) == [Group((0, 1, 2, 3), 0)]
+    assert grouped(rows, [50] * 4, in_batches(99)) == [Group((0, 1, 2, 3), 0)]
     examples = [(*range(400), 500 + n) for n in range(4)]
-    assert grouped(rows + examples, [50] * 4 + [400] * 4) == [Group((0, 1, 2, 3), 0), Group((4, 5, 6, 7), 400)]
+    groups = grouped(rows + examples, [50] * 4 + [400] * 4, in_batches(99))
+    assert groups == [Group((0, 1, 2, 3), 0), Group((4, 5, 6, 7), 400, saved=3 * 400 - 256)]
+    assert grouped(examples, [400] * 4, in_batches(1)) == [Group((0, 1, 2, 3), 0)], "one row a batch shares with none"
