@@ -10,7 +10,7 @@ Shapes: L tokens of a window, K of them predicted, B windows of a batch, S token
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -24,7 +24,8 @@ from torch import Tensor
 from evaluation.batches import rows_per_batch, run_batches
 from evaluation.errors import EvaluationError
 from evaluation.eval_mode import eval_mode
-from evaluation.perplexity import rows_per_forward
+from evaluation.logits import logits_of, rows_per_forward, vocab_size
+from evaluation.perplexity import slices_of
 from evaluation.suite import Means
 from evaluation.window_cutting import Window
 
@@ -37,8 +38,9 @@ _FLOAT32_BYTES = 2**26
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """One window. kl_K: KL(reference || model) in nats. same_K: whether both give the greatest probability to one
-    token. lost_K: log p_reference - log p_model of the token that follows, in nats."""
+    """One window. kl_K: KL(reference || model) in nats. same_K: whether there is a token to which both give their
+    greatest logit (in half precision several often share it). lost_K: log p_reference - log p_model of the token that
+    follows, in nats."""
 
     window: Window
     kl_K: NDArray[np.float32]
@@ -61,7 +63,7 @@ class Figure:
 
 def check_comparable(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     """Raise EvaluationError if the models do not predict the same tokens."""
-    mine, theirs = _vocab_size(model), _vocab_size(reference)
+    mine, theirs = vocab_size(model), vocab_size(reference)
     if mine != theirs:
         raise EvaluationError(
             f"the model has a vocabulary of {mine} tokens and its reference one of {theirs}, so their predictions "
@@ -121,25 +123,23 @@ def _compare(reference: PreTrainedModel, model: PreTrainedModel, windows: Sequen
     ids_BL = np.zeros((len(windows), max(len(window.inputs) for window in windows)), dtype=np.int64)
     for row, window in enumerate(windows):
         ids_BL[row, : len(window.inputs)] = window.inputs
+    first = min(window.first for window in windows)
     with eval_mode(model, reference):
-        mine_BLV, theirs_BLV = (
-            each(input_ids=torch.from_numpy(ids_BL).to(each.device), use_cache=False).logits
-            for each in (model, reference)
-        )
-    return [
-        _agreement(window, mine_LV, theirs_LV)
-        for window, mine_LV, theirs_LV in zip(windows, mine_BLV, theirs_BLV, strict=True)
-    ]
+        mine, theirs = (logits_of(each, torch.from_numpy(ids_BL).to(each.device), first) for each in (model, reference))
+        return [
+            _agreement(window, partial(mine, row), partial(theirs, row), vocab_size(model))
+            for row, window in enumerate(windows)
+        ]
 
 
-def _agreement(window: Window, mine_LV: Tensor, theirs_LV: Tensor) -> Agreement:
-    predicted = slice(window.first, window.first + len(window.targets))
-    targets_K = torch.from_numpy(window.targets.copy()).to(mine_LV.device)
-    size = max(1, _FLOAT32_BYTES // (4 * mine_LV.shape[1]))
-    slices = zip(
-        *(torch.split(each, size) for each in (mine_LV[predicted], theirs_LV[predicted], targets_K)), strict=True
-    )
-    parts = [_per_token(mine_SV, theirs_SV.to(mine_SV.device), targets_S) for mine_SV, theirs_SV, targets_S in slices]
+def _agreement(
+    window: Window, mine: Callable[[int, int], Tensor], theirs: Callable[[int, int], Tensor], vocab: int
+) -> Agreement:
+    parts = []
+    for begin, targets_S in slices_of(window, vocab, _FLOAT32_BYTES):
+        mine_SV = mine(begin, begin + len(targets_S))
+        theirs_SV = theirs(begin, begin + len(targets_S)).to(mine_SV.device)
+        parts.append(_per_token(mine_SV, theirs_SV, targets_S.to(mine_SV.device)))
     kl_K, same_K, lost_K = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
     if np.isnan(kl_K).any():
         raise EvaluationError(
@@ -154,8 +154,12 @@ def _per_token(mine_SV: Tensor, theirs_SV: Tensor, targets_S: Tensor) -> tuple[T
     log_p_SV = torch.log_softmax(theirs_SV.float(), dim=-1)
     gap_SV = log_p_SV - log_q_SV
     lost_S = gap_SV.gather(1, targets_S[:, None])[:, 0]
-    same_S = mine_SV.argmax(-1) == theirs_SV.argmax(-1)
+    same_S = (_greatest(mine_SV) & _greatest(theirs_SV)).any(-1)
     return (log_p_SV.exp_() * gap_SV).sum(-1), same_S, lost_S
+
+
+def _greatest(logits_SV: Tensor) -> Tensor:
+    return logits_SV == logits_SV.amax(-1, keepdim=True)
 
 
 def _batches(
@@ -168,14 +172,10 @@ def _batches(
     start = 0
     while start < len(order):
         length = len(windows[order[start]].inputs)
-        rows = rows_per_forward(_vocab_size(model), length, itemsize, rows_per_batch(model, length, means))
+        rows = rows_per_forward(vocab_size(model), length, itemsize, rows_per_batch(model, length, means))
         batches.append(order[start : start + rows])
         start += rows
     return batches
-
-
-def _vocab_size(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().vocab_size)
 
 
 def _sum(values: NDArray[np.float32]) -> float:

@@ -6,8 +6,9 @@ Shapes: L tokens of a window, K of them predicted, B windows of a batch, V vocab
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -19,15 +20,13 @@ from torch.nn.functional import cross_entropy
 from evaluation.batches import rows_per_batch, run_batches
 from evaluation.errors import EvaluationError
 from evaluation.eval_mode import eval_mode
+from evaluation.logits import logits_of, rows_per_forward, vocab_size
 from evaluation.suite import Means
 from evaluation.window_cutting import Window, select_windows, windows_of
 from evaluation.windows import Normalisation, WindowProtocol, check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_LOGITS_BYTES = 2**29
-"""Cap on the logits of one forward pass (512 MiB): 2048 tokens of a 128k vocabulary in bfloat16 just fit."""
 
 _FLOAT32_BYTES = 2**27
 """Cap on the float32 copy of a slice of them (128 MiB)."""
@@ -117,25 +116,20 @@ def longest_context(model: PreTrainedModel) -> int | None:
 def window_nlls(model: PreTrainedModel, windows: Sequence[Window]) -> list[float]:
     """Of each window, the sum over its targets of -log p(target | what is before it in the window), in nats.
 
-    The logits are upcast to float32 in slices, so a large vocabulary does not cost a full float32 copy, and the sum is
-    taken in float64. Shorter windows are filled up at the right, which no causal model sees. Raises EvaluationError for
-    NaN.
+    Logits are upcast to float32 in slices, so a large vocabulary does not cost a full float32 copy, and those of a long
+    window are never all there (see `evaluation.logits`). The sum is taken in float64. Shorter windows are filled up at
+    the right, which no causal model sees. Raises EvaluationError for NaN.
     """
     inputs_BL = _filled(windows).to(model.device)
     with eval_mode(model):
-        logits_BLV = model(input_ids=inputs_BL, use_cache=False).logits
-    sums = [_nll(logits_LV, window) for logits_LV, window in zip(logits_BLV, windows, strict=True)]
+        logits = logits_of(model, inputs_BL, min(window.first for window in windows))
+        sums = [_nll(partial(logits, row), window, vocab_size(model)) for row, window in enumerate(windows)]
     if any(map(math.isnan, sums)):
         raise EvaluationError(
             f"the model gives NaN on {len(windows)} windows of {inputs_BL.shape[1]} tokens: its weights are broken "
             f"or {model.dtype} overflows; evaluate in float32 or prune less"
         )
     return sums
-
-
-def rows_per_forward(vocab_size: int, window: int, itemsize: int, batch_size: int) -> int:
-    """How many windows to run at once: `batch_size`, or fewer where their logits would not fit the cap; at least 1."""
-    return max(1, min(batch_size, _LOGITS_BYTES // (vocab_size * window * itemsize)))
 
 
 def summary(scored: Sequence[Scored], protocol: WindowProtocol) -> Perplexity:
@@ -160,14 +154,13 @@ def summary(scored: Sequence[Scored], protocol: WindowProtocol) -> Perplexity:
 
 def _batches(model: PreTrainedModel, windows: Sequence[Window], means: Means) -> list[list[int]]:
     """Indices of the windows, longest first; windows of one length keep their order and are never filled up."""
-    config = model.config.get_text_config()
     order = sorted(range(len(windows)), key=lambda index: -len(windows[index].inputs))
     batches: list[list[int]] = []
     start = 0
     while start < len(order):
         length = len(windows[order[start]].inputs)
         wanted = rows_per_batch(model, length, means)
-        rows = rows_per_forward(int(config.vocab_size), length, model.dtype.itemsize, wanted)
+        rows = rows_per_forward(vocab_size(model), length, model.dtype.itemsize, wanted)
         batches.append(order[start : start + rows])
         start += rows
     return batches
@@ -180,17 +173,20 @@ def _filled(windows: Sequence[Window]) -> Tensor:
     return torch.from_numpy(ids_BL)
 
 
-def _nll(logits_LV: Tensor, window: Window) -> float:
-    rows_KV = logits_LV[window.first : window.first + len(window.targets)]
-    targets_K = torch.from_numpy(window.targets.copy()).to(logits_LV.device)
-    step = max(1, _FLOAT32_BYTES // (4 * rows_KV.shape[1]))
-    nll_K = torch.cat(
-        [
-            cross_entropy(slice_SV.float(), targets_S, reduction="none")
-            for slice_SV, targets_S in zip(torch.split(rows_KV, step), torch.split(targets_K, step), strict=True)
-        ]
-    )
-    return float(nll_K.to("cpu", torch.float64).sum())
+def _nll(logits: Callable[[int, int], Tensor], window: Window, vocab_size: int) -> float:
+    parts = []
+    for begin, targets_S in slices_of(window, vocab_size, _FLOAT32_BYTES):
+        logits_SV = logits(begin, begin + len(targets_S)).float()
+        parts.append(cross_entropy(logits_SV, targets_S.to(logits_SV.device), reduction="none"))
+    return float(torch.cat(parts).to("cpu", torch.float64).sum())
+
+
+def slices_of(window: Window, vocab_size: int, float32_bytes: int) -> Iterator[tuple[int, Tensor]]:
+    """Where in a window the targets' predictions begin, and the targets, in slices whose logits take so many bytes."""
+    step = max(1, float32_bytes // (4 * vocab_size))
+    targets_K = torch.from_numpy(window.targets.copy())
+    for offset in range(0, len(targets_K), step):
+        yield window.first + offset, targets_K[offset : offset + step]
 
 
 def _normalised(

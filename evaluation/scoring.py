@@ -7,10 +7,8 @@ an answer depends on. The figures are those of lm-eval's own path to the roundin
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from evaluation.batches import batched, rows_per_batch, run_batches
 from evaluation.errors import EvaluationError
+from evaluation.logits import last_logits
 from evaluation.shared_prefix import cost, grouped, run_prefix
 from evaluation.suite import Means
 
@@ -139,22 +138,9 @@ def _at_tokens(logits_BKV: Tensor, row_M: Tensor, place_M: Tensor, token_M: Tens
 
 
 def _logits(model: PreTrainedModel, ids_BL: Tensor, start: int, shared: int) -> Tensor:
-    """Logits of the positions from `start` on; the first `shared` tokens, the same in all rows, are run for one. The
-    model's own forward cuts before its head, and so scales and caps the logits as its architecture does (Gemma 2,
-    Granite, Cohere); one that cannot computes them all."""
+    """Logits of the positions from `start` on; the first `shared` tokens, the same in all rows, are run for one."""
     past = run_prefix(model, ids_BL[0, :shared]) if shared else None
-    given = {"input_ids": ids_BL, "use_cache": False}
-    if past is not None:
-        given = {"input_ids": ids_BL[:, shared:], "past_key_values": past, "use_cache": True}
     kept = ids_BL.shape[1] - start
-    if _keeps_logits(type(model).forward):
-        # a number of last positions, not their indices: those could be on another device than the last layer
-        logits_BKV: Tensor = model(**given, logits_to_keep=kept).logits
-        return logits_BKV
-    logits_BLV: Tensor = model(**given).logits
-    return logits_BLV[:, -kept:]
-
-
-@lru_cache(maxsize=32)
-def _keeps_logits(forward: Callable[..., object]) -> bool:
-    return "logits_to_keep" in inspect.signature(forward).parameters
+    if past is None:
+        return last_logits(model, kept, input_ids=ids_BL, use_cache=False)
+    return last_logits(model, kept, input_ids=ids_BL[:, shared:], past_key_values=past, use_cache=True)

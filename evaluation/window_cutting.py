@@ -63,8 +63,10 @@ def windows_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], protoco
     lead = _lead(tokenizer, protocol)
     found: list[Window] = []
     num_tokens = 0
-    for stream in streams_of(tokenizer, texts, protocol):
-        num_tokens += len(stream.ids) - (protocol.bos == "once")
+    # the BOS that leads a rolling window is not one of the tokens that are predicted
+    cut = protocol.model_copy(update={"bos": "none"}) if _led_by_bos(protocol) else protocol
+    for stream in streams_of(tokenizer, texts, cut):
+        num_tokens += len(stream.ids) - (cut.bos == "once")
         for span in _spans(len(stream.ids), protocol):
             found.append(_window(len(found), stream, span, lead, protocol))
     if not found:
@@ -86,9 +88,13 @@ def select_windows(windows: list[Window], protocol: WindowProtocol) -> list[Wind
     return [windows[index] for index in order.tolist()]
 
 
+def _led_by_bos(protocol: WindowProtocol) -> bool:
+    return protocol.bos == "per_window" or (protocol.rolling and protocol.bos == "once")
+
+
 def _lead(tokenizer: PreTrainedTokenizerBase, protocol: WindowProtocol) -> Ids:
     """The token before windows that are led by one."""
-    if protocol.bos == "per_window":
+    if _led_by_bos(protocol):
         return np.array([bos_id(tokenizer, protocol)], dtype=np.int64)
     if not protocol.rolling:
         return np.array([], dtype=np.int64)

@@ -44,8 +44,9 @@ class WindowSelection(SuiteConfig):
     predict as many as Shortened LLaMA's add_bos_to_every does, ask for windows of one token more)."""
 
     rolling: bool = False
-    """Predict every token, the first one too: from a prefix token (BOS, else EOS). Each later window predicts as many
-    tokens as it is long, from one token of context before them. lm-eval's loglikelihood_rolling."""
+    """Predict every token of the text, the first one too: from BOS with bos: once, else from a prefix token (BOS, else
+    EOS); a BOS that the tokenizer adds (bos: tokenizer) is predicted as well, as in lm-eval. Each later window predicts
+    as many tokens as it is long, from one token of context before them. lm-eval's loglikelihood_rolling."""
 
     stride: int | None = Field(default=None, ge=1)
     """Windows begin so many tokens after one another and overlap; each predicts only what none before it has, with the

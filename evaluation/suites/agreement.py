@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COMPARES", "IMPORTS", "VERSION", "Config", "check", "check_model", "evaluate", "needs", "task_name"]
 
-VERSION = 1
+VERSION = 2
 IMPORTS = ("evaluation.agreement",)
 
 COMPARES = True

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from evaluation.perplexity import Perplexity, Scored
     from evaluation.samples import Sample
 
-VERSION = 2
+VERSION = 3
 IMPORTS = ("evaluation.perplexity",)
 
 _SHOWN_TOKENS = 24

@@ -150,6 +150,14 @@ def test_nan_is_refused(model: PreTrainedModel, near: PreTrainedModel, tokenizer
         evaluate(near, tokenizer, model)
 
 
+def test_a_tie_for_the_greatest_logit_is_no_disagreement() -> None:
+    """In half precision several tokens often share the greatest logit, and which is named first says nothing."""
+    mine = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [2.0, 2.0, 1.0]])
+    theirs = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    _, same, _ = module._per_token(mine, theirs, torch.zeros(3, dtype=torch.long))
+    assert same.tolist() == [True, False, False]
+
+
 def test_bfloat16_is_compared_in_float32(model: PreTrainedModel, windows: list[Window]) -> None:
     half = copy.deepcopy(model).to(torch.bfloat16)
     kl = divergence(agreements(half, model, windows, Means())).value

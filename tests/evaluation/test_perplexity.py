@@ -8,8 +8,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import evaluation.perplexity as module
+from evaluation import logits as logits_module
 from evaluation.errors import EvaluationError
-from evaluation.perplexity import Scored, perplexity, rows_per_forward, summary, window_nlls
+from evaluation.logits import rows_per_forward
+from evaluation.perplexity import Scored, perplexity, summary, window_nlls
 from evaluation.suite import Means
 from evaluation.window_cutting import Window, select_windows, windows_of
 from evaluation.windows import WindowProtocol
@@ -74,7 +76,7 @@ def test_a_batch_is_no_larger_than_its_logits_may_be(
     windows = windows_of(tokenizer, TEXTS, WindowProtocol(window=24, keep_last_partial=True, bos="none"))
     sizes = [len(batch) for batch in module._batches(model, windows, Means())]
     assert sizes == [len(windows)]  # all of them fit into the tokens that keep a CPU busy
-    monkeypatch.setattr(module, "_LOGITS_BYTES", 4 * VOCAB_SIZE * 24 * 3)
+    monkeypatch.setattr(logits_module, "_LOGITS_BYTES", 4 * VOCAB_SIZE * 24 * 3)
     assert max(len(batch) for batch in module._batches(model, windows, Means())) == 3
     assert max(len(batch) for batch in module._batches(model, windows, Means(batch_size=2))) == 2
 
@@ -96,8 +98,8 @@ def test_bfloat16_logits_are_summed_in_float32(model: PreTrainedModel) -> None:
 
 
 def test_a_large_vocabulary_runs_fewer_windows_at_once() -> None:
-    assert rows_per_forward(vocab_size=128_256, window=2048, itemsize=2, batch_size=16) == 1
-    assert rows_per_forward(vocab_size=32_000, window=128, itemsize=2, batch_size=16) == 16
+    assert rows_per_forward(vocab=128_256, length=2048, itemsize=2, batch_size=16) == 1
+    assert rows_per_forward(vocab=32_000, length=128, itemsize=2, batch_size=16) == 16
 
 
 def test_bos_goes_where_it_is_asked_and_never_by_itself(tokenizer: PreTrainedTokenizerFast) -> None:

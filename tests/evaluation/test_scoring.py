@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from evaluation import scoring
+from evaluation import logits, scoring
 from evaluation.errors import EvaluationError
 from evaluation.scoring import Pair, gather_rows, score_answers, score_rows
 from evaluation.suite import Means
@@ -88,7 +88,7 @@ def test_logits_that_the_model_caps_or_scales(tokenizer: PreTrainedTokenizerFast
 def test_a_model_that_cannot_leave_logits_out(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "_keeps_logits", lambda forward: False)
+    monkeypatch.setattr(logits, "keeps_logits", lambda forward: False)
     assert_equal_to_lm_eval(model, tokenizer, Means())
 
 
