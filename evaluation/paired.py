@@ -28,6 +28,9 @@ Test = Literal["mcnemar", "sign_flip"]
 _Place = tuple[str, str]
 """Task and metric."""
 
+_NAMED = 3
+"""So many parts of an average are named in a sentence."""
+
 CONFIDENCE = 0.95
 
 
@@ -99,8 +102,8 @@ def pair(
     """Every metric of every task of which both models have samples, then the averages whose parts all could be paired.
 
     Parts of an average may be averages that come before it. Items are the same if their number, hash and weight are. If
-    any item of a task is without its like, the task is not compared but reported. Neither the order of the samples nor
-    what else is compared changes a figure.
+    any item of a task is without its like, the task is not compared but reported, and so are the averages that it is a
+    part of. Neither the order of the samples nor what else is compared changes a figure.
     """
     mine, theirs = _by_metric(samples), _by_metric(reference)
     strata: dict[_Place, list[_Stratum]] = {}
@@ -114,10 +117,12 @@ def pair(
         except _NotPaired as error:
             unpaired.append(Unpaired(task, metric, str(error)))
     for average in averages:
-        if all(part in strata for part in average.parts):
-            shared = _shared([strata[part] for part in average.parts], average)
+        try:
+            shared = _shared(average, strata)
             paired.append(_compared(average.task, average.metric, shared, seed, resamples))
             strata[average.task, average.metric] = shared
+        except _NotPaired as error:
+            unpaired.append(Unpaired(average.task, average.metric, str(error)))
     return tuple(paired), tuple(unpaired)
 
 
@@ -168,8 +173,15 @@ def _asked(sample: Sample) -> tuple[str, float]:
     return sample.item_hash, sample.weight
 
 
-def _shared(groups: Sequence[Sequence[_Stratum]], average: Average) -> list[_Stratum]:
-    """The tasks with their shares in an average; groups: of each part the tasks that it is itself the average of."""
+def _shared(average: Average, strata: Mapping[_Place, Sequence[_Stratum]]) -> list[_Stratum]:
+    """The tasks with their shares in an average; strata: of each part the tasks that it is itself the average of.
+
+    Raises _NotPaired if a part has none.
+    """
+    missing = [part for part in average.parts if part not in strata]
+    if missing:
+        raise _NotPaired(f"its part{'s' if len(missing) > 1 else ''} {_named(missing)} could not be compared")
+    groups = [strata[part] for part in average.parts]
     by_items = average.weighted_by == "items"
     sizes = [sum(len(stratum.weights_N) for stratum in group) if by_items else 1 for group in groups]
     return [
@@ -177,6 +189,11 @@ def _shared(groups: Sequence[Sequence[_Stratum]], average: Average) -> list[_Str
         for group, size in zip(groups, sizes, strict=True)
         for stratum in group
     ]
+
+
+def _named(places: Sequence[_Place]) -> str:
+    names = ", ".join(f"{task}/{metric}" for task, metric in places[:_NAMED])
+    return f"{names} and {len(places) - _NAMED} more" if len(places) > _NAMED else names
 
 
 def _compared(task: str, metric: str, strata: Sequence[_Stratum], seed: int, resamples: int) -> Paired:

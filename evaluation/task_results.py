@@ -48,7 +48,8 @@ def task_samples(tasks: Mapping[str, Any], logged: Mapping[str, Sequence[Mapping
     tasks: lm-eval's task objects by name. logged: its `samples`, one entry per document and filter. `prompt` is the end
     of the context (of the first choice, where the choices stand in the context). Of a multiple choice `response` is the
     choice that acc counts, not the length-normalised one. Metrics that are no number of a document (F1 over all of
-    them, a perplexity) are left out of `scores`.
+    them, a perplexity per word) are left out of `scores`. Of lm-eval's `perplexity`, which is exp(-mean) over
+    log-likelihoods, the scores are the negative ones, so that it is exp of their mean as every perplexity is.
     """
     return tuple(sample for name, entries in logged.items() for sample in _samples(name, tasks[name], entries))
 
@@ -64,21 +65,28 @@ def _samples(name: str, task: Any, entries: Sequence[Mapping[str, Any]]) -> Iter
             task=name,
             item=item,
             item_hash=_hash(first["doc_hash"], first["prompt_hash"], first["target_hash"]),
-            scores={key: value for entry in filtered for key, value in _scores(entry)},
+            scores={key: value for entry in filtered for key, value in _scores(task, entry)},
             prompt=str(first["arguments"][0][0])[-_PROMPT_CHARACTERS:],
             target=target,
             response=response,
         )
 
 
-def _scores(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _scores(task: Any, entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for metric in entry["metrics"]:
         value = entry[metric]
         try:
             number = float(value)
         except (TypeError, ValueError):
             continue
-        yield _metric_name(metric, entry["filter"]), number
+        yield _metric_name(metric, entry["filter"]), -number if _takes_log_likelihoods(task, metric) else number
+
+
+def _takes_log_likelihoods(task: Any, metric: str) -> bool:
+    """Whether the metric is lm-eval's aggregation `perplexity`: exp(-mean) of what the documents have."""
+    aggregate = task.aggregation().get(metric)
+    names = getattr(aggregate, "__module__", None), getattr(aggregate, "__name__", None)
+    return names == ("lm_eval.api.metrics", "perplexity")
 
 
 def _answers(task: Any, entry: Mapping[str, Any]) -> tuple[str, str | None]:

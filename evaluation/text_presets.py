@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from typing import Any
+
+from evaluation.errors import EvaluationError
+
+_PTB_FILES = {split: f"penn_treebank/{split}/0000.parquet" for split in ("train", "validation", "test")}
+
+_C4_FILES = {  # of many shards the first, as in SparseGPT
+    "train": "en/c4-train.00000-of-01024.json.gz",
+    "validation": "en/c4-validation.00000-of-00008.json.gz",
+}
 
 _PTB = {
     # The hub has PTB as a loading script, which is never run; this is the hub's own conversion of it.
@@ -25,15 +36,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "bos": "tokenizer",
     },
     # LLM-Pruner's and Shortened LLaMA's PTB is the validation split, joined by blank lines: windows of 128
-    "ptb": _PTB | {"split": "validation", "data_files": "penn_treebank/validation/0000.parquet", "join": "\n\n"},
+    "ptb": _PTB | {"split": "validation", "data_files": _PTB_FILES["validation"], "join": "\n\n"},
     # SparseGPT's PTB (GPTQ's "ptb-new") is the test split, joined by spaces
-    "ptb-test": _PTB | {"split": "test", "data_files": "penn_treebank/test/0000.parquet", "join": " "},
+    "ptb-test": _PTB | {"split": "test", "data_files": _PTB_FILES["test"], "join": " "},
     # SparseGPT's C4: the first 256 windows of the first 1100 documents of the first validation shard
     "c4": {
         "dataset": "allenai/c4",
         "config": None,
         "split": "validation[:1100]",
-        "data_files": "en/c4-validation.00000-of-00008.json.gz",
+        "data_files": _C4_FILES["validation"],
         "join": " ",
         "bos": "tokenizer",
         "max_windows": 256,
@@ -56,20 +67,84 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """What a short name stands for; written out in full in a dumped spec, in cache keys and in every protocol."""
 
+_FILES: Mapping[str, Mapping[str, str]] = {"ptb": _PTB_FILES, "ptb-test": _PTB_FILES, "c4": _C4_FILES}
+"""Where a preset that reads `data_files` has each split: the loader calls any file by the split that is asked for."""
+
 _ONE_FILE = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".gz")
+
+_OF_A_FILE = {"data_files": None, "config": None, "split": "train"}
+_OF_A_TEXT = _OF_A_FILE | {"text_field": "text"}
+"""All that can be said of a single file (whose rows may be sliced), and of a .txt, which is a single text."""
 
 
 def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with a preset's values for what they do not say themselves.
 
-    Another data set than the default one has no configuration unless one is named, and a file has the split "train".
+    A preset's split is read from its own file, whichever of the two is said. Another data set than the default one has
+    no configuration unless one is named, and a file has the split "train". Raises EvaluationError, naming the value,
+    for a split or configuration of a preset whose file is not known, and for what says nothing about a single file.
     """
     dataset = options.get("dataset")
     if not isinstance(dataset, str):
         return dict(options)
     if dataset in PRESETS:
-        return {**PRESETS[dataset], **{name: value for name, value in options.items() if name != "dataset"}}
+        return _preset(dataset, {name: value for name, value in options.items() if name != "dataset"})
     implied: dict[str, Any] = {} if dataset == PRESETS["wikitext2"]["dataset"] else {"config": None}
     if dataset.endswith(_ONE_FILE):
         implied["split"] = "train"
+    if os.path.isfile(os.path.expanduser(dataset)):
+        _check_file(dataset, options)
     return implied | dict(options)
+
+
+def _preset(name: str, said: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's values beside those that are said, split and file fitting each other."""
+    preset, files = PRESETS[name], _FILES.get(name)
+    file = said.get("data_files")
+    implied: dict[str, Any] = {}
+    if files is not None and "data_files" not in said:
+        implied["data_files"] = _file_of(name, said.get("split", preset["split"]))
+        _check_config(name, said.get("config"), implied["data_files"])
+    elif files is not None and isinstance(file, str) and file != preset["data_files"]:
+        implied["split"] = _split_of(file, files)
+    return {**preset, **implied, **said}
+
+
+def _file_of(name: str, split: Any) -> str:
+    """The file of a split, or of slices of one split."""
+    files = _FILES[name]
+    asked = {part.partition("[")[0].strip() for part in str(split).split("+")}
+    if len(asked) > 1 or not asked <= files.keys():
+        raise EvaluationError(
+            f"split {split!r}: the preset {name} knows files of {', '.join(files)}; name one of these splits, or give "
+            "`data_files` too"
+        )
+    return files[asked.pop()]
+
+
+def _split_of(data_files: str, files: Mapping[str, str]) -> str:
+    """The one split that a path names; else "train", as the loader calls all files that belong to no split."""
+    words = re.findall("[a-z]+", data_files.lower())
+    named = [split for split in files if split in words]
+    return named[0] if len(named) == 1 else "train"
+
+
+def _check_config(name: str, config: Any, file: str) -> None:
+    if config is not None and config != file.partition("/")[0]:
+        raise EvaluationError(
+            f"config {config!r}: the preset {name} reads {file}, which is not of it; leave config out, or give "
+            "`data_files` too"
+        )
+
+
+def _check_file(dataset: str, options: Mapping[str, Any]) -> None:
+    """Refuse now what the loader would refuse, or not look at, when a model has been made and loaded."""
+    is_text = dataset.removesuffix(".gz").endswith(".txt")
+    for key, usual in (_OF_A_TEXT if is_text else _OF_A_FILE).items():
+        value = options.get(key, usual)
+        slices = key == "split" and not is_text
+        if (str(value).partition("[")[0] if slices else value) != usual:
+            raise EvaluationError(
+                f"{dataset} is a single {'text' if is_text else 'file'}: {key} {value!r} names nothing in it; leave "
+                f"{key} out"
+            )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from evaluation.comparison import holm
 from flows.errors import SpecError
 from flows.finding import pick_run, recorded_runs
+from flows.protocols import Versions, differences, other_versions
 from infra.artifacts import ArtifactRef, ArtifactStore
 from infra.errors import ArtifactMissing
 from infra.registry import near
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from infra.results import ResultsStore
 
 Verdict = Literal["same", "better", "worse", "noise"]
-
-_HARMLESS = frozenset({"bootstrap_iters"})
-"""Parts of a protocol that change no figure, only the standard error of some."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +33,29 @@ class Side:
 
 @dataclass(frozen=True)
 class Compared:
-    """One figure of both sides. labels: what the sides are called. verdict: after Holm's correction over all rows."""
+    """One figure of both sides. labels: what the sides are called. verdict: after Holm's correction over all rows.
+
+    other_versions: the libraries that the two were measured with in different versions.
+    """
 
     labels: tuple[str, str]
     row: PairRow
     verdict: Verdict
+    other_versions: Versions
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All figures; a sentence for each thing that could not be compared; the figures that have no samples."""
+    """All figures; a sentence for each thing that could not be compared; the figures that have no samples.
+
+    run: the first that was named. measured: one row of it for each evaluation compared, with the protocol.
+    """
 
     rows: tuple[Compared, ...]
     problems: tuple[str, ...]
     without_samples: tuple[str, ...]
+    run: RunRow
+    measured: tuple[MetricRow, ...]
 
 
 @dataclass(frozen=True)
@@ -68,27 +74,61 @@ def compared(question: Question, results: ResultsStore, store: ArtifactStore) ->
     sides = list(_sides(question, results))
     _check_suite(question.suite, sides)
     reports = Reports(store)
-    found: list[tuple[tuple[str, str], PairRow]] = []
+    found: list[_Found] = []
     problems: list[str] = []
     bare: list[str] = []
-    for mine, theirs in sides:
-        labels = _labels(mine, theirs)
-        for suite in [name for name in mine.suites if name in theirs.suites and question.suite in (None, name)]:
-            try:
-                _check_alike(suite, (mine, theirs), labels, store)
-                _check_samples(suite, (mine, theirs), labels, reports, store)
-            except SpecError as error:
-                problems.append(str(error))
-                continue
-            rows, others = mine.suites[suite], theirs.suites[suite]
-            answer = beside(rows, others, reports, reference=labels[1], seed=question.seed)
-            found += [(labels, row) for row in answer.rows]
+    measured: dict[str, MetricRow] = {}
+    for both in sides:
+        for suite in [name for name in both[0].suites if name in both[1].suites and question.suite in (None, name)]:
+            answer = _answer(suite, both, reports, store, question.seed)
+            found += answer.found
             problems += answer.problems
-            bare += _without_samples(rows, others, answer.rows, answer.problems)
+            bare += answer.without_samples
+            if answer.found:
+                measured.setdefault(suite, both[0].suites[suite][0])
     problems = list(dict.fromkeys(problems))
     if not found:
         raise SpecError("nothing can be compared: " + ("; ".join(problems) or _nothing_common(sides)))
-    return Comparison(_judged(found, question.alpha), tuple(problems), tuple(dict.fromkeys(bare)))
+    return Comparison(
+        rows=_judged(found, question.alpha),
+        problems=tuple(problems),
+        without_samples=tuple(dict.fromkeys(bare)),
+        run=sides[0][0].run,
+        measured=tuple(measured.values()),
+    )
+
+
+class _Found(NamedTuple):
+    """A figure of both sides that is not judged yet."""
+
+    labels: tuple[str, str]
+    row: PairRow
+    other_versions: Versions
+
+
+class _Answer(NamedTuple):
+    """Of one evaluation of two sides, what a comparison has of all."""
+
+    found: Sequence[_Found] = ()
+    problems: Sequence[str] = ()
+    without_samples: Sequence[str] = ()
+
+
+def _answer(suite: str, sides: tuple[Side, Side], reports: Reports, store: ArtifactStore, seed: int) -> _Answer:
+    labels = _labels(*sides)
+    try:
+        _check_alike(suite, sides, labels)
+        _check_samples(suite, sides, labels, reports, store)
+        _check_reference(suite, sides, labels, store)
+    except SpecError as error:
+        return _Answer(problems=[str(error)])
+    rows, others = (side.suites[suite] for side in sides)
+    answer = beside(rows, others, reports, reference=labels[1], seed=seed)
+    versions = other_versions(rows[0], others[0])
+    bare = _without_samples(rows, others, answer.rows, answer.problems)
+    if not (answer.rows or answer.problems or bare):
+        return _Answer(problems=[f"{suite} of {labels[0]} and {labels[1]} has no figure in common"])
+    return _Answer([_Found(labels, row, versions) for row in answer.rows], answer.problems, bare)
 
 
 def _sides(question: Question, results: ResultsStore) -> Iterator[tuple[Side, Side]]:
@@ -166,33 +206,31 @@ def _check_suite(suite: str | None, sides: Sequence[tuple[Side, Side]]) -> None:
         raise SpecError(f"--suite: no evaluation {suite!r}{near(suite, known)}; there are: {', '.join(known)}")
 
 
-def _check_alike(suite: str, sides: tuple[Side, Side], labels: tuple[str, str], store: ArtifactStore) -> None:
-    """Raise SpecError, which names the difference, if the two were not measured alike."""
+def _check_alike(suite: str, sides: tuple[Side, Side], labels: tuple[str, str]) -> None:
+    """Raise SpecError, which names the difference, if the protocols say that the two were not measured alike."""
     mine, theirs = (side.suites[suite][0] for side in sides)
-    differences = list(_differences(json.loads(mine.protocol), json.loads(theirs.protocol)))
-    if not differences and _dense_of(mine.stage_key, store) != _dense_of(theirs.stage_key, store):
-        differences = ["the dense model that they were measured against is another"]
-    if differences:
-        raise SpecError(
-            f"{suite} of {labels[0]} and {labels[1]} was not measured alike: {'; '.join(differences[:3])}; "
-            "measure one of them again as the other was"
-        )
+    found = differences(mine, theirs)
+    if found:
+        raise _not_alike(suite, labels, "; ".join(found[:3]))
 
 
-def _differences(mine: Any, theirs: Any, place: str = "") -> Iterator[str]:
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        for key in [key for key in {**mine, **theirs} if key not in _HARMLESS]:
-            yield from _differences(mine.get(key), theirs.get(key), f"{place}.{key}" if place else key)
-    elif mine != theirs:
-        yield f"{place} is {json.dumps(mine)} in the one and {json.dumps(theirs)} in the other"
+def _check_reference(suite: str, sides: tuple[Side, Side], labels: tuple[str, str], store: ArtifactStore) -> None:
+    """Raise SpecError if the two were measured against different dense models. Both reports are in the store."""
+    mine, theirs = (_dense_of(side.suites[suite][0].stage_key, store) for side in sides)
+    if mine != theirs:
+        raise _not_alike(suite, labels, "the dense model that they were measured against is another")
+
+
+def _not_alike(suite: str, labels: tuple[str, str], difference: str) -> SpecError:
+    return SpecError(
+        f"{suite} of {labels[0]} and {labels[1]} was not measured alike: {difference}; "
+        "measure one of them again as the other was"
+    )
 
 
 def _dense_of(stage_key: str, store: ArtifactStore) -> Any:
-    """What a suite that compares with the dense model compared with; None of other suites and of what is gone."""
-    try:
-        return store.manifest(ArtifactRef(kind="report", key=stage_key)).request.get("reference")
-    except ArtifactMissing:
-        return None
+    """What a suite that compares with the dense model compared with; None of other suites."""
+    return store.manifest(ArtifactRef(kind="report", key=stage_key)).request.get("reference")
 
 
 def _check_samples(
@@ -233,10 +271,11 @@ def _nothing_common(sides: Sequence[tuple[Side, Side]]) -> str:
     )
 
 
-def _judged(found: Sequence[tuple[tuple[str, str], PairRow]], alpha: float) -> tuple[Compared, ...]:
-    significant = holm([row.p_value for _, row in found], alpha)
+def _judged(found: Sequence[_Found], alpha: float) -> tuple[Compared, ...]:
+    significant = holm([each.row.p_value for each in found], alpha)
     return tuple(
-        Compared(labels, row, _verdict(row, differs)) for (labels, row), differs in zip(found, significant, strict=True)
+        Compared(each.labels, each.row, _verdict(each.row, differs), each.other_versions)
+        for each, differs in zip(found, significant, strict=True)
     )
 
 

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from flows.pairing import Compared, Comparison
+from flows.report import protocol_lines
 from infra.result_rows import PairRow
 
 _COLUMNS = ("suite", "task", "metric", "difference", "95 % interval", "p", "verdict", "items", "lost", "gained")
@@ -26,17 +27,43 @@ def render_pairs(comparison: Comparison, form: str) -> str:
 
 
 def notes(comparison: Comparison, alpha: float) -> Iterator[str]:
-    """How it was tested, what could not be, and what has no samples."""
+    """How it was tested, what was measured with other versions, what could not be compared, and what has no samples."""
     tests = len(comparison.rows)
     yield (
         f"verdict: {tests} tests, Holm-corrected at level {alpha:g}; p as of each test alone (McNemar's exact test for "
         "right or wrong, else sign flips), intervals by bootstrap over items; lost: right in the second, wrong in the "
         "first; gained: the other way round"
     )
+    yield from _version_lines(comparison.rows)
     for problem in comparison.problems:
         yield f"not compared: {problem}"
     if comparison.without_samples:
         yield f"no samples of their own: {', '.join(comparison.without_samples)}"
+
+
+def protocol(comparison: Comparison) -> Iterator[str]:
+    """How the first run took the figures, as under its own table, each evaluation once."""
+    yield f"protocol of {comparison.run.name} ({comparison.run.run_key}):"
+    yield from protocol_lines(comparison.measured, json.loads(comparison.run.spec))
+
+
+def _version_lines(rows: Sequence[Compared]) -> Iterator[str]:
+    """A line for each set of differences, with what it is of unless it is of all."""
+    places: dict[str, list[str]] = {}
+    for each in rows:
+        if each.other_versions:
+            places.setdefault(_versions(each), []).append(f"{each.row.suite} of {each.labels[0]} and {each.labels[1]}")
+    for text, found in places.items():
+        where = "" if len(found) == len(rows) else f" ({', '.join(dict.fromkeys(found))})"
+        yield f"measured with other versions: {text}{where}"
+
+
+def _versions(compared: Compared) -> str:
+    """ "transformers 5.23.0 / 5.24.0", first that of the measured side."""
+    return ", ".join(
+        f"{library} {mine or 'not recorded'} / {theirs or 'not recorded'}"
+        for library, (mine, theirs) in compared.other_versions.items()
+    )
 
 
 def _tables(rows: Sequence[Compared]) -> Iterator[Iterator[list[str]]]:
@@ -72,12 +99,14 @@ def _markdown(lines: list[list[str]]) -> str:
 
 def _plain(compared: Compared) -> dict[str, Any]:
     mine, theirs = compared.labels
-    return compared.row.model_dump(mode="json") | {"a": mine, "b": theirs, "verdict": compared.verdict}
+    said = {"a": mine, "b": theirs, "verdict": compared.verdict, "other_versions": dict(compared.other_versions)}
+    return compared.row.model_dump(mode="json") | said
 
 
 def _csv(rows: Sequence[Compared]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=[*PairRow.model_fields, "a", "b", "verdict"], lineterminator="\n")
+    columns = [*PairRow.model_fields, "a", "b", "verdict", "other_versions"]
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_plain(each) for each in rows)
+    writer.writerows(_plain(each) | {"other_versions": _versions(each)} for each in rows)
     return text.getvalue().rstrip("\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -32,6 +33,7 @@ _NUM_SIZES = 2
 #: of a point of a grid, whose task is "profile b1 p128 n32" and not "profile", only these
 _GRID_COLUMNS = ("tokens_per_s", "latency_ms_p50", "latency_ratio", "peak_memory_gib", "power_w", "out_of_memory")
 #: of several metrics of one task the first of these stands in the table; the results store has all of them
+_MOST_DIGITS = 6
 _PREFERRED = ("acc", "acc_norm", "exact_match", "f1", "score")
 
 Table = list[dict[str, str]]
@@ -110,8 +112,8 @@ def aligned(rows: Table, width: int = 120) -> str:
 
 
 def protocol_lines(metrics: Iterable[MetricRow], spec: Mapping[str, Any]) -> list[str]:
-    """One line each that says what was pruned, on which calibration text, what variants change, and how each suite took
-    its figures."""
+    """One line each that says what was pruned, on which calibration text, what variants change, how each suite took its
+    figures, from what data, and with which versions."""
     asked = {name: spec[name] for name in ("model", "calibration") if spec.get(name)}
     variants = {
         f"variant {name}": changes
@@ -119,8 +121,19 @@ def protocol_lines(metrics: Iterable[MetricRow], spec: Mapping[str, Any]) -> lis
         for name, changes in step.get("variants", {}).items()
     }
     seen = {row.suite: json.loads(row.protocol) for row in metrics}
+    apart = [(protocol.pop("data_identity", []), protocol.pop("versions", {})) for protocol in seen.values()]
     topics = asked | variants | seen
-    return [f"{topic}: {_words(protocol) or 'changes nothing'}" for topic, protocol in topics.items()]
+    lines = [f"{topic}: {_words(protocol) or 'changes nothing'}" for topic, protocol in topics.items()]
+    data = dict.fromkeys(_source(identity) for identities, _ in apart for identity in identities)
+    libraries = dict.fromkeys(", ".join(f"{name} {number}" for name, number in each.items()) for _, each in apart)
+    said = {"data": "; ".join(data), "versions": " / ".join(filter(None, libraries))}
+    return lines + [f"{topic}: {words}" for topic, words in said.items() if words]
+
+
+def _source(identity: Mapping[str, str]) -> str:
+    """A data set's name, if it has one, and the beginning of what tells its content from any other."""
+    name = identity.get("repo_id", "local data")
+    return " ".join([name, *(f"{key} {value[:12]}" for key, value in identity.items() if key != "repo_id")])
 
 
 def _words(protocol: Mapping[str, object]) -> str:
@@ -173,9 +186,18 @@ def _cell(row: MetricRow) -> str:
         if row.stderr is not None:
             return f"{value:.3f} ± {row.stderr:.3f}"
         return f"{value:.2f}" if value < 1000 else f"{value:.0f}"
-    digits = 2 if row.metric.startswith("ppl") else 3
+    digits = _digits(row)
     error = "" if row.stderr is None else f" ± {row.stderr:.{digits}f}"
     return f"{row.value:.{digits}f}{error}"
+
+
+def _digits(row: MetricRow) -> int:
+    """Behind the point: at least so many that two digits of the standard error, or of a value without one, are seen."""
+    usual = 2 if row.metric.startswith("ppl@") else 3
+    smallest = abs(row.value) if row.stderr is None else row.stderr
+    if not 0 < smallest < math.inf:
+        return usual
+    return min(_MOST_DIGITS, max(usual, 1 - math.floor(math.log10(smallest))))
 
 
 def _markdown(rows: Table) -> str:

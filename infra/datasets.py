@@ -14,19 +14,16 @@ from infra.errors import InfraError, SourceInvalid, SourceMissing
 from infra.registry import near
 from infra.sources import Located, named_by_content
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def texts(
     located: Located, config: str | None, split: str, data_files: str | None, column: str, *, home: Path
 ) -> list[str]:
-    """One text column, in order.
+    """One text column, in order; a .txt file is a single text, in the column "text".
 
-    A .txt file is one text. Raises SourceInvalid naming the configs, splits or columns there are.
+    Raises SourceInvalid naming the configs, splits or columns there are, and for what says nothing about a single file.
     """
-    if located.folder is not None and located.folder.suffix == ".txt":
-        _check_file_split(located, config, split)
-        return [located.folder.read_text(encoding="utf-8")]
     rows = load(located, config, split, data_files, home=home)
     return _column(located, rows, column)
 
@@ -44,9 +41,7 @@ def check_columns(
     located: Located, config: str | None, split: str, data_files: str | None, columns: Sequence[str], *, home: Path
 ) -> None:
     """Raise what `texts` and `records` would raise about data and columns, by the first row and without the others."""
-    if located.folder is not None and located.folder.suffix == ".txt":
-        _check_file_split(located, config, split)
-        return
+    _check_file(located, config, split, data_files)
     whole = split.partition("[")[0]  # a stream has no slices, and its first row has the same columns
     with _explained(located, config, whole, home):
         rows = _load(located, config, whole, data_files, home, streaming=True)
@@ -76,8 +71,8 @@ def _load(
     located: Located, config: str | None, split: str, data_files: str | None, home: Path, *, streaming: bool
 ) -> Any:
     datasets.disable_progress_bars()
+    _check_file(located, config, split, data_files)
     if located.folder is not None and located.folder.is_file():
-        _check_file_split(located, config, split)
         return _load_files(located, _path(located, home), split, home, streaming)
     if data_files is not None:
         return _load_files(located, _pattern(located, data_files, home), split, home, streaming)
@@ -93,12 +88,10 @@ def _load(
 
 
 def _load_files(located: Located, pattern: str, split: str, home: Path, streaming: bool) -> Any:
-    name = pattern.removesuffix(".gz")
-    builder = _BUILDERS.get(Path(name).suffix)
+    builder = _BUILDERS.get(_kind(pattern))
     if builder is None:
-        raise SourceInvalid(
-            f"{pattern} is no text data: known are {', '.join(('.txt', *_BUILDERS))} (the last four also as .gz)"
-        )
+        raise SourceInvalid(f"{pattern} is no text data: known are {', '.join(_BUILDERS)} (each also as .gz)")
+    options = {"sample_by": "document"} if builder == "text" else {}
     # The bare builder, not the repository: a README that promises other splits makes `datasets` refuse a single shard.
     try:
         return datasets.load_dataset(
@@ -108,6 +101,7 @@ def _load_files(located: Located, pattern: str, split: str, home: Path, streamin
             verification_mode=VerificationMode.NO_CHECKS,
             cache_dir=_cache(located, home),
             streaming=streaming,
+            **options,
         )
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         raise SourceInvalid(
@@ -136,10 +130,28 @@ def _cache(located: Located, home: Path) -> str | None:
     return None if located.folder is None else str(home / "cache" / "datasets")
 
 
-def _check_file_split(located: Located, config: str | None, split: str) -> None:
+def _kind(file: str) -> str:
+    return Path(file.removesuffix(".gz")).suffix
+
+
+def _check_file(located: Located, config: str | None, split: str, data_files: str | None) -> None:
+    """Refuse what says nothing about a single file; anything else passes."""
+    if located.folder is None or not located.folder.is_file():
+        return
+    if data_files is not None:
+        raise SourceInvalid(
+            f"{located.repo_id} is a single file: data_files {data_files!r} names nothing in it; leave data_files out, "
+            "or give the folder as `dataset`"
+        )
     if config is not None or split.partition("[")[0] != "train":
         raise SourceInvalid(
-            f"{located.repo_id} is a single file: it has the split 'train' and no configs, not {config or split!r}"
+            f"{located.repo_id} is a single file: it has the split 'train' and no configs, not {config or split!r}; "
+            "leave config and split out"
+        )
+    if _kind(located.folder.name) == ".txt" and split != "train":
+        raise SourceInvalid(
+            f"{located.repo_id} is a single text: split {split!r} names nothing in it; leave split out, or give a "
+            ".jsonl with a row for each text"
         )
 
 

@@ -17,6 +17,7 @@ from evaluation.profile_report import ProfileReport
 from evaluation.report import EvalReport, Metric
 from infra.artifacts import ArtifactRef
 from infra.errors import TrackingUnusable
+from infra.manifests import Manifest
 from infra.provenance import git_revision, versions
 from infra.result_rows import LayerRow, MetricRow, PairRow, RunRow, StageRow
 from infra.results import ResultsStore
@@ -24,6 +25,9 @@ from infra.secrets import secrets_kept
 from infra.tracking import MetricPoint, Tracker
 from tasks.pairing import as_json, beside_dense
 from tasks.stage import Workplace
+
+#: what can change a figure; Prefect, MLflow and DuckDB only carry it
+_MEASURING = frozenset({"python", "torch", "transformers", "lm-eval", "datasets", "slimline"})
 
 
 class Measured(BaseModel):
@@ -99,6 +103,7 @@ def tracked(write: Callable[[], str]) -> tuple[str | None, TrackingUnusable | No
 def _metric_rows(outcome: RunOutcome, workplace: Workplace) -> Iterator[MetricRow]:
     for measured in outcome.measured:
         metrics, protocol = _read_report(workplace.store.path(measured.report), measured.suite)
+        protocol |= _made_with(workplace.store.manifest(measured.report))
         for metric in metrics:
             values = metric.model_dump(include=set(MetricRow.model_fields) & set(Metric.model_fields))
             yield MetricRow(
@@ -107,18 +112,25 @@ def _metric_rows(outcome: RunOutcome, workplace: Workplace) -> Iterator[MetricRo
                 checkpoint_key=measured.checkpoint.key,
                 stage_key=measured.report.key,
                 suite=measured.label,
-                protocol=protocol,
+                protocol=json.dumps(protocol),
                 **values,
             )
 
 
-def _read_report(folder: Path, suite: str) -> tuple[tuple[Metric, ...], str]:
+def _made_with(manifest: Manifest) -> dict[str, Any]:
+    """For the protocol: the versions when it was measured, which may be long ago, and what the data sets held."""
+    versions = {name: version for name, version in manifest.versions.items() if name in _MEASURING}
+    identities = manifest.request.get("sources")
+    return {"versions": versions} | ({"data_identity": identities} if identities else {})
+
+
+def _read_report(folder: Path, suite: str) -> tuple[tuple[Metric, ...], dict[str, Any]]:
     text = (folder / "report.json").read_text(encoding="utf-8")
     if suite != "profile":
         report = EvalReport.model_validate_json(text)
-        return report.metrics, json.dumps(report.protocol)
+        return report.metrics, dict(report.protocol)
     profile = ProfileReport.model_validate_json(text)
-    return profile.metrics(), json.dumps(profile.conditions())
+    return profile.metrics(), dict(profile.conditions())
 
 
 def _layer_rows(outcome: RunOutcome, workplace: Workplace) -> Iterator[LayerRow]:
@@ -175,13 +187,20 @@ def _track(
         metrics=points,
         tags={
             **{f"stage.{stage.name}": stage.stage_key for stage in outcome.stages},
-            **{f"version.{name}": version for name, version in versions().items()},
+            **{f"version.{name}": version for name, version in _versions(outcome, workplace).items()},
         },
         artifacts=artifacts,
         checkpoints=folders,
         status="failed" if outcome.failed else "completed",
         visit_tags={"prefect.flow_run_id": flow_run_id() or ""},
     )
+
+
+def _versions(outcome: RunOutcome, workplace: Workplace) -> dict[str, str]:
+    """Of what measured: several where cached figures are older than others; of this process if nothing was measured."""
+    found = [workplace.store.manifest(measured.report).versions for measured in outcome.measured] or [versions()]
+    names = dict.fromkeys(name for each in found for name in each)
+    return {name: ", ".join(dict.fromkeys(each[name] for each in found if name in each)) for name in names}
 
 
 def _losses(folder: Path) -> list[tuple[int, float]]:

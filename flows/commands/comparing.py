@@ -29,13 +29,16 @@ def compare(
     """Compare checkpoints item by item: difference, interval, significance and flips of every figure."""
     settings = prepared()
     from flows.pairing import Question, compared
-    from flows.pairing_report import notes, render_pairs
+    from flows.pairing_report import notes, protocol, render_pairs
     from infra.artifacts import ArtifactStore
     from infra.results import ResultsStore
 
     question = Question(run, other, suite, alpha, seed)
     answer = compared(question, ResultsStore.of(settings), ArtifactStore(settings.store_root))
-    print(render_pairs(answer, form))
+    for_the_eye = form in (Form.table, Form.markdown)
     # the notes must not spoil what a program reads
-    told = sys.stdout if form in (Form.table, Form.markdown) else sys.stderr
+    told = sys.stdout if for_the_eye else sys.stderr
+    print(render_pairs(answer, form))
     print("\n" + "\n".join(notes(answer, alpha)), file=told)
+    if for_the_eye:
+        print("\n" + "\n".join(protocol(answer)))

@@ -50,7 +50,7 @@ def results(
     if form is Form.table:
         print(f"{newest.name} ({newest.run_key}, {newest.status}, {newest.finished_at:%Y-%m-%d %H:%M} UTC)")
     print(render(metrics, form))
-    if form is Form.table:
+    if form in (Form.table, Form.markdown):
         print("\n" + "\n".join(protocol_lines(metrics, json.loads(newest.spec))))
         if newest.message:
             print(f"failed: {newest.message}")

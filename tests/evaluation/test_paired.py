@@ -233,12 +233,30 @@ def test_an_average_of_averages_is_paired_too() -> None:
     assert found["second"].difference == pytest.approx(found["c"].difference)
 
 
-def test_an_average_of_which_a_part_cannot_be_paired_is_left_out() -> None:
+def test_an_average_of_which_a_part_cannot_be_paired_is_refused_with_the_part() -> None:
     mine = [*answers([1.0, 0.0]), *answers([1.0, 0.0], "boolq")]
     theirs = [*answers([1.0, 0.0]), *answers([1.0], "boolq")]
-    found, problems = pair(mine, theirs, averages=[average("tasks")])
+    above = Average(task="all", metric="acc", parts=(("average", "acc"),), weighted_by="tasks")
+    found, problems = pair(mine, theirs, averages=[average("tasks"), above])
     assert [each.task for each in found] == ["piqa"]
-    assert [each.task for each in problems] == ["boolq"]
+    assert [each.task for each in problems] == ["boolq", "average", "all"]
+    assert problems[1:] == (
+        Unpaired("average", "acc", "its part boolq/acc could not be compared"),
+        Unpaired("all", "acc", "its part average/acc could not be compared"),
+    )
+
+
+@pytest.mark.parametrize(
+    "count, reason",
+    [
+        (2, "its parts a0/acc, a1/acc could not be compared"),
+        (57, "its parts a0/acc, a1/acc, a2/acc and 54 more could not be compared"),
+    ],
+)
+def test_of_many_parts_that_cannot_be_paired_some_are_named(count: int, reason: str) -> None:
+    parts = tuple((f"a{number}", "acc") for number in range(count))
+    _, (problem,) = pair((), (), averages=[Average(task="mean", metric="acc", parts=parts, weighted_by="items")])
+    assert problem == Unpaired("mean", "acc", reason)
 
 
 def test_tens_of_thousands_of_items_take_seconds() -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import Any
 
 from evaluation.paired import is_exponential
@@ -49,7 +50,14 @@ class Evaluation:
 class Records(Home):
     """A home whose runs were never run."""
 
-    def add(self, name: str, checkpoints: Mapping[str, Sequence[Evaluation]], *, version: int = 0) -> str:
+    def add(
+        self,
+        name: str,
+        checkpoints: Mapping[str, Sequence[Evaluation]],
+        *,
+        version: int = 0,
+        spec: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """A run of that name in which the checkpoints were measured; returns its key."""
         key = f"run-{name}-v1-{version:016x}"
         rows: list[MetricRow] = []
@@ -59,7 +67,7 @@ class Records(Home):
         run = RunRow(
             run_key=key,
             name=name,
-            spec="{}",
+            spec=json.dumps(dict(spec)),
             status="completed",
             started_at=NOON,
             finished_at=NOON + timedelta(minutes=version),

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from evaluation.samples import Sample
 from flows.__main__ import main
 from flows.errors import SpecError
 from flows.pairing import Comparison, Question, compared
+from flows.pairing_report import notes
 from tests.flows.recorded_runs import Evaluation, Records
 
 RECIPE = Average(task="average", metric="acc", parts=(("piqa", "acc"), ("boolq", "acc")), weighted_by="tasks")
@@ -167,6 +169,68 @@ def test_what_changes_no_figure_is_no_difference(records: Records) -> None:
     assert set(verdicts(ask(records, "few", "many")).values()) == {"same"}
 
 
+ASKED: dict[str, Any] = {"bos": "once", "windows": [128], "normalise": [], "measured": {"128": {"windows": 60}}}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"windows": [128, 1024], "measured": {"128": {"windows": 60}, "1024": {"windows": 7}}},
+        {"normalise": ["word"], "measured": {"128": {"windows": 60, "words": 900}}},
+        {"data_identity": {"wikitext": "sha256:1"}},
+        {"data_identity": {"wikitext": "sha256:2"}, "versions": {"torch": "2.9"}},
+    ],
+)
+def test_what_says_nothing_of_a_figure_refuses_none(records: Records, other: dict[str, Any]) -> None:
+    records.add("one", {"dense": [replace(windows(0.0), protocol=ASKED)]})
+    records.add("two", {"dense": [replace(windows(0.2), protocol=ASKED | other)]})
+    (found,) = ask(records, "one", "two").rows
+    assert (found.row.metric, found.verdict) == ("ppl@128", "better")
+
+
+@pytest.mark.parametrize(
+    "other", [{"dataset": "c4"}, {"bos": "none"}, {"stride": 64}, {"dtype": "torch.float16"}, {"max_windows": 8}]
+)
+def test_what_says_how_a_figure_was_taken_still_refuses_it(records: Records, other: dict[str, Any]) -> None:
+    taken = ASKED | {"dataset": "wikitext", "stride": 128, "dtype": "torch.float32", "max_windows": None}
+    records.add("one", {"dense": [replace(windows(0.0), protocol=taken)]})
+    records.add("two", {"dense": [replace(windows(0.2), protocol=taken | other)]})
+    with pytest.raises(SpecError, match=f"was not measured alike: {next(iter(other))} is"):
+        ask(records, "one", "two")
+
+
+def test_windows_of_lengths_that_only_one_has_are_told(records: Records) -> None:
+    long = [replace(s, scores={"ppl@1024": s.scores["ppl@128"]}) for s in windows(0.0).samples]
+    two = replace(windows(0.0), samples=long, protocol=ASKED | {"windows": [1024]})
+    records.add("one", {"dense": [Evaluation(answers(0.7, 1)), replace(windows(0.0), protocol=ASKED)]})
+    records.add("two", {"dense": [Evaluation(answers(0.7, 1)), two]})
+    found = ask(records, "one", "two")
+    assert [each.row.suite for each in found.rows] == ["zero_shot"]
+    assert found.problems == ("perplexity of one:dense and two:dense has no figure in common",)
+
+
+def test_each_figure_has_the_versions_that_differ(records: Records) -> None:
+    def evaluations(**versions: str) -> list[Evaluation]:
+        said = {**windows(0.0).protocol, "versions": versions}
+        return [Evaluation(answers(0.7, 1)), replace(windows(0.0), protocol=said)]
+
+    records.add("one", {"dense": evaluations(torch="2.9", transformers="5.23.0")})
+    records.add("two", {"dense": evaluations(torch="2.9", transformers="5.24.0", datasets="4.1")})
+    records.add("old", {"dense": [Evaluation(answers(0.7, 1)), windows(0.0)]})
+    found = ask(records, "one", "two")
+    assert {each.row.suite: dict(each.other_versions) for each in found.rows} == {
+        "zero_shot": {},
+        "perplexity": {"transformers": ("5.23.0", "5.24.0"), "datasets": (None, "4.1")},
+    }
+    told = [line for line in notes(found, 0.05) if "versions" in line]
+    assert told == [
+        "measured with other versions: transformers 5.23.0 / 5.24.0, datasets not recorded / 4.1 "
+        "(perplexity of one:dense and two:dense)"
+    ]
+    (_, since) = ask(records, "old", "one").rows
+    assert dict(since.other_versions) == {"torch": (None, "2.9"), "transformers": (None, "5.23.0")}
+
+
 def test_agreement_with_another_dense_model_is_refused(records: Records) -> None:
     for name in ("one", "two"):
         records.add(name, {"small": [replace(windows(0.1), suite="agreement", reference=name)]})
@@ -205,6 +269,32 @@ def test_samples_that_were_collected_away(demo: Records) -> None:
         f"the samples of perplexity of dense are no longer in the store (slimline gc collects them with the report "
         f"{ref.key}); run spec demo again",
     )
+
+
+def test_what_a_lost_report_was_measured_against_is_no_reason(records: Records) -> None:
+    """Both were measured against one dense model; what is missing is the report of the second."""
+    keys = [
+        records.add(name, {"small": [replace(windows(0.1), suite="agreement", reference="import-dense")]})
+        for name in ("one", "two")
+    ]
+    ref = records.report(keys[1], "small", "agreement")
+    with records.store.trash() as trash:
+        assert records.store.discard(ref, trash)
+    with pytest.raises(SpecError, match=r"agreement of two:small are no longer in the store .*; run spec two again"):
+        ask(records, "one", "two")
+
+
+def test_an_average_with_a_part_that_cannot_be_compared(records: Records) -> None:
+    def evaluation(count: int) -> Evaluation:
+        figure = Metric(task="average", metric="acc", value=0.7, higher_is_better=True)
+        samples = [*answers(0.7, 1), *answers(0.6, 2, "boolq", count)]
+        return Evaluation(samples, averages=(RECIPE,), more=(figure,))
+
+    records.add("demo", {"dense": [evaluation(200)], "small": [evaluation(199)]})
+    found = ask(records, "demo")
+    assert [each.row.task for each in found.rows] == ["piqa"]
+    assert found.problems[1:] == ("zero_shot/average/acc: its part boolq/acc could not be compared",)
+    assert found.without_samples == ()
 
 
 def test_reports_of_before_samples_were_kept(records: Records) -> None:
@@ -290,6 +380,40 @@ def test_the_table_of_the_command(demo: Records, command: Command) -> None:
     assert "worse" in row
     assert "noise" in first
     assert notes.startswith("2 tests, Holm-corrected at level 0.05")
+
+
+def test_under_the_table_stands_how_the_figures_were_taken(demo: Records, command: Command) -> None:
+    demo.add(
+        "lora", {"dense": [windows(0.0), Evaluation(answers(0.7, 1), suite="gone")]}, spec={"model": {"name": "tiny"}}
+    )
+    for form in ("table", "markdown"):
+        out, _ = command("lora", "demo", "--format", form)
+        assert out.splitlines()[-3:] == [
+            "protocol of lora (run-lora-v1-0000000000000000):",
+            'model: name "tiny"',
+            'perplexity: bos "once", windows [128]',
+        ]
+        out, _ = command("demo", "--format", form)
+        assert [line.partition(":")[0] for line in out.splitlines()[-2:]] == ["zero_shot", "perplexity"]
+    for form in ("json", "csv"):
+        assert "protocol of" not in "".join(command("demo", "--format", form))
+
+
+def test_other_versions_are_said_under_the_table(demo: Records, command: Command) -> None:
+    new = replace(windows(0.0), protocol={**windows(0.0).protocol, "versions": {"transformers": "5.24.0"}})
+    old = replace(windows(0.0), protocol={**windows(0.0).protocol, "versions": {"transformers": "5.23.0"}})
+    demo.add("old", {"dense": [old]})
+    demo.add("new", {"dense": [new]})
+    for form in ("table", "markdown"):
+        out, _ = command("old", "new", "--format", form)
+        assert "\nmeasured with other versions: transformers 5.23.0 / 5.24.0\n" in out
+        assert "other versions" not in command("demo", "--format", form)[0]
+    assert json.loads(command("old", "new", "--format", "json")[0])[0]["other_versions"] == {
+        "transformers": ["5.23.0", "5.24.0"]
+    }
+    (row,) = csv.DictReader(io.StringIO(command("old", "new", "--format", "csv")[0]))
+    assert row["other_versions"] == "transformers 5.23.0 / 5.24.0"
+    assert json.loads(command("demo", "--format", "json")[0])[0]["other_versions"] == {}
 
 
 def test_forms_for_programs(demo: Records, command: Command) -> None:

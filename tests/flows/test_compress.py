@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +21,8 @@ from flows.errors import SpecError, StagesFailed
 from flows.loading import load_spec
 from flows.outcome import RunResult
 from flows.story import tell
+from infra.artifacts import MANIFEST, ArtifactRef
+from infra.provenance import versions
 from tests.flows.home import Home
 
 QUICK = ("profile=null",)
@@ -203,6 +206,22 @@ def test_the_second_run_runs_nothing_but_record(smoke_copy: Home, filled: list[s
     assert len(smoke_copy.results.runs()) == 1
     assert (smoke_copy.results.metrics(), smoke_copy.results.layers(result.run_key)) == before
     assert len(smoke_copy.results.stages(result.run_key)) == len(STAGES)
+
+
+def test_figures_keep_the_versions_of_their_time(smoke_copy: Home, smoke: tuple[Home, RunResult]) -> None:
+    stage = next(stage for stage in smoke[1].stages if stage.name == "evaluate:zero_shot:dense")
+    manifest = smoke_copy.store.path(ArtifactRef(kind="report", key=stage.key)) / MANIFEST
+    written = json.loads(manifest.read_bytes())
+    assert written["versions"]["torch"] == versions()["torch"]
+    manifest.write_text(json.dumps(written | {"versions": {"torch": "1.0", "prefect": "2.0"}}))
+    result = smoke_copy.run("smoke")
+    found = {(row.suite, row.checkpoint): json.loads(row.protocol) for row in result.metrics}
+    assert found["zero_shot", "dense"]["versions"] == {"torch": "1.0"}
+    assert found["perplexity", "dense"]["versions"]["torch"] == versions()["torch"]
+    (identity,) = found["zero_shot", "dense"]["data_identity"]
+    assert identity.keys() == {"repo_id", "content"}
+    tags = mlflow_client(smoke_copy).get_run(mlflow_run_id(smoke_copy, result)).data.tags
+    assert set(tags["version.torch"].split(", ")) == {"1.0", versions()["torch"]}
 
 
 def test_a_second_run_adds_no_point_to_mlflow(home: Home) -> None:

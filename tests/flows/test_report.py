@@ -188,6 +188,40 @@ def test_each_suite_says_how_it_measured() -> None:
     assert lines == ['perplexity: bos "once", join "a,b"', "zero_shot: limit 10", "profile: runs 5"]
 
 
+@pytest.mark.parametrize(
+    ("metric", "value", "stderr", "shown"),
+    [
+        ("ppl@128", 20.351, 3.25, "20.35 ± 3.25"),
+        ("ppl@128", 20.3512, 0.0461, "20.351 ± 0.046"),
+        ("acc", 0.7123, 0.0321, "0.712 ± 0.032"),
+        ("acc", 0.7123, 0.0049, "0.7123 ± 0.0049"),
+        ("kl@64", 0.00031, 0.00002, "0.000310 ± 0.000020"),
+        ("ppl_ratio@64", 1.0042, 0.0011, "1.0042 ± 0.0011"),
+        ("top1_agreement@64", 0.997, 0.0004, "0.99700 ± 0.00040"),
+        ("kl_p99@64", 0.00031, None, "0.00031"),
+        ("acc", 0.0, 0.0, "0.000 ± 0.000"),
+        ("acc", 0.5, None, "0.500"),
+    ],
+)
+def test_two_digits_of_the_error_are_seen(metric: str, value: float, stderr: float | None, shown: str) -> None:
+    (cells,) = table_rows([row("pruned", "suite", "text", metric, value, stderr=stderr)])
+    assert cells[f"text {metric}"] == shown
+
+
+def test_data_and_versions_are_said_once() -> None:
+    piqa, local = {"repo_id": "baber/piqa", "content": "0123456789abcdef"}, {"content": "fedcba9876543210"}
+    versions = {"torch": "2.13.0", "transformers": "5.23.0"}
+    suites = {"zero_shot": ([piqa], versions), "more": ([piqa, local], versions), "older": ([], {"torch": "2.12.0"})}
+    rows = [
+        row("dense", suite, "piqa", "acc", 0.5, protocol=json.dumps({"data_identity": data, "versions": libraries}))
+        for suite, (data, libraries) in suites.items()
+    ]
+    assert protocol_lines(rows, {})[-2:] == [
+        "data: baber/piqa content 0123456789ab; local data content fedcba987654",
+        "versions: torch 2.13.0, transformers 5.23.0 / torch 2.12.0",
+    ]
+
+
 def test_variants_say_what_they_change() -> None:
     variants = {"full": {}, "short": {"curve": "uniform", "calibration": {"seq_len": 64}}}
     spec = {"model": {"id": "a/b"}, "steps": [{"variants": variants}, {"recovery": "lora"}]}

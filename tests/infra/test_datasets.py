@@ -143,12 +143,66 @@ def test_single_files(tmp_path: Path, settings: Settings, name: str) -> None:
 
 def test_text_file_is_one_text(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    assert sources_from(None, settings).texts(TextData(dataset=str(tmp_path / "a.txt"))) == ["one\n\ntwo\n"]
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("один\n".encode()))
+    for name, text in (("a.txt", "one\n\ntwo\n"), ("empty.txt", ""), ("a.txt.gz", "один\n")):
+        data = TextData(dataset=str(tmp_path / name))
+        sources_from(None, settings).check_columns(data, ("text",))
+        assert sources_from(None, settings).texts(data) == [text]
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.jsonl", "{broken"), ("a.png", "x"), ("a.parquet", "no parquet")])
-def test_files_that_cannot_be_read(tmp_path: Path, settings: Settings, name: str, content: str) -> None:
-    (tmp_path / name).write_text(content)
+def test_text_files_of_a_folder_are_a_text_each(tmp_path: Path, settings: Settings) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for name in ("c", "a", "b"):
+        (notes / f"{name}.txt").write_text(f"{name}\n\n{name * 3}\n")
+    (notes / "d.jsonl").write_text(lines("four"))
+    sources = sources_from(None, settings)
+    texts = ["a\n\naaa\n", "b\n\nbbb\n", "c\n\nccc\n"]
+    assert sources.texts(TextData(dataset=str(notes), data_files="*.txt")) == texts
+    assert sources.texts(TextData(dataset=str(notes), data_files="b.txt")) == texts[1:2]
+    assert sources.texts(TextData(dataset=str(notes), data_files="*.txt", split="test[1:]")) == texts[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("a.txt", {"split": "train[5:]"}, "is a single text: split 'train[5:]' names nothing in it; leave"),
+        ("a.txt", {"split": "test"}, "is a single file: it has the split 'train' and no configs, not 'test'; leave"),
+        ("a.txt", {"config": "en"}, "is a single file: it has the split 'train' and no configs, not 'en'; leave"),
+        ("a.txt", {"text_field": "body"}, "has no column 'body'; it has text"),
+        ("a.txt", {"data_files": "nothing"}, "is a single file: data_files 'nothing' names nothing in it; leave"),
+        ("a.jsonl", {"data_files": "b.jsonl"}, "is a single file: data_files 'b.jsonl' names nothing in it; leave"),
+        ("a.jsonl", {"split": "test"}, "is a single file: it has the split 'train' and no configs, not 'test'; leave"),
+        ("notes", {"data_files": "a.png"}, "a.png is no text data: known are .txt, .jsonl, .json, .csv, .parquet"),
+    ],
+)
+def test_what_says_nothing_about_the_data_is_refused(
+    tmp_path: Path, settings: Settings, name: str, changes: dict[str, str], sentence: str
+) -> None:
+    (tmp_path / "notes").mkdir()
+    for file in ("a.txt", "a.jsonl", "b.jsonl", "notes/a.png"):
+        (tmp_path / file).write_text(lines("one"))
+    sources, data = sources_from(None, settings), TextData(dataset=str(tmp_path / name)).model_copy(update=changes)
+    for look in (sources.texts, lambda data: sources.check_columns(data, (data.text_field,))):
+        with pytest.raises(SourceInvalid) as error:
+            look(data)
+        assert sentence in str(error.value)
+
+
+def test_a_text_file_has_no_records(tmp_path: Path, settings: Settings) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    sources, data = sources_from(None, settings), TextData(dataset=str(tmp_path / "a.txt"))
+    for look in (sources.records, sources.check_columns):
+        with pytest.raises(SourceInvalid, match="has no column 'instruction'; it has text"):
+            look(data, ("instruction", "output"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", b"{broken"), ("a.png", b"x"), ("a.parquet", b"no parquet"), ("a.txt", b"\xff")]
+)
+def test_files_that_cannot_be_read(tmp_path: Path, settings: Settings, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceInvalid, match=name):
         sources_from(None, settings).texts(TextData(dataset=str(tmp_path / name)))
 
@@ -162,12 +216,14 @@ def test_folder_without_data(tmp_path: Path, settings: Settings) -> None:
 def test_one_file_of_a_hub_data_set(mirror: Path, tmp_path: Path) -> None:
     repo = mirror / "owner/corpus"
     files = {file.relative_to(repo).as_posix(): file.read_bytes() for file in repo.rglob("*") if file.is_file()}
+    files["notes.txt"] = b"a\n\nb\n"
     code = (
         "from infra.settings import load_settings; from infra.sources import TextData, sources_from\n"
         "sources = sources_from('hub', load_settings())\n"
         "print(sources.texts(TextData(dataset='owner/corpus', data_files='en/train.1.json.gz')))\n"
+        "print(sources.texts(TextData(dataset='owner/corpus', data_files='notes.txt')))\n"
         "print(sources.texts(TextData(dataset='owner/corpus', config='de')))"
     )
     with fake_hub("dataset", "owner/corpus", files) as endpoint:
         done = python(code, tmp_path, endpoint)
-    assert done.stdout.splitlines() == ["['two']", "['eins', 'zwei']"], done.stderr
+    assert done.stdout.splitlines() == ["['two']", r"['a\n\nb\n']", "['eins', 'zwei']"], done.stderr

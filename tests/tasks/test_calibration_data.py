@@ -167,11 +167,18 @@ def test_the_early_look_reads_the_beginning_alone(mirror: Path, tmp_path: Path) 
     assert not (tmp_path / "home/cache/datasets/json").exists()
 
 
-def test_a_text_file_has_no_columns_to_check(tmp_path: Path, sources: Sources) -> None:
+def test_a_text_file_has_the_column_text_alone(tmp_path: Path, sources: Sources) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo", encoding="utf-8")
-    asked = data({"dataset": str(tmp_path / "a.txt"), "text_field": "anything"})
+    asked = data({"dataset": str(tmp_path / "a.txt")})
     sources.check_columns(asked, asked.columns)
     assert documents(asked, sources, "\n\n") == ["one\n\ntwo"]
+    for said, column in (({"text_field": "anything"}, "anything"), ({"template": "alpaca"}, "instruction")):
+        asked = data({"dataset": str(tmp_path / "a.txt"), **said})
+        sentence = f"a.txt has no column '{column}'; it has text"
+        with pytest.raises(SourceInvalid, match=sentence):
+            sources.check_columns(asked, asked.columns)
+        with pytest.raises(SourceInvalid, match=sentence):
+            documents(asked, sources, "\n\n")
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from evaluation.report import Average, Metric
 from evaluation.samples import Sample
 from infra.errors import ArtifactMissing
 from infra.result_rows import PairRow
@@ -72,6 +74,21 @@ def test_items_that_differ_are_told(records: Records, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING, logger="slimline"):
         assert beside_dense(records.results.metrics(key), records.store) == ()
     assert "small: not compared with dense: zero_shot/piqa/acc: the items differ: 90 beside 200" in caplog.text
+
+
+def test_an_average_whose_part_cannot_be_paired_is_told(records: Records, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = Average(task="average", metric="acc", parts=(("piqa", "acc"), ("boolq", "acc")), weighted_by="tasks")
+    figure = Metric(task="average", metric="acc", value=0.7, higher_is_better=True)
+
+    def evaluation(count: int) -> Evaluation:
+        boolq = [replace(sample, task="boolq") for sample in answers(0.7, count=count)]
+        return Evaluation([*answers(0.7), *boolq], averages=(recipe,), more=(figure,))
+
+    key = records.add("demo", {"dense": [evaluation(200)], "small": [evaluation(199)]})
+    with caplog.at_level(logging.WARNING, logger="slimline"):
+        assert [row.task for row in beside_dense(records.results.metrics(key), records.store)] == ["piqa"]
+    told = "small: not compared with dense: zero_shot/average/acc: its part boolq/acc could not be compared"
+    assert told in caplog.text
 
 
 def test_a_run_without_a_measured_dense_model_has_no_pairs(records: Records) -> None:
