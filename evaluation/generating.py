@@ -8,9 +8,8 @@ special: each keeps its own cache.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,19 +18,14 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from evaluation.answer_length import LENGTH_KEYS, max_gen_toks
 from evaluation.batches import batched, run_batches
-from evaluation.logs import only
+from evaluation.global_state import drawing, hushed
 from evaluation.prompt_length import PromptRule, fit_prompt
 from evaluation.suite import Means
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_MAX_GEN_TOKS = 256
-"""lm-eval's default."""
-
-_LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the length of an answer; of several the first counts, as in lm-eval."""
 
 _SEED = 1234
 
@@ -72,16 +66,17 @@ def generate_until(
     """The answers to pairs of prompt and generation settings (lm-eval's: `until`, `max_gen_toks`, `do_sample`,
     `temperature`, ... and whatever else the model's `generate` takes), in order.
 
-    Sampled answers are drawn with a seed for each, so that they depend on neither batches nor processes.
+    Sampled answers are drawn with a seed for each, so that they depend on neither batches nor processes; those of the
+    threads of a process are written in turns. Not to be called in a turn of `global_state`.
     Raises EvaluationError if an answer leaves no room for a prompt.
     """
     rows, prompts = [], []
     for number, (text, settings) in enumerate(requests):
         options = _options(settings)
-        max_gen_toks = _max_gen_toks(settings)
-        prompt = fit_prompt(tokenizer, text, rule, max_gen_toks=max_gen_toks)
+        length = max_gen_toks(settings)
+        prompt = fit_prompt(tokenizer, text, rule, max_gen_toks=length)
         prompts.append(prompt)
-        rows.append(Row(prompt.input_ids, max_gen_toks, _stops(settings, tokenizer), options, _SEED + number))
+        rows.append(Row(prompt.input_ids, length, _stops(settings, tokenizer), options, _SEED + number))
     batches = _batches(model, rows, means)
     told = f"{{}} of {len(rows)} answers written".format
     work = partial(continue_rows, tokenizer=tokenizer)
@@ -106,7 +101,7 @@ def continue_rows(
     mask_BL = torch.tensor([[0] * missing + [1] * (longest - missing) for missing in pads])
     ends = _Ends(tokenizer, first.stops, _eos_ids(model), longest, len(rows))
     # transformers remarks on what a model's own generation settings leave unused
-    with _own_seed(model, first), only(logging.ERROR, "transformers.generation"):
+    with _own_seed(model, first), hushed("transformers.generation"):
         output_BN = model.generate(
             input_ids=ids_BL.to(model.device),
             attention_mask=mask_BL.to(model.device),
@@ -163,14 +158,9 @@ def _batches(model: PreTrainedModel, rows: Sequence[Row], means: Means) -> list[
     return found
 
 
-def _max_gen_toks(settings: Mapping[str, Any]) -> int:
-    given = (settings[key] for key in _LENGTH_KEYS if settings.get(key) is not None)
-    return int(next(given, _MAX_GEN_TOKS))
-
-
 def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `generate` is given: without `do_sample` a temperature above 0 samples, and greedy decoding has none."""
-    options = {key: value for key, value in settings.items() if key not in ("until", *_LENGTH_KEYS)}
+    options = {key: value for key, value in settings.items() if key not in ("until", *LENGTH_KEYS)}
     temperature = float(options.pop("temperature", None) or 0.0)
     if options.get("do_sample") is None:
         options["do_sample"] = temperature > 0.0
@@ -196,12 +186,9 @@ def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),)
 
 
-@contextlib.contextmanager
-def _own_seed(model: PreTrainedModel, row: Row) -> Iterator[None]:
-    """Draws by the row's seed inside; the generators as before outside."""
+def _own_seed(model: PreTrainedModel, row: Row) -> AbstractContextManager[None]:
+    """Draws by the row's seed inside, on every device of the model; the generators as before outside."""
     if not row.options["do_sample"]:
-        yield
-        return
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(row.seed)
-        yield
+        return nullcontext()
+    devices = dict.fromkeys(tensor.device for tensor in model.parameters())
+    return drawing(row.seed, [device for device in devices if device.type == "cuda"])

@@ -6,17 +6,14 @@ wanted tasks are indexed, since indexing all of them costs 10 s.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import importlib.metadata
 import logging
 import math
-import random
 import sys
 import tempfile
-import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 import lm_eval.api.task as lm_task
 import lm_eval.evaluator as lm_evaluator
-import numpy as np
-import torch
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from pydantic import JsonValue
+from tqdm import tqdm
 
 from evaluation.chat_template import check_chat_template
 from evaluation.errors import EvaluationError
 from evaluation.eval_mode import eval_mode
 from evaluation.generating import generate_until
+from evaluation.global_state import Setting, Turns, seeds
 from evaluation.prompt_length import PromptRule, Truncation
 from evaluation.scoring import score_answers
 from evaluation.stock_tasks import StockTask
@@ -48,9 +45,7 @@ if TYPE_CHECKING:
     from evaluation.report import Metric
     from evaluation.samples import Sample
 
-# lm-eval seeds Python's, numpy's and torch's global generators and prints through global progress bars. One evaluation
-# at a time may do that, and everything is put back when it ends.
-_ONE_AT_A_TIME = threading.Lock()
+log = logging.getLogger("slimline")
 
 # Only metrics without a closed form (a median, a perplexity) are resampled; lm-eval's 100,000 takes minutes for them.
 _BOOTSTRAP_ITERS = 1000
@@ -91,17 +86,19 @@ def run_tasks(
 ) -> tuple[tuple[Metric, ...], tuple[Sample, ...], dict[str, JsonValue]]:
     """Score the tasks: one metric per task (and group) and metric name, one sample per document, and the protocol.
 
-    Neither the model nor the tokenizer is changed. Raises EvaluationError if the tokenizer lacks the chat template that
-    is asked for, if a task's data is not where `data.folder` says or cannot be loaded, if lm-eval refuses the task, or
-    if the model's logits are NaN.
+    Neither the model nor the tokenizer is changed. Threads may call it at once, each with a model of its own: lm-eval's
+    parts take turns, the models run side by side. Logs a warning if few-shot prompts were cut. Raises EvaluationError
+    if the tokenizer lacks the chat template that is asked for, if a task's data is not where `data.folder` says or
+    cannot be loaded, if lm-eval refuses the task, or if the model's logits are NaN.
     """
     if run.chat_template:
         check_chat_template(tokenizer.chat_template is not None)
-    with _ONE_AT_A_TIME, _globals_kept(), tempfile.TemporaryDirectory(prefix="slimline-lm-eval-") as scratch:
+    with _turns() as turns, tempfile.TemporaryDirectory(prefix="slimline-lm-eval-") as scratch:
         write_overlays(Path(scratch), run.definitions, data, num_fewshot=run.num_fewshot)
         tasks = _load(Path(scratch), run, means.progress)
         with eval_mode(model):
-            lm = _QuietLM(model, tokenizer, run, means, kinds={task.OUTPUT_TYPE for task in tasks["tasks"].values()})
+            kinds = {task.OUTPUT_TYPE for task in tasks["tasks"].values()}
+            lm = _QuietLM(model, tokenizer, run, means, turns, kinds=kinds)
             results = lm_evaluator.evaluate(
                 lm,
                 task_dict=tasks,
@@ -111,6 +108,7 @@ def run_tasks(
                 apply_chat_template=run.template_by_lm_eval,
                 fewshot_as_multiturn=run.template_by_lm_eval and run.fewshot_as_multiturn,
             )
+        _tell_cuts(run, lm)
         return task_metrics(results), task_samples(tasks["tasks"], results["samples"]), _protocol(run, lm)
 
 
@@ -118,7 +116,8 @@ class _QuietLM(HFLM):  # type: ignore[misc]
     """HFLM that runs its rows through `evaluation.scoring`, reports progress instead of drawing bars, and counts the
     requests it had to cut to fit the model.
 
-    kinds: the output types of the tasks; each has its share of the progress.
+    turns: lm-eval's; it has none while requests are answered. kinds: the output types of the tasks; each has its share
+    of the progress.
     """
 
     def __init__(
@@ -127,6 +126,7 @@ class _QuietLM(HFLM):  # type: ignore[misc]
         tokenizer: PreTrainedTokenizerBase,
         run: TaskRun,
         means: Means,
+        turns: Turns,
         *,
         kinds: Collection[str],
     ) -> None:
@@ -137,7 +137,7 @@ class _QuietLM(HFLM):  # type: ignore[misc]
         # Long prompts are cut below, and counted; transformers' remark on each would go to standard error.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self.num_truncated = 0
-        self._run, self._means = run, means
+        self._run, self._means, self._turns = run, means, turns
         # a multiple choice asks for log-likelihoods
         self._parts = len({"loglikelihood" if kind == "multiple_choice" else kind for kind in kinds})
         self._part = -1
@@ -149,10 +149,12 @@ class _QuietLM(HFLM):  # type: ignore[misc]
         return encoded
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-        return super().loglikelihood(requests, disable_tqdm=True)
+        with self._turns.between():
+            return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-        return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        with self._turns.between():
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         run = self._run
@@ -164,7 +166,8 @@ class _QuietLM(HFLM):  # type: ignore[misc]
             add_special_tokens=self.add_bos_token,
         )
         asked = [request.args for request in requests]
-        responses = generate_until(self.model, self.tokenizer, asked, rule, self._next_part())
+        with self._turns.between():
+            responses = generate_until(self.model, self.tokenizer, asked, rule, self._next_part())
         self.num_truncated += sum(response.truncated for response in responses)
         for request, response in zip(requests, responses, strict=True):
             # What was asked after cutting is what samples show, and what their hash must tell from another cut.
@@ -218,6 +221,18 @@ def _load(scratch: Path, run: TaskRun, progress: Progress) -> dict[str, Any]:
     return loaded
 
 
+def _tell_cuts(run: TaskRun, lm: _QuietLM) -> None:
+    """LongBench, where cutting is the protocol, has no few-shot examples of ours."""
+    if run.num_fewshot and lm.num_truncated:
+        log.warning(
+            "%d requests did not fit into the model's context of %d tokens, and their prompts lost the beginning; "
+            "take fewer than %d few-shot examples",
+            lm.num_truncated,
+            lm.max_length,
+            run.num_fewshot,
+        )
+
+
 def _protocol(run: TaskRun, lm: _QuietLM) -> dict[str, JsonValue]:
     leaves = [task for task in run.definitions if not task.is_group]
     return {
@@ -253,26 +268,22 @@ def _chat_template(run: TaskRun, lm: _QuietLM) -> JsonValue:
     return {"sha256": digest, "fewshot_as_multiturn": run.fewshot_as_multiturn}
 
 
-@contextlib.contextmanager
-def _globals_kept() -> Iterator[None]:
-    """lm-eval's default seeds and silence inside; the generators, log level and progress bars as before outside."""
+def _turns() -> Turns:
+    """lm-eval's: in them it has its default seeds, and is silent."""
     logger = logging.getLogger("lm_eval")
-    state = random.getstate(), np.random.get_state(), torch.random.get_rng_state(), logger.level
+    return Turns(
+        [
+            *seeds(python=DEFAULT_RANDOM_SEED, numpy=DEFAULT_OTHER_SEED, torch_cpu=DEFAULT_OTHER_SEED),
+            Setting(lambda: logger.level, logger.setLevel, logging.ERROR),
+            Setting(lm_task.datasets.are_progress_bars_disabled, _switch_bars, True),
+            Setting(lambda: lm_task.tqdm, partial(setattr, lm_task, "tqdm"), partial(tqdm, disable=True)),
+        ]
+    )
+
+
+def _switch_bars(off: bool) -> None:
     bars = lm_task.datasets
-    bars_off, tqdm = bars.are_progress_bars_disabled(), lm_task.tqdm
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
-    logger.setLevel(logging.ERROR)
-    bars.disable_progress_bars()
-    lm_task.tqdm = partial(tqdm, disable=True)
-    try:
-        yield
-    finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.random.set_rng_state(state[2])
-        logger.setLevel(state[3])
-        lm_task.tqdm = tqdm
-        if not bars_off:
-            bars.enable_progress_bars()
+    if off:
+        bars.disable_progress_bars()
+    else:
+        bars.enable_progress_bars()

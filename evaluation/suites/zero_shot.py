@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from evaluation.answer_length import max_gen_toks
 from evaluation.chat_template import check_chat_template
+from evaluation.errors import EvaluationError
 from evaluation.naming import refuse_twice
 from evaluation.report import Average, EvalReport, Metric
-from evaluation.stock_tasks import PAPER_TASKS, stock_task
+from evaluation.stock_tasks import PAPER_TASKS, StockTask, stock_task
 from evaluation.suite import DataNeed, Means, ModelFacts, SuiteConfig, SuiteData, SuiteResult
 
 if TYPE_CHECKING:
@@ -68,9 +70,20 @@ def check(config: Config) -> None:
 
 
 def check_model(config: Config, facts: ModelFacts) -> None:
-    """Raise EvaluationError if the chat template is asked of a tokenizer that has none."""
+    """Raise EvaluationError if the chat template is asked of a tokenizer that has none, or if an answer that a task has
+    written does not fit into the model's context."""
     if config.chat_template:
         check_chat_template(facts.has_chat_template)
+    context = facts.max_position_embeddings
+    if context is None:
+        return
+    for name in config.tasks:
+        length = _answer_length(stock_task(name))
+        if length is not None and context - length < 2:
+            raise EvaluationError(
+                f"'{name}' writes {length} tokens, which leaves no room for a prompt in {context}; "
+                "take a model of a longer context, or leave the task out"
+            )
 
 
 def evaluate(
@@ -83,6 +96,8 @@ def evaluate(
     """Score the tasks; with all seven of the papers a row "average" follows, which has no samples of its own. See
     `harness.run_tasks` for the errors."""
     check(config)
+    context = getattr(model.config, "max_position_embeddings", None)
+    check_model(config, ModelFacts(context, tokenizer.chat_template is not None))
     from evaluation.harness import TaskRun, run_tasks
 
     run = TaskRun(
@@ -102,6 +117,13 @@ def evaluate(
         averages = (Average(task="average", metric="acc", parts=tuple(AVERAGE_RECIPE.items()), weighted_by="tasks"),)
     report = EvalReport(suite="zero_shot", metrics=metrics, protocol=protocol, averages=averages)
     return SuiteResult(report, samples)
+
+
+def _answer_length(task: StockTask) -> int | None:
+    """Tokens; None for a task that scores given answers. Without a type lm-eval has the answers written."""
+    if task.settings.get("output_type", "generate_until") != "generate_until":
+        return None
+    return max_gen_toks(task.settings.get("generation_kwargs") or {})
 
 
 def paper_average(metrics: Sequence[Metric]) -> Metric:

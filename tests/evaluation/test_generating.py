@@ -122,7 +122,7 @@ def test_short_of_memory_the_batch_is_halved(
 
     monkeypatch.setattr(model, "generate", narrow)
     assert texts(model, tokenizer, requests, PromptRule(200), Means(batch_size=6)) == expected
-    assert sizes == [6, 3, 2, 1, 2, 1]
+    assert sizes == [6, 3, 2, 2, 2]
 
 
 class Elsewhere:

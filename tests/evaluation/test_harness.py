@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from evaluation.errors import EvaluationError
+from evaluation.paired import pair
 from evaluation.report import EvalReport, Metric
 from evaluation.stock_tasks import PAPER_TASKS, mmlu_tasks, stock_task
 from evaluation.suite import Means, ModelFacts, SuiteResult
@@ -410,7 +411,24 @@ def test_a_tasks_own_perplexity_is_that_of_simple_evaluate(
     for metric in result.report.metrics:
         assert metric.value == pytest.approx(expected[f"{metric.metric},none"], rel=1e-5)
         assert not metric.higher_is_better
-    assert [sample.item for sample in result.samples] == [0, 1, 2]
+    assert [(sample.item, sample.scores) for sample in result.samples] == [(0, {}), (1, {}), (2, {})]
+
+
+def test_the_samples_of_a_perplexity_of_answers_are_paired_like_those_of_any_other(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: LocalData
+) -> None:
+    """LAMBADA's is exp(-mean) over log-likelihoods in lm-eval; here all are exp(mean) over negative ones."""
+    rows = [{"text": f"The quick brown fox number {n} jumps over the lazy dog"} for n in range(5)]
+    write_data(data.root, "EleutherAI/lambada_openai", "default", {"test": rows})
+    config = zero_shot.Config(tasks=("lambada_openai",))
+    mine, theirs = (zero_shot.evaluate(each, tokenizer, data, config) for each in (model, tiny_model("llama", seed=1)))
+    figures = [{metric.metric: metric.value for metric in result.report.metrics} for result in (mine, theirs)]
+    assert set(figures[0]) == {"perplexity", "acc"}
+    found, problems = pair(mine.samples, theirs.samples)
+    assert problems == ()
+    assert {each.metric: each.value for each in found} == pytest.approx(figures[0])
+    assert {each.metric: each.reference_value for each in found} == pytest.approx(figures[1])
+    assert all(sample.scores["perplexity"] > 0 <= sample.scores["acc"] for sample in mine.samples)
 
 
 def test_the_papers_average_takes_each_tasks_own_metric() -> None:
