@@ -94,14 +94,14 @@ def drawing(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hushed(name: str) -> Iterator[None]:
-    """Nothing below ERROR from the logger of that name while a thread is inside, however many are; as before after the
-    last one."""
+def hushed(name: str, level: int = logging.ERROR) -> Iterator[None]:
+    """Nothing below the level from the logger of that name while a thread is inside, however many are; as before after
+    the last one."""
     logger = logging.getLogger(name)
     with _COUNTING:
         if not _inside[name]:
             _levels[name] = logger.level
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(level)
         _inside[name] += 1
     try:
         yield

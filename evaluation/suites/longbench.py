@@ -20,7 +20,6 @@ from pydantic import Field, JsonValue
 
 from evaluation.chat_template import check_chat_template
 from evaluation.errors import EvaluationError
-from evaluation.logs import only
 from evaluation.longbench_tasks import CONTINUED, KNOWN, TASKS, Category, Language, task_name, tasks_by_category
 from evaluation.naming import near_names, refuse_twice
 from evaluation.report import Average, EvalReport, Metric
@@ -246,9 +245,11 @@ def _by_category(config: Config) -> dict[str, tuple[str, ...]]:
 @contextlib.contextmanager
 def _quiet_metrics() -> Iterator[None]:
     """Without what the metrics' packages say on stderr: jieba of its dictionary, fuzzywuzzy of a faster library."""
-    with warnings.catch_warnings():
+    from evaluation.global_state import Turns, hushed
+
+    with Turns(()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in ("jieba", "fuzzywuzzy.fuzz"):
             importlib.import_module(name)
-    with only(logging.WARNING, "jieba"):
+    with hushed("jieba", logging.WARNING):
         yield
