@@ -95,7 +95,7 @@ def run_tasks(
         check_chat_template(tokenizer.chat_template is not None)
     with _turns() as turns, tempfile.TemporaryDirectory(prefix="slimline-lm-eval-") as scratch:
         write_overlays(Path(scratch), run.definitions, data, num_fewshot=run.num_fewshot)
-        tasks = _load(Path(scratch), run, means.progress)
+        tasks = _load(Path(scratch), run, data, means.progress)
         with eval_mode(model):
             kinds = {task.OUTPUT_TYPE for task in tasks["tasks"].values()}
             lm = _QuietLM(model, tokenizer, run, means, turns, kinds=kinds)
@@ -197,20 +197,18 @@ class _QuietLM(HFLM):  # type: ignore[misc]
         return replace(self._means, progress=tell)
 
 
-def _load(scratch: Path, run: TaskRun, progress: Progress) -> dict[str, Any]:
+def _load(scratch: Path, run: TaskRun, data: SuiteData, progress: Progress) -> dict[str, Any]:
     """Build the tasks, which loads their data: lm-eval's {"tasks", "groups", "group_map"}."""
     manager = TaskManager(include_path=str(scratch), include_defaults=False)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    repo_ids = {task.name: "a group" if task.is_group else task.repo_id for task in run.definitions}
     for done, name in enumerate(run.names):
         progress(_LOADING_SHARE * done / len(run.names), f"loading {name}")
         try:
             part = manager.load([name])
         # Data loading fails in as many ways as there are file formats and networks; the user needs one sentence.
         except Exception as error:
-            raise EvaluationError(
-                f"the data of task '{name}' could not be loaded ({repo_ids[name]}): {error}"
-            ) from error
+            places = _places(name, run, data)
+            raise EvaluationError(f"the data of task '{name}' could not be loaded ({places}): {error}") from error
         for kind, found in part.items():
             loaded[kind].update(found)
     for task in loaded["tasks"].values():
@@ -219,6 +217,14 @@ def _load(scratch: Path, run: TaskRun, progress: Progress) -> dict[str, Any]:
             task.set_config(key="num_fewshot", value=run.num_fewshot)
         task.set_fewshot_seed(seed=run.seed)
     return loaded
+
+
+def _places(name: str, run: TaskRun, data: SuiteData) -> str:
+    """The data sets of a task, or of a group's members, and the folders that stand for them."""
+    leaves = [task for task in run.definitions if not task.is_group]
+    own = [task for task in leaves if task.name == name] or leaves
+    folders = {task.repo_id: data.folder(task.repo_id) for task in own}
+    return "; ".join(f"{repo_id} in {folder}" if folder else repo_id for repo_id, folder in folders.items())
 
 
 def _tell_cuts(run: TaskRun, lm: _QuietLM) -> None:

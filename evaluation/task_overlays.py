@@ -39,7 +39,10 @@ def _data_settings(task: StockTask, folder: LocalFolder | None, num_fewshot: int
         return settings
     splits = [need.split for need in task.needs(num_fewshot)]
     folder.require(task, splits)
-    read = folder.write_excerpt(scratch / "data" / task.name, task.config, splits)
+    given = task.settings.get("dataset_kwargs") or {}
+    # A task that names files itself (C4) names them inside the folder.
+    named = "data_files" in given or "data_dir" in given
+    read = folder.path if named else folder.write_excerpt(scratch / "data" / task.name, task.config, splits)
     # `datasets` keys its cache of a local folder on the README, not on the files: edited data would be served stale.
-    kwargs = (task.settings.get("dataset_kwargs") or {}) | {"cache_dir": str(scratch / "datasets")}
+    kwargs = given | {"cache_dir": str(scratch / "datasets")}
     return settings | {"dataset_path": str(read.resolve()), "dataset_kwargs": kwargs}

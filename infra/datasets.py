@@ -1,4 +1,4 @@
-"""Rows of a located data set. The only file that imports `datasets`; import it late, that costs two seconds."""
+"""Rows of a located data set. Import it late: `datasets` costs two seconds."""
 
 from __future__ import annotations
 

@@ -134,21 +134,6 @@ def test_what_is_missing_in_a_folder_is_named(tmp_path: Path) -> None:
         LocalFolder(folder).require(arc_task(), ["test"])
 
 
-@pytest.mark.parametrize("place", ["ARC-Easy", "data", "."])
-def test_without_a_readme_the_file_names_tell_the_splits(tmp_path: Path, place: str) -> None:
-    (tmp_path / place).mkdir(exist_ok=True)
-    for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test.jsonl", "notes.md"):
-        (tmp_path / place / name).touch()
-    assert LocalFolder(tmp_path).splits("ARC-Easy") == {"train", "test"}
-
-
-@pytest.mark.parametrize("files", ['"*.csv"', '["a.csv", "b.csv"]'])
-def test_a_readme_that_lists_bare_files_means_train(tmp_path: Path, files: str) -> None:
-    (tmp_path / "a.csv").touch()
-    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: x\n  data_files: {files}\n---\n")
-    assert LocalFolder(tmp_path).splits("x") == {"train"}
-
-
 README = """---
 license: mit
 dataset_info:
@@ -184,10 +169,6 @@ def test_an_excerpt_offers_what_is_read_and_nothing_else(tmp_path: Path) -> None
             }
         ],
     }
-
-
-def test_a_folder_without_a_readme_is_read_as_it_is(tmp_path: Path) -> None:
-    assert LocalFolder(tmp_path).write_excerpt(tmp_path / "excerpt", None, ["test"]) == tmp_path
 
 
 def test_some_subjects_need_only_their_data() -> None:
