@@ -1,9 +1,12 @@
-"""How a model is run for a profile: its attention implementation, and torch.compile."""
+"""How a model is run for a profile: where, its attention implementation, and torch.compile."""
 
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +15,12 @@ from evaluation.generation import Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_MOST_GRAPHS = 256
+"""Of one function in one profile. Two models, prompt and decoding, a batch of one and of several, all threads and half
+of them make 16; a model that hooks cut into its layers has as many for each layer."""
+
+_compiling = threading.Lock()
 
 
 def check_compiler(device: str | torch.device) -> None:
@@ -31,6 +40,45 @@ def check_compiler(device: str | torch.device) -> None:
         raise EvaluationError(
             f"profile: compile: true on {device} needs the package triton; install it, or set compile: false"
         )
+
+
+@contextmanager
+def only_compiled(*, compiled: bool) -> Iterator[None]:
+    """Inside, what is compiled runs compiled or not at all; does nothing if nothing is compiled.
+
+    Dynamo's cache hangs on functions, which all models of a class share, and beyond a few graphs of one it goes on
+    uncompiled. So the cache, which is the process's, is emptied first, and one thread at a time is inside. Raises
+    EvaluationError where there would be too many graphs all the same.
+    """
+    if not compiled:
+        yield
+        return
+    from torch import _dynamo as dynamo
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    options: dict[str, Any] = {"fail_on_recompile_limit_hit": True, "suppress_errors": False}
+    options |= dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), _MOST_GRAPHS)
+    with _compiling, dynamo.config.patch(options):
+        dynamo.reset()
+        try:
+            yield
+        except FailOnRecompileLimitHit as error:
+            raise EvaluationError(
+                f"profile: compile: true needs more than {_MOST_GRAPHS} graphs of one function, and the rest would run "
+                "uncompiled; ask for fewer sizes at once, or set compile: false"
+            ) from error
+
+
+def place_(model: PreTrainedModel, device: str | torch.device) -> None:
+    """Move the model to the device. One that was loaded with a device map stays where it is: it would be collapsed onto
+    that device, for accelerate only warns."""
+    if not getattr(model, "hf_device_map", None):
+        model.to(device)
+
+
+def is_offloaded(model: PreTrainedModel) -> bool:
+    """Whether a device map put weights off the devices, to be fetched for each forward pass."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def set_attention_(model: PreTrainedModel, attn_implementation: str | None) -> None:

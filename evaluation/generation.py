@@ -85,14 +85,14 @@ class Generation:
         self._wait()
 
     def _wait(self) -> None:
-        """CUDA returns before its work is done."""
+        """An accelerator returns before its work is done."""
         wait_for(self._runner.device)
 
 
 def wait_for(device: torch.device) -> None:
     """Until all that was queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 @torch.inference_mode()  # a compiled model is compiled anew for a tensor made outside

@@ -1,4 +1,5 @@
-"""Peak memory on CPU, taken in a process that loads and runs one model and nothing else.
+"""Memory on CPU: what a generation takes at least and what there is, and the peak, taken in a process that loads and
+runs one model and nothing else.
 
     python -m evaluation.peak_memory FOLDER '{"prompt_len": 128}' transformers:LlamaForCausalLM
 
@@ -9,13 +10,16 @@ getrusage's ru_maxrss, because Linux lets a child inherit its parent's ru_maxrss
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import logging
+import math
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,7 +29,14 @@ from evaluation.profile_report import ProfileReport
 from evaluation.report import GIB
 from evaluation.suite import Progress, silent
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 log = logging.getLogger("slimline")
+
+_GROUPS_V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+_GROUPS_V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "")
+"""Where control groups are, their files of limit and usage, and what their statistics' names begin with."""
 
 
 class PeakMemory(BaseModel):
@@ -43,6 +54,61 @@ class PeakMemory(BaseModel):
     def model_gib(self) -> float:
         """The peak without the libraries."""
         return self.peak_gib - self.libraries_gib
+
+
+def least_bytes(models: Sequence[PreTrainedModel], point: GridPoint) -> int:
+    """What generations of these models, all at once, take at least beside the weights: keys and values of all tokens
+    but the last, the keys of a layer once more while one is added to them, and a token's logits."""
+    from evaluation.macs import attention_shapes
+
+    caches, extras = 0, list[int]()
+    for model in models:
+        length = point.prompt_len + point.new_tokens - 1
+        window = getattr(model.config, "sliding_window", None) or length
+        tokens = point.batch_size * min(length, window)
+        layers = [shape.cache_bytes_per_token for shape in attention_shapes(model)]
+        caches += tokens * sum(layers)
+        logits = point.batch_size * int(model.config.vocab_size) * model.dtype.itemsize
+        extras.append(logits + (tokens * min(layers) // 2 if point.new_tokens > 1 else 0))
+    return caches + max(extras)
+
+
+def available_bytes(root: Path = Path("/")) -> float:
+    """Memory that this process may still fill: what the kernel calls available, and no more than the limits of the
+    control groups that it is in leave. Infinite where the system does not tell."""
+    available = _numbers(root / "proc/meminfo").get("MemAvailable:", math.inf)
+    return min([1024 * available, *_left_in_groups(root)])
+
+
+def give_back_freed() -> None:
+    """Have glibc return freed memory to the system: it keeps small pieces, a gigabyte of a cache of many layers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """Limit less usage of each group up to the root, with the files' pages in it, which the kernel drops first."""
+    file = root / "proc/self/cgroup"
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount, limit, usage, prefix = _GROUPS_V1 if controllers else _GROUPS_V2
+        group = Path(path.lstrip("/"))
+        for folder in (root / mount / each for each in (group, *group.parents)):
+            try:
+                left = int((folder / limit).read_text()) - int((folder / usage).read_text())
+            except (OSError, ValueError):  # not there, or "max"
+                continue
+            pages = _numbers(folder / "memory.stat")
+            yield left + pages.get(f"{prefix}active_file", 0) + pages.get(f"{prefix}inactive_file", 0)
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The first number of each line, by the word before it."""
+    lines = [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
 
 
 def peak_resident_gib(folder: Path, config: ProfileConfig, model_class: str) -> PeakMemory:
@@ -66,11 +132,14 @@ def peak_resident_gib(folder: Path, config: ProfileConfig, model_class: str) -> 
 def with_resident_peaks(
     report: ProfileReport, folder: Path, config: ProfileConfig, *, model_class: str, progress: Progress = silent
 ) -> ProfileReport:
-    """The report with the peak memory of each grid point that has none and that did fit, one process each.
+    """The report with the peak memory of each grid point that has none and that did fit, one process each; as it is if
+    the figures are not the CPU's.
 
     A child that fails, since the machine has not the memory for another copy of the model or for other reasons, costs
     its own figure only, with a line in the log.
     """
+    if not report.device.startswith("cpu"):
+        return report
     points = []
     for index, point in enumerate(report.points):
         if point.speed is not None and point.peak_memory_gib is None:

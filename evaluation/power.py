@@ -38,11 +38,10 @@ def meter_of(devices: tuple[torch.device, ...]) -> Meter | None:
         return None
 
     def read() -> Reading:
-        milliwatts = [_told(torch.cuda.power_draw, device) for device in devices]
         shares = [_told(torch.cuda.utilization, device) for device in devices]
-        known, known_shares = _all_known(milliwatts), _all_known(shares)
+        known, known_shares = _all_known([_watts(device) for device in devices]), _all_known(shares)
         return Reading(
-            power_w=sum(known) / 1000 if known else None,
+            power_w=sum(known) if known else None,
             utilization_percent=statistics.fmean(known_shares) if known_shares else None,
         )
 
@@ -92,15 +91,25 @@ def _sampled(meter: Meter, samples: _Samples) -> Iterator[None]:
         thread.join()
 
 
-def _told(ask: Callable[[torch.device], int], device: torch.device) -> int | None:
-    """NVML has an error for each thing that a device does not know, and torch one for a package that is not there."""
+def _watts(device: torch.device) -> float | None:
+    """torch tells NVIDIA's devices in milliwatts, and AMD's in watts with 0 for what it does not know."""
+    told = _told(torch.cuda.power_draw, device)
+    if torch.version.hip:
+        return told or None
+    return None if told is None else told / 1000
+
+
+def _told(ask: Callable[[torch.device], object], device: torch.device) -> float | None:
+    """NVML has an error for each thing that a device does not know, torch one for a package that is not there, and
+    AMD's library the word "N/A"."""
     try:
-        return ask(device)
+        told = ask(device)
     except Exception:  # of classes that exist only where NVML does
         return None
+    return told if isinstance(told, int | float) else None
 
 
-def _all_known(values: list[int | None]) -> list[int]:
+def _all_known(values: list[float | None]) -> list[float]:
     """The values, or none of them if one is not known: a sum over a part of the devices would be no figure."""
     known = [value for value in values if value is not None]
     return known if len(known) == len(values) else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from evaluation.compiling import check_compiler, runner_of, set_attention_
+from evaluation.compiling import check_compiler, is_offloaded, only_compiled, place_, runner_of, set_attention_
 from evaluation.device import device_name
 from evaluation.eval_mode import eval_mode
 from evaluation.generation import Generation, Runner, TimedRun, random_prompt, timed_run
@@ -25,6 +24,7 @@ from evaluation.macs import (
     weight_bytes,
 )
 from evaluation.memory import short_of_memory
+from evaluation.peak_memory import available_bytes, give_back_freed, least_bytes
 from evaluation.power import Meter, Reading, mean_reading, meter_of
 from evaluation.profile_config import GridPoint, ProfileConfig
 from evaluation.profile_report import Comparison, PointReport, ProfileReport, Ratio, Speed, Timing
@@ -33,8 +33,6 @@ from evaluation.suite import Progress, silent
 from evaluation.turns import TURN_CLOCKS, TurnRatios, TurnRules, num_turn_threads, take_turns, turn_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel
 
 log = logging.getLogger("slimline")
@@ -56,25 +54,28 @@ def profile(
     progress: Progress = silent,
 ) -> ProfileReport:
     """Time `model` on `device`, to which it (and the reference) is moved, in the dtype it has; a model that was loaded
-    with a device map stays spread.
+    with a device map stays spread. The reference may come on the host, and goes there when both do not fit.
 
     Latencies come from whole runs of one model, in turns with the reference's: ratios to it from shorter turns (see
     `turns`). A grid point that does not fit into memory is reported as such and the others go on. meter: tells power
     and utilisation; None asks the device. Raises EvaluationError if the lengths exceed the model's positions, for an
-    attention implementation that the model does not have, and for `compile` without a compiler.
+    attention implementation that the model does not have, and for `compile` where it would not be done.
     """
+    if reference is not None and is_offloaded(reference) and not is_offloaded(model):
+        log.warning("the reference does not fit beside the model, no ratios")
+        reference = None
     models = [model] if reference is None else [reference, model]
     for each in models:
         config.check_lengths(getattr(each.config, "max_position_embeddings", None))
     if config.compile:
         check_compiler(device)
+    place_(model, device)
     for each in models:
-        each.to(device)
         set_attention_(each, config.attn_implementation)
-    with eval_mode(*models):
+    with eval_mode(*models), only_compiled(compiled=config.compile):
         shapes = attention_shapes(model)
         runners = [runner_of(each, compiled=config.compile) for each in models]
-        bench = _Bench(config, runners, meter or meter_of(_devices(model)))
+        bench = _Bench(config, runners, torch.device(device), meter or meter_of(_devices(model)))
         points = []
         for index, point in enumerate(config.points):
             report = bench.measure(point, _part(progress, index, len(config.points), point.task))
@@ -106,25 +107,50 @@ class _Bench:
 
     config: ProfileConfig
     runners: Sequence[Runner]
+    device: torch.device
     meter: Meter | None
 
     def measure(self, point: GridPoint, progress: Progress) -> PointReport:
         """All figures of one grid point, as many of them as memory allows."""
         report = PointReport(**point.model_dump(), attention_macs=0)
-        whole_runs = partial(self._whole_runs, point, progress)
-        runs = self._fitting(lambda: whole_runs(self.runners))
-        if runs is None and len(self.runners) == 2:
-            with _moved_away(self.runners[0].model):
-                runs = self._fitting(lambda: whole_runs(self.runners[1:]))
-        if runs is None:
+        figures = partial(self._figures, point, progress)
+        found = self._fitting(lambda: figures(self.runners))
+        if found is None and len(self.runners) == 2:
+            place_(self.runners[0].model, "cpu")
+            _free()
+            found = self._fitting(lambda: figures(self.runners[1:]))
+        if found is None:
             log.warning("%s: out of memory, no figures for this grid point", _sizes(point))
             return report
-        update: dict[str, Any] = {"speed": _speed(runs[-1], point), "peak_memory_gib": self._peak_cuda_gib(point)}
-        reading = self._reading(point)
-        update |= {"power_w": reading.power_w, "utilization_percent": reading.utilization_percent}
+        runs, update = found
         if len(self.runners) == 2:
             update["comparison"] = self._comparison(point, runs, progress)
         return report.model_copy(update=update)
+
+    def _figures(
+        self, point: GridPoint, progress: Progress, runners: Sequence[Runner]
+    ) -> tuple[list[list[TimedRun]], dict[str, Any]]:
+        """The runs of each model, which is brought to the device, and what is reported of the last model alone."""
+        for runner in runners:
+            place_(runner.model, self.device)
+            self._check_room(point, [runner])
+        runs = self._whole_runs(point, progress, runners)
+        peak, reading = self._peak_cuda_gib(point), self._reading(point)
+        return runs, {"speed": _speed(runs[-1], point), "peak_memory_gib": peak} | vars(reading)
+
+    def _check_room(self, point: GridPoint, runners: Sequence[Runner]) -> None:
+        """Raise MemoryError if the host cannot hold a generation of each runner at once: on CPU no allocation fails,
+        but the kernel kills the process that fills it."""
+        if any(runner.device.type != "cpu" for runner in runners):
+            return
+        needed, left = least_bytes([runner.model for runner in runners], point), available_bytes()
+        if needed > left:
+            _free()
+            left = available_bytes()
+        if needed > left:
+            message = "%s: needs at least %.2f GiB of memory, and %.2f GiB are there"
+            log.warning(message, _sizes(point), needed / GIB, left / GIB)
+            raise MemoryError
 
     def _whole_runs(self, point: GridPoint, progress: Progress, runners: Sequence[Runner]) -> list[list[TimedRun]]:
         """The timed runs of each model: one after the other, who goes first changes (ABBA)."""
@@ -160,6 +186,7 @@ class _Bench:
         )
 
     def _turns(self, point: GridPoint, progress: Progress) -> TurnRatios:
+        self._check_room(point, self.runners)
         on_cuda = any(runner.device.type == "cuda" for runner in self.runners)
         rules = TurnRules(
             new_tokens=point.new_tokens,
@@ -240,21 +267,6 @@ def _latency_ratio(ratios: TurnRatios, reference: Speed) -> float:
     return share * ratios.prefill.value + (1 - share) * decode.value
 
 
-@contextmanager
-def _moved_away(model: PreTrainedModel) -> Iterator[None]:
-    """The model in the host's memory inside, so that another has its device to itself; a spread one stays."""
-    device = model.device
-    if device.type == "cpu" or getattr(model, "hf_device_map", None):
-        yield
-        return
-    model.to("cpu")
-    _free()
-    try:
-        yield
-    finally:
-        model.to(device)
-
-
 def _turn_clock(model: PreTrainedModel) -> str:
     """A CPU's own time where the model computes on CPU; an accelerator's work is not in it."""
     on_cpu = all(device.type == "cpu" for device in _devices(model))
@@ -268,6 +280,7 @@ def _devices(model: PreTrainedModel) -> tuple[torch.device, ...]:
 def _free() -> None:
     gc.collect()
     torch.cuda.empty_cache()  # does nothing where CUDA was not used
+    give_back_freed()
 
 
 def _part(progress: Progress, index: int, count: int, task: str) -> Progress:

@@ -1,8 +1,9 @@
 """Two models that generate turn and turn about in one process, for the ratio of their times.
 
 A turn is the forward pass over the prompt, or a decoded token: short enough that a slow spell of the machine strikes
-both models. Who goes first changes from turn to turn (ABBA), so that being first is no advantage. These times are used
-for ratios only: the models push each other out of the processor's caches.
+both models. Who goes first changes from turn to turn of a kind (ABBA), and from one round's first decoding turn to the
+next's, so that being first is no advantage. These times are used for ratios only: the models push each other out of the
+processor's caches.
 
 On a CPU a turn is clocked by the processor time of the thread that computes, which takes part in every operation: on an
 idle machine that is the wall clock; on a busy one it leaves out while others have the core. Waiting comes in slices of
@@ -145,7 +146,7 @@ class _Turns:
         self._begin = begin
         self._rules = rules
         self._clock = clock
-        self._reversed = False
+        self._first_prefills, self._first_decodes = 0, 0
         self._prefills, self._most_prefills = 1, _MOST_PREFILLS
         self._decodes = True
         self.forget()
@@ -166,15 +167,19 @@ class _Turns:
         started = self._clock()
         for _ in range(self._prefills):
             generations = [begin() for begin in self._begin]
-            self._prefill.append(self._pair([generation.prefill for generation in generations]))
+            works = [generation.prefill for generation in generations]
+            self._prefill.append(self._pair(works, first=self._first_prefills))
+            self._first_prefills = 1 - self._first_prefills
         prefilled = self._clock()
         if not self._decodes:
             return
         for generation in generations:
             generation.choose()
         turn = self._rules.tokens_per_turn
-        for _ in range(self._rules.decode_turns):
-            self._decode.append(self._pair([partial(generation.decode, turn) for generation in generations]))
+        for index in range(self._rules.decode_turns):
+            works = [partial(generation.decode, turn) for generation in generations]
+            self._decode.append(self._pair(works, first=(self._first_decodes + index) % 2))
+        self._first_decodes = 1 - self._first_decodes
         self._balance((prefilled - started) / self._prefills, self._clock() - prefilled)
 
     def ratios(self) -> TurnRatios:
@@ -185,11 +190,10 @@ class _Turns:
         """As much time for prompts as for decoding, by the last round's."""
         self._prefills = max(1, min(self._most_prefills, round(decode_s / prefill_s))) if prefill_s else 1
 
-    def _pair(self, works: Sequence[Callable[[], None]]) -> tuple[float, float]:
+    def _pair(self, works: Sequence[Callable[[], None]], *, first: int) -> tuple[float, float]:
         seconds = [0.0, 0.0]
-        for index in (1, 0) if self._reversed else (0, 1):
+        for index in (first, 1 - first):
             start = self._clock()
             works[index]()
             seconds[index] = self._clock() - start
-        self._reversed = not self._reversed
         return seconds[0], seconds[1]

@@ -18,12 +18,14 @@ def fill(request: ProfileRequest, bench: Bench) -> None:
     from pruning.folders import class_of_folder
 
     settings = ProfileConfig.model_validate(request.settings)
-    folder, reference = bench.store.path(request.checkpoint), request.reference
+    folder, reference, place = bench.store.path(request.checkpoint), request.reference, bench.place
+    # the profile knows what to do where the device has no room for both
+    on_host = place.load if place.device_map else {"device": "cpu"}
     report = measure(
-        load_checkpoint(folder, **bench.place.load),
+        load_checkpoint(folder, **place.load),
         settings,
-        reference=load_checkpoint(bench.store.path(reference), **bench.place.load) if reference else None,
-        device=bench.place.device,
+        reference=load_checkpoint(bench.store.path(reference), **on_host) if reference else None,
+        device=place.device,
         progress=lambda share, message: bench.progress(_SHARE_OF_TIMING * share, message),
     )
     model_class = class_of_folder(folder)  # stock or ours: whatever code lies in the folder is not run

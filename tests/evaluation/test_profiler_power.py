@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from evaluation import power
+from evaluation.generation import wait_for
 from evaluation.power import Reading, mean_reading, meter_of
 from evaluation.profile_config import ProfileConfig
 from evaluation.profiler import profile
@@ -78,3 +79,32 @@ def test_what_one_device_does_not_tell_is_not_told_of_all(monkeypatch: pytest.Mo
     meter = meter_of((torch.device("cuda:0"), torch.device("cuda:1")))
     assert meter is not None
     assert meter() == Reading(None, 50.0)
+
+
+@pytest.mark.parametrize("told, expected", [(250, 250.0), (0, None)])
+def test_rocm_tells_watts_and_nothing_as_zero(
+    monkeypatch: pytest.MonkeyPatch, told: int, expected: float | None
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: told)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 50)
+    meter = meter_of((torch.device("cuda:0"),))
+    assert meter is not None
+    assert meter() == Reading(expected, 50.0)
+
+
+def test_a_word_is_not_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMD's library says "N/A"."""
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 250_000)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: "N/A")
+    meter = meter_of((torch.device("cuda:0"),))
+    assert meter is not None
+    assert meter() == Reading(250.0, None)
+
+
+@pytest.mark.parametrize("device, waited", [("cpu", False), ("cuda:1", True), ("mps", True), ("xpu:0", True)])
+def test_every_accelerator_is_waited_for(monkeypatch: pytest.MonkeyPatch, device: str, waited: bool) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", asked.append)
+    wait_for(torch.device(device))
+    assert asked == [torch.device(device)] * waited

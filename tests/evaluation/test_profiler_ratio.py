@@ -58,10 +58,47 @@ def test_who_goes_first_changes_from_turn_to_turn() -> None:
     first_round = machine.done[:10]
     assert first_round == [
         *("dense prefill", "pruned prefill", "dense choose", "pruned choose"),
+        *("dense 1", "pruned 1", "pruned 1", "dense 1", "dense 1", "pruned 1"),
+    ]
+    assert machine.done[10:20] == [
+        *("pruned prefill", "dense prefill", "dense choose", "pruned choose"),
         *("pruned 1", "dense 1", "dense 1", "pruned 1", "pruned 1", "dense 1"),
     ]
-    assert machine.done[10:12] == ["dense prefill", "pruned prefill"]
+    assert machine.done[20:24] == first_round[:4]
     assert len(machine.done) == 3 * 10  # one round to warm up, two that count
+
+
+class FirstPays(FakeGeneration):
+    """Going first costs 5 %."""
+
+    def prefill(self) -> None:
+        self._taxed("prefill", 600 * self.pace)
+
+    def decode(self, tokens: int) -> None:
+        self._taxed("decode", tokens * self.pace)
+
+    def _taxed(self, kind: str, seconds: float) -> None:
+        first = sum(name == kind for name in self.machine.done) % 2 == 0
+        self.machine.work(kind, seconds * (1.05 if first else 1.0))
+
+
+@pytest.mark.parametrize("new_tokens, shortest_turn", [(2, 1), (5, 1), (128, 1), (128, 8), (512, 8), (100, 1)])
+def test_a_model_is_as_fast_as_itself_whoever_goes_first(new_tokens: int, shortest_turn: int) -> None:
+    machine = Machine()
+    begin = [lambda: FirstPays(machine, "dense", 1.0)] * 2
+    rules = TurnRules(new_tokens, min_rounds=20, precision=0.01, seconds=0, shortest_turn=shortest_turn)
+    found = take_turns(begin, rules, turn_clock=machine.clock, clock=machine.clock)
+    assert found.decode is not None
+    assert found.prefill.value == pytest.approx(1)
+    assert found.decode.value == pytest.approx(1)
+
+
+def test_a_round_of_even_turns_begins_the_other_way_round() -> None:
+    machine = Machine()
+    rules = TurnRules(new_tokens=3, min_rounds=1, precision=0.01, seconds=0)
+    take_turns(models(machine), rules, turn_clock=machine.clock, clock=machine.clock)  # type: ignore[arg-type]
+    decoded = [name for name in machine.done if name.endswith(" 1")]
+    assert decoded == ["dense 1", "pruned 1", "pruned 1", "dense 1", "pruned 1", "dense 1", "dense 1", "pruned 1"]
 
 
 def test_ratios_are_those_of_the_paces() -> None:
