@@ -6,14 +6,14 @@ import logging
 from collections.abc import Sequence
 
 from evaluation.profile_config import ProfileConfig
-from evaluation.suite import ModelFacts
+from evaluation.suite import ModelFacts, TextNeed
 from flows.errors import SpecError
 from flows.spec import RunSpec
 from flows.story import Stage, Story
 from infra.errors import SettingsInvalid, SourceMissing
 from infra.models import ModelCard, describe
 from infra.settings import Settings
-from infra.sources import Sources
+from infra.sources import Sources, TextData
 from pruning.errors import PruningError
 from pruning.families import FAMILIES
 from tasks.devices import BALANCED, device_names
@@ -29,7 +29,7 @@ log = logging.getLogger("slimline")
 
 def check(story: Story, workplace: Workplace) -> None:
     """Raise the error of the first thing that cannot work: an unwritable store, a missing device, an unsupported
-    model, windows longer than the model's context, calibration data without the columns, too little disk."""
+    model, windows longer than the model's context, texts without the columns, too little disk."""
     store, settings = workplace.store, workplace.settings
     store.preflight()
     sharing = sharing_of(settings)
@@ -84,18 +84,23 @@ def _check_context(card: ModelCard, spec: RunSpec) -> None:
 
 
 def _check_evaluations(stages: Sequence[Stage], card: ModelCard, sources: Sources) -> None:
-    """What cannot be measured on this model is refused. Data that is not there costs its own stages only, which is said
-    now; if that were all of them, there would be nothing to run for."""
+    """What cannot be measured on this model is refused, and so are texts without the split or column that the spec
+    names. Data that is not there costs its own stages only, which is said now; if that were all of them, there would be
+    nothing to run for."""
     facts = ModelFacts(card.max_position_embeddings, card.has_chat_template)
     measured = [(stage.name, stage.request) for stage in stages if isinstance(stage.request, EvaluateRequest)]
     problems: dict[str, SourceMissing] = {}
-    lacking = []
+    lacking, texts = [], set[TextData]()
     for name, request in measured:
         request.module.check_model(request.typed_config, facts)
         absent = [identity[MISSING] for identity in request.sources if MISSING in identity]
         if absent:
             lacking.append(name)
             problems[absent[0]] = problems.get(absent[0]) or _why_missing(absent[0], sources)
+        elif isinstance(need := getattr(request.typed_config, "texts", None), TextNeed):
+            texts.add(TextData(**need.model_dump()))
+    for each in sorted(texts, key=str):
+        sources.check_columns(each, (each.text_field,))
     if lacking and len(lacking) == len(measured):
         raise next(iter(problems.values()))
     for problem in problems.values():

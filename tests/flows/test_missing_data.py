@@ -78,7 +78,14 @@ def test_with_no_data_at_all_nothing_is_run(home: Home, spec: Path, mirror: Path
     assert "aps/super_glue" in child.stderr
 
 
-def test_a_data_set_that_the_spec_names_is_refused_at_once(home: Home, spec: Path) -> None:
-    child = home.slimline("run", str(spec), "--set", "evals.0.dataset=slimline/wikipedai", code=2)
-    assert stages_run(child.stderr) == []
-    assert "slimline/wikipedai" in child.stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("dataset=slimline/wikipedai", "slimline/wikipedai"),
+        ("split=tset", "has no split 'tset'; did you mean 'test'"),
+        ("text_field=txt", "has no column 'txt'"),
+    ],
+)
+def test_data_that_the_spec_names_wrongly_is_refused_at_once(home: Home, spec: Path, named: str, said: str) -> None:
+    child = home.slimline("plan", str(spec), "--set", f"evals.0.{named}", code=2)
+    assert said in child.stderr.splitlines()[-1]
