@@ -6,9 +6,11 @@ The process that measures has the model too and does its part; each takes the ne
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -29,35 +31,47 @@ Loader = Callable[..., "PreTrainedModel"]
 
 
 class Crew:
-    """A context manager; its processes live as long as the block.
+    """Its processes live from start to end; as a context manager, as long as the block, and in any case no longer than
+    this process.
 
     loads: for each further process the keyword arguments that tell `loader` on which device to put the model.
     """
 
     def __init__(self, folder: Path, loader: Loader, loads: Sequence[Mapping[str, Any]]) -> None:
         context = multiprocessing.get_context("spawn")
-        self._threads = torch.get_num_threads()
-        share = max(1, self._threads // (len(loads) + 1))
+        self._share = max(1, torch.get_num_threads() // (len(loads) + 1))
         self._mates: list[tuple[Any, Connection]] = []
         for load in loads:
             here, there = context.Pipe()
-            mate = context.Process(target=_serve, args=(there, folder, loader, dict(load), share), daemon=True)
+            mate = context.Process(target=_serve, args=(there, folder, loader, dict(load), self._share), daemon=True)
             self._mates.append((mate, here))
-        self._share = share
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
+        """Start the processes; each loads its copy when it first has work."""
         for mate, _ in self._mates:
             mate.start()
-        torch.set_num_threads(self._share)
+
+    def end(self) -> None:
+        """End those that were started; for good."""
+        started = [mate for mate, _ in self._mates if mate.pid is not None]
+        for mate in started:
+            mate.terminate()
+        for mate in started:
+            mate.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether every process was started and none has ended."""
+        return all(mate.is_alive() for mate, _ in self._mates)
+
+    def __enter__(self) -> Self:
+        self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        torch.set_num_threads(self._threads)
-        for mate, _ in self._mates:
-            mate.terminate()
-            mate.join()
+        self.end()
 
     def run(
         self,
@@ -90,12 +104,24 @@ class Crew:
         for thread in threads:
             thread.start()
         careful = Careful(work)
-        take(lambda rows: careful(model, rows))
+        with _threads(self._share):
+            take(lambda rows: careful(model, rows))
         for thread in threads:
             thread.join()
         if errors:
             raise errors[0]
         return [results[number] for number in range(len(batches))]
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Compute in so many threads while the block runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _asker(mate: Any, line: Connection, work: Work[Row, Result]) -> Callable[[Sequence[Row]], list[Result]]:
@@ -134,4 +160,13 @@ def _serve(line: Connection, folder: Path, loader: Loader, load: dict[str, Any],
                 model = loader(folder, **load).eval()
             line.send(careful(model, rows))
         except Exception as error:  # whatever it is, the parent raises it
-            line.send(error)
+            line.send(_sendable(error))
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error if the parent can rebuild it, else a RuntimeError with its type and words."""
+    try:
+        rebuilt = pickle.loads(pickle.dumps(error))
+    except Exception:  # classes may raise what they like
+        rebuilt = None
+    return error if type(rebuilt) is type(error) else RuntimeError(f"{type(error).__name__}: {error}")

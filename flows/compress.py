@@ -28,6 +28,7 @@ from infra.result_rows import StageRow
 from infra.secrets import redacted, secrets_kept
 from infra.settings import load_settings
 from infra.sources import sources_from
+from tasks.devices import empty_idle_places
 from tasks.interrupts import refuse_interrupted
 from tasks.progress import settle_bars
 from tasks.record import Measured, RunOutcome, record
@@ -75,7 +76,10 @@ def _compress(
         if not again and all(workplace.store.has(stage.ref) for stage in story.stages):
             outcomes = tuple(found(stage, workplace) for stage in story.stages)
         else:
-            outcomes = _run_stages(story, workplace, again)
+            try:
+                outcomes = _run_stages(story, workplace, again)
+            finally:
+                empty_idle_places()
             refuse_interrupted(workplace.settings, part_of)
         return _finish(story, outcomes, workplace, started_at)
 

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import SettingsInvalid
 from tasks.leasing import Lease, host_lease, lease_named
+from tasks.loaded import forget
+from tasks.turns import LetGo, Line, Waiting
 
 if TYPE_CHECKING:
     import torch
 
 BALANCED = "balanced"
-
-#: seconds between two looks at devices that other processes use
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
-#: how many later ones may be served before who waits, because the device has their model loaded
-_PATIENCE = 8
-
-log = logging.getLogger("slimline")
 
 
 @dataclass(frozen=True)
@@ -47,138 +40,99 @@ class Placement:
         return {"device_map": self.device_map} if self.device_map else {"device": self.device}
 
 
-@dataclass(eq=False)
-class _Waiting:
-    """Who waits for a place: the model that it needs there, and how many later ones were served before it."""
-
-    needs: str | None
-    passed_over: int = 0
-
-
-class DevicePool:
+class DevicePool(Line):
     """Hands out places; who asks while all are taken waits. Shared by the threads of one run.
 
-    First come, first served, but who needs the model that was used last on a place comes before who needs another one.
     An accelerator is also leased from the other processes of the host: several runs never compute on the same one.
+    let_go: frees what stays loaded on a place (see tasks.loaded).
     """
 
-    def __init__(self, places: tuple[Placement, ...], lease: Lease = host_lease) -> None:
-        self._places = places
-        self._lease = lease
-        self._free = list(places)
-        self._loaded: dict[Placement, str] = {}
-        self._queue: list[_Waiting] = []
-        self._changed = threading.Condition()
-        self._taking_all = threading.Lock()
+    def __init__(self, places: tuple[Placement, ...], lease: Lease = host_lease, let_go: LetGo = forget) -> None:
+        super().__init__(places, lease, let_go)
+        # Two that wait for all places would each hold some: who has the turn takes them, and may hand them on with it.
+        self._turns = Line((Placement(places[0].device),), lease, let_go)
+        self._has_all = False
 
     @contextmanager
     def one(self, needs: str | None = None) -> Iterator[Placement]:
         """A place of one's own for the length of the block: one that nobody uses, here or on the host.
 
-        needs: key of the checkpoint that will be loaded there and stay (see tasks.loaded), if it may.
+        needs: key of the checkpoint that will be loaded there and may stay; without it the place is empty.
         """
-        place, leases = self._take_any(needs)
-        with self._given_back(place, leases):
+        with self._held(Waiting(needs)) as place:
             yield place
 
     @contextmanager
-    def all(self) -> Iterator[Placement]:
-        """Every place at once (a Trainer uses all visible GPUs); the first one is named."""
-        # Two that wait for all would each hold some: here one after the other, between processes in the same order.
-        with ExitStack() as taken:
-            with self._taking_all:
-                for place in sorted(self._places, key=lambda place: place.accelerators):
-                    taken.enter_context(self._this(place))
+    def all(self, needs: str | None = None) -> Iterator[Placement]:
+        """Every place at once (a Trainer uses all visible GPUs), empty ones; the first one is named.
+
+        needs: key of the checkpoint that may be on the first one, with copies of it on the others.
+        """
+        turn, taken = self._turns.take(Waiting(needs))
+        try:
+            if not self._has_all:
+                taken.enter_context(self._everything(needs))
             yield self._places[0]
-
-    @contextmanager
-    def _this(self, place: Placement) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: place in self._free)
-            self._took(place, None)
-        leases = ExitStack()
-        with self._given_back(place, leases):
-            for name in sorted(place.accelerators):
-                leases.enter_context(self._lease(name, True))
-            yield
-
-    def _take_any(self, needs: str | None = None) -> tuple[Placement, ExitStack]:
-        pause, told, me = _FIRST_PAUSE, False, _Waiting(needs)
-        with self._changed, self._queued(me):
-            while True:
-                for place in sorted(self._free, key=lambda place: self._unfit(place, needs)):
-                    leases = self._try(place) if self._next_on(place) is me else None
-                    if leases is not None:
-                        self._took(place, needs)
-                        for earlier in self._queue[: self._queue.index(me)]:
-                            earlier.passed_over += 1
-                        return place, leases
-                if self._free and not told and self._queue[0] is me:
-                    log.info("waiting for a device: other processes of this host use %s", _named(self._free))
-                    told = True
-                # A place that is given back here wakes us up; one that another process gives back must be asked for.
-                self._changed.wait(pause if self._free else None)
-                pause = min(2 * pause, _LONGEST_PAUSE)
-
-    @contextmanager
-    def _queued(self, waiting: _Waiting) -> Iterator[None]:
-        """In the queue for the length of the block, within the lock; the next look up when it leaves."""
-        self._queue.append(waiting)
-        try:
-            yield
         finally:
-            self._queue.remove(waiting)
-            self._changed.notify_all()
-
-    def _next_on(self, place: Placement) -> _Waiting:
-        """Whose turn it is on a free place: the first that needs what is loaded there, else the first; nobody is passed
-        over for ever."""
-        first, loaded = self._queue[0], self._loaded.get(place)
-        if loaded is None or first.passed_over >= _PATIENCE:
-            return first
-        return next((waiting for waiting in self._queue if waiting.needs == loaded), first)
-
-    def _unfit(self, place: Placement, needs: str | None) -> int:
-        """0 for a place where the model is loaded, 1 for one without any, 2 for one with a model for somebody else."""
-        loaded = self._loaded.get(place)
-        return 1 if loaded is None else 0 if loaded == needs else 2
-
-    def _took(self, place: Placement, needs: str | None) -> None:
-        self._free.remove(place)
-        self._loaded.pop(place, None)
-        if needs is not None:
-            self._loaded[place] = needs
-
-    def _try(self, place: Placement) -> ExitStack | None:
-        """Leases of all accelerators of a place, or None as soon as one of them is not free."""
-        with ExitStack() as leases:
-            if all(leases.enter_context(self._lease(name, False)) for name in sorted(place.accelerators)):
-                return leases.pop_all()
-        return None
+            self._turns.give_back(turn, taken)
 
     @contextmanager
-    def _given_back(self, place: Placement, leases: ExitStack) -> Iterator[None]:
-        try:
-            with leases:
+    def _everything(self, needs: str | None) -> Iterator[None]:
+        """All places, which all processes take in the same order; each is emptied before the first is given back."""
+        with ExitStack() as held:
+            for place in sorted(self._places, key=lambda place: place.accelerators):
+                held.enter_context(self._held(Waiting(needs if place == self._places[0] else None, only=place)))
+            self._has_all = True
+            try:
                 yield
+            finally:
+                self._has_all = False
+                for place in self._places:
+                    if place.accelerators:
+                        self._let_go(place)
+
+    @contextmanager
+    def _held(self, waiting: Waiting) -> Iterator[Placement]:
+        place, leases = self.take(waiting)
+        try:
+            if waiting.only is not None:
+                for name in sorted(place.accelerators):
+                    leases.enter_context(self._lease(name, True))
+            if waiting.needs is None:
+                self._let_go(place)
+            yield place
         finally:
-            with self._changed:
-                self._free.append(place)
-                self._changed.notify_all()
+            self.give_back(place, leases)
 
 
-@cache
+_pools: dict[tuple[str, str], DevicePool] = {}
+_making = threading.Lock()
+
+
 def pool(setting: str, lease: str = "host") -> DevicePool:
     """The pool of this process for a `device` and a `device_lease` setting."""
+    with _making:
+        if (setting, lease) not in _pools:
+            _pools[setting, lease] = DevicePool(_places(setting), lease_named(lease))
+        return _pools[setting, lease]
+
+
+def empty_idle_places() -> None:
+    """Let go of the models that stay on devices of this process that no stage uses now."""
+    with _making:
+        pools = list(_pools.values())
+    for each in pools:
+        each.empty()
+
+
+def _places(setting: str) -> tuple[Placement, ...]:
     import torch
 
     names = device_names(setting)
     accelerators = tuple(name for device in names if (name := accelerator_name(device)))
     if setting == BALANCED:
-        spread = Placement(torch.device(names[0]), device_map="auto", accelerators=accelerators)
-        return DevicePool((spread,), lease_named(lease))
-    places = (Placement(torch.device(name), accelerators=_alone(accelerator_name(name))) for name in names)
-    return DevicePool(tuple(places), lease_named(lease))
+        return (Placement(torch.device(names[0]), device_map="auto", accelerators=accelerators),)
+    return tuple(Placement(torch.device(name), accelerators=_alone(accelerator_name(name))) for name in names)
 
 
 def accelerator_name(device: str) -> str | None:
@@ -193,10 +147,6 @@ def accelerator_name(device: str) -> str | None:
 
 def _alone(name: str | None) -> tuple[str, ...]:
     return () if name is None else (name,)
-
-
-def _named(places: list[Placement]) -> str:
-    return ", ".join(str(place.device) for place in places)
 
 
 def device_names(setting: str) -> tuple[str, ...]:
@@ -230,8 +180,11 @@ def device_label(setting: str) -> str:
         return f"cpu {_processor()} ({os.cpu_count()} cores)"
     import torch
 
-    name = device_names(setting)[0]
-    return str(torch.cuda.get_device_name(name)) if name.startswith("cuda") else f"{name} {_processor()}"
+    names = device_names(setting)
+    if not names[0].startswith("cuda"):
+        return f"{names[0]} {_processor()}"
+    name = str(torch.cuda.get_device_name(names[0]))
+    return f"{len(names)} x {name} (balanced)" if setting == BALANCED and len(names) > 1 else name
 
 
 def _processor() -> str:

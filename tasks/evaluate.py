@@ -10,7 +10,7 @@ from evaluation.suite import Means, TextNeed
 from infra.errors import SourceMissing
 from infra.sources import Sources, TextData
 from tasks.devices import device_names
-from tasks.loaded import load_kept
+from tasks.loaded import kept_crew, load_kept
 from tasks.pairing import SAMPLES_FILE
 from tasks.requests import EvaluateRequest
 from tasks.stage import Bench, stage
@@ -78,15 +78,12 @@ def _require(request: EvaluateRequest, sources: Sources) -> None:
 
 def _crew(request: EvaluateRequest, bench: Bench) -> AbstractContextManager[Crew | None]:
     """Further processes with copies of the model, if the settings ask for them."""
-    from evaluation.crew import Crew
-    from pruning.checkpoint import load_checkpoint
-
     settings = bench.workplace.settings
     if settings.eval_processes == 1 or request.reference is not None:
         return nullcontext()
     names = device_names(settings.device)
     loads: list[dict[str, Any]] = [{"device": names[i % len(names)]} for i in range(1, settings.eval_processes)]
-    return Crew(bench.store.path(request.checkpoint), load_checkpoint, loads)
+    return kept_crew(request.checkpoint, bench.store, bench.place, loads)
 
 
 def _imports(request: EvaluateRequest) -> tuple[str, ...]:

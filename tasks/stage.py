@@ -6,6 +6,7 @@ import importlib
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from infra.sources import Sources
 from tasks.devices import Placement, pool
 from tasks.disk_needs import Forecast, check_room
 from tasks.interrupts import refuse_elsewhere, refuse_interrupted
-from tasks.loaded import forget
 from tasks.progress import Progress, stage_progress
 from tasks.requests import EvaluateRequest, Request
 from tasks.retrying import eased, passes_by_itself
@@ -171,12 +171,14 @@ def _run(request: Request, stage_name: str, workplace: Workplace, fill: Fill, de
     """Make the artifact when there is a device for it; returns the seconds that it took. Raises Interrupted."""
     with _placed(workplace.settings, devices, request) as place:
         refuse_interrupted(workplace.settings, workplace.part_of)  # the wait for a device may have been long
-        if place is not None and devices != "crew":
-            forget(place)  # only evaluations go on with the model that the one before them loaded
         reason = "refreshed" if _refreshing() else "not in the store"
         log.info("%s: running, %s is %s", stage_name, request.ref.key, reason)
         started = time.monotonic()
-        _make(request, stage_name, workplace, fill, place)
+        try:
+            _make(request, stage_name, workplace, fill, place)
+        except BaseException as error:
+            _let_go_of_locals(error)
+            raise
         return time.monotonic() - started
 
 
@@ -190,6 +192,16 @@ def _make(request: Request, stage_name: str, workplace: Workplace, fill: Fill, p
     ):
         fill(request, Bench(workplace, folder, ref, place, progress))
     store.drop_scratch(ref)
+
+
+def _let_go_of_locals(error: BaseException) -> None:
+    """Empty the frames that an error came through: they hold models, and Prefect keeps the error until the run ends."""
+    errors: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in errors:
+        errors.append(cause)
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
 
 
 def cached_teller(ref: ArtifactRef) -> Callable[[Task[..., Made], TaskRun, State[Any]], None]:
@@ -222,9 +234,9 @@ def _placed(settings: Settings, devices: Devices, request: Request) -> AbstractC
         return nullcontext()
     processes = {"one": 1, "team": settings.walk_processes, "crew": settings.eval_processes}
     places = pool(settings.device, settings.device_lease)
-    if processes.get(devices) != 1:
-        return places.all()
-    return places.one(request.checkpoint.key if isinstance(request, EvaluateRequest) else None)
+    # only evaluations go on with the model that the one before them loaded; all others get their places empty
+    needs = request.checkpoint.key if isinstance(request, EvaluateRequest) else None
+    return places.one(needs) if processes.get(devices) == 1 else places.all(needs)
 
 
 def _cache_key(context: Any, parameters: dict[str, Any]) -> str:

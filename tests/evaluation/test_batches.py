@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -127,8 +129,6 @@ def test_a_crew_gives_what_one_process_gives(model: PreTrainedModel, folder: Pat
 def die(model: PreTrainedModel, rows: Sequence[int]) -> list[int]:
     if rows[0] != os.getpid():
         os._exit(9)
-    import time
-
     time.sleep(0.2)
     return list(rows)
 
@@ -139,3 +139,49 @@ def test_a_process_that_dies_is_an_error_and_not_a_wait(model: PreTrainedModel, 
         pytest.raises(RuntimeError, match=r"a process of the evaluation died \(exit code 9\)"),
     ):
         run_batches(model, die, [[os.getpid()]] * 1000, Means(crew=crew))
+
+
+class Unsendable(Exception):
+    def __init__(self, words: str) -> None:
+        super().__init__(words)
+        self.lock = threading.Lock()
+
+
+class Unrebuildable(Exception):
+    def __init__(self, rows: int, words: str) -> None:
+        super().__init__(f"{rows} rows: {words}")
+
+
+class RebuiltAsSomethingElse(Exception):
+    def __reduce__(self) -> tuple[type[list[int]], tuple[()]]:
+        return list, ()
+
+
+class Complaint:
+    """Raises in every process but the one that made it."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.parent = kind, os.getpid()
+
+    def __call__(self, model: PreTrainedModel, rows: Sequence[int]) -> list[int]:
+        if os.getpid() == self.parent:
+            time.sleep(0.2)
+            return list(rows)
+        words = "CUDA out of memory"
+        raise {
+            "unsendable": Unsendable(words),
+            "unrebuildable": Unrebuildable(len(rows), words),
+            "something else": RebuiltAsSomethingElse(words),
+        }[self.kind]
+
+
+def test_an_error_that_cannot_be_sent_keeps_its_words(model: PreTrainedModel, folder: Path) -> None:
+    sentences = {
+        "unsendable": "^Unsendable: CUDA out of memory$",
+        "unrebuildable": "^Unrebuildable: 1 rows: CUDA out of memory$",
+        "something else": "^RebuiltAsSomethingElse: CUDA out of memory$",
+    }
+    with Crew(folder, load_checkpoint, [{"device": "cpu"}]) as crew:
+        for kind, sentence in sentences.items():
+            with pytest.raises(RuntimeError, match=sentence):
+                run_batches(model, Complaint(kind), [[0]] * 1000, Means(crew=crew))

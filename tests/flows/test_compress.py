@@ -23,6 +23,7 @@ from flows.outcome import RunResult
 from flows.story import tell
 from infra.artifacts import MANIFEST, ArtifactRef
 from infra.provenance import versions
+from tasks import loaded
 from tests.flows.home import Home
 
 QUICK = ("profile=null",)
@@ -200,6 +201,7 @@ def test_the_second_run_runs_nothing_but_record(smoke_copy: Home, filled: list[s
     before = (smoke_copy.results.metrics(), smoke_copy.results.layers(smoke_copy.results.runs()[0].run_key))
     result = smoke_copy.run("smoke")
     assert filled == []
+    assert not loaded._kept, "models are let go when a run ends"
     assert set(statuses(result).values()) == {"cached"}
     assert all(stage.seconds for stage in result.stages)
     assert prefect_states(smoke_copy, result) == {"record": "Completed"}

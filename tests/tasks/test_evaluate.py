@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from evaluation.crew import Crew
 from evaluation.report import EvalReport
 from evaluation.samples import read_samples
 from infra.artifacts import ArtifactRef, ArtifactStore
@@ -15,12 +20,13 @@ from infra.errors import SourceMissing
 from infra.settings import Settings
 from infra.sources import Sources
 from pruning.checkpoint import save_checkpoint
-from tasks.devices import Placement
+from tasks import stage
+from tasks.devices import DevicePool, Placement
 from tasks.evaluate import MISSING, fill
 from tasks.loaded import forget
 from tasks.pairing import SAMPLES_FILE
 from tasks.requests import EvaluateRequest
-from tasks.stage import Bench, Workplace
+from tasks.stage import Bench, Workplace, run_stage
 from tests.tiny import tiny_model, tiny_tokenizer
 
 CHECKPOINT, OTHER = (ArtifactRef(kind="checkpoint", key=f"checkpoint-v1-{digit * 16}") for digit in "ab")
@@ -37,20 +43,40 @@ def workplace(tmp_path: Path) -> Workplace:
     return Workplace(settings, Sources((), None, False, home=settings.home))
 
 
-def asked(tmp_path: Path, suite: str, **more: Any) -> EvaluateRequest:
-    config = {"dataset": str(tmp_path / "text.txt"), "config": None, "split": "train", "windows": [32]}
-    return EvaluateRequest(plugin=suite, checkpoint=CHECKPOINT, **{"config": config, "sources": ({},), **more})
+def asked(tmp_path: Path, suite: str, window: int = 32, **more: Any) -> EvaluateRequest:
+    config = {"dataset": str(tmp_path / "text.txt"), "config": None, "split": "train", "windows": [window]}
+    return EvaluateRequest(plugin=suite, **{"checkpoint": CHECKPOINT, "config": config, "sources": ({},), **more})
 
 
-def filled(request: EvaluateRequest, workplace: Workplace, folder: Path, **settings: Any) -> EvalReport:
+def fill_one(request: EvaluateRequest, workplace: Workplace, folder: Path, **settings: Any) -> EvalReport:
     folder.mkdir()
     changed = Workplace(workplace.settings.model_copy(update=settings), workplace.sources)
     place = Placement(torch.device("cpu"))
+    fill(request, Bench(changed, folder, request.ref, place, lambda share, message: None))
+    return EvalReport.model_validate_json((folder / "report.json").read_text())
+
+
+def filled(request: EvaluateRequest, workplace: Workplace, folder: Path, **settings: Any) -> EvalReport:
+    """Nothing stays."""
     try:
-        fill(request, Bench(changed, folder, request.ref, place, lambda share, message: None))
+        return fill_one(request, workplace, folder, **settings)
     finally:
         forget()
-    return EvalReport.model_validate_json((folder / "report.json").read_text())
+
+
+@pytest.fixture
+def crews(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Crew]]:
+    """Every crew that is started."""
+    started: list[Crew] = []
+    start = Crew.start
+
+    def noted(self: Crew) -> None:
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(Crew, "start", noted)
+    yield started
+    forget()
 
 
 def test_several_processes_and_batch_sizes_measure_the_same(workplace: Workplace, tmp_path: Path) -> None:
@@ -62,6 +88,47 @@ def test_several_processes_and_batch_sizes_measure_the_same(workplace: Workplace
     samples = [read_samples(tmp_path / name / SAMPLES_FILE) for name in ("alone", "together")]
     assert [sample.item_hash for sample in samples[0]] == [sample.item_hash for sample in samples[1]]
     assert len(samples[0]) == metric.num_examples
+
+
+def test_suites_of_one_checkpoint_share_their_processes(
+    workplace: Workplace, tmp_path: Path, crews: list[Crew]
+) -> None:
+    request = asked(tmp_path, "perplexity")
+    alone = filled(request, workplace, tmp_path / "alone")
+    reports = [fill_one(request, workplace, tmp_path / str(number), eval_processes=2) for number in range(2)]
+    assert [report.metrics[0].value for report in reports] == pytest.approx([alone.metrics[0].value] * 2, rel=1e-6)
+    assert len(crews) == 1
+    assert crews[0].alive
+    fill_one(asked(tmp_path, "perplexity", checkpoint=OTHER), workplace, tmp_path / "other", eval_processes=2)
+    assert [crew.alive for crew in crews] == [False, True]
+
+
+def test_stages_on_all_devices_hand_their_processes_on(
+    workplace: Workplace, tmp_path: Path, crews: list[Crew], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And have none any more when the first device is given back."""
+    alive: list[bool] = []
+
+    @contextmanager
+    def lease(name: str, wait: bool) -> Iterator[bool]:
+        try:
+            yield True
+        finally:
+            alive.append(any(crew.alive for crew in crews))
+
+    places = DevicePool(tuple(Placement(torch.device("cpu"), accelerators=(name,)) for name in "ab"), lease)
+    monkeypatch.setattr(stage, "pool", lambda *setting: places)
+    monkeypatch.setenv("SLIMLINE_HOME", str(workplace.settings.home))
+    several = Workplace(workplace.settings.model_copy(update={"eval_processes": 2}), workplace.sources)
+    requests = [asked(tmp_path, "perplexity", window) for window in (16, 32)]
+    with ThreadPoolExecutor(2) as threads, places.all():
+        done = [threads.submit(run_stage, request, "evaluate", several, fill, devices="crew") for request in requests]
+        while len(places._turns._queue) < len(requests):
+            time.sleep(0.01)
+    for one in done:
+        one.result()
+    assert len(crews) == 1
+    assert alive == [False] * 4, "before the suites and after them"
 
 
 def test_a_comparison_gets_both_models(workplace: Workplace, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from infra.leases import leased
 from infra.settings import Settings
 from tasks.devices import DevicePool, Placement
 from tasks.leasing import check_lease, server_lease
+from tasks.turns import Waiting
 from tests.infra.processes import finish, kill_after_line, start
 
 TWO = tuple(Placement(torch.device(f"cuda:{index}"), accelerators=(f"fake-{index}",)) for index in range(2))
@@ -95,7 +96,7 @@ def test_stages_of_two_processes_are_never_on_one_accelerator(folder: Path, tmp_
 
 def test_a_device_that_is_free_on_the_host_is_preferred(folder: Path) -> None:
     with leased("fake-0"), ThreadPoolExecutor(1) as thread:
-        taken = thread.submit(lambda: DevicePool(TWO)._take_any())
+        taken = thread.submit(lambda: DevicePool(TWO).take(Waiting(None)))
         place, held = taken.result(timeout=5)
     with held:
         assert place == TWO[1]

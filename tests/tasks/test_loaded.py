@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import time
 import weakref
 from collections.abc import Iterator
@@ -17,9 +19,21 @@ import pruning.checkpoint
 from infra.artifacts import ArtifactRef, ArtifactStore
 from pruning.checkpoint import save_checkpoint
 from tasks.devices import DevicePool, Placement
-from tasks.loaded import forget, load_kept
+from tasks.loaded import forget, kept_crew, load_kept
+from tests.infra.processes import finish, kill_after_line, start
 from tests.tiny import tiny_model
 
+#: keeps a crew, says which process it has, and ends without a word about it
+_KEEPER = """
+import sys, time
+from pathlib import Path
+from infra.artifacts import ArtifactStore
+from tasks.loaded import kept_crew
+from tests.tasks.test_loaded import DENSE, HERE
+with kept_crew(DENSE, ArtifactStore(Path(sys.argv[1])), HERE, [{"device": "cpu"}]) as crew:
+    print(crew._mates[0][0].pid, flush=True)
+time.sleep(float(sys.argv[2]))
+"""
 HERE, THERE = Placement(torch.device("cpu")), Placement(torch.device("cpu"), accelerators=("another",))
 DENSE, PRUNED = (ArtifactRef(kind="checkpoint", key=f"checkpoint-v1-{digit * 16}") for digit in "ab")
 
@@ -33,8 +47,15 @@ def store(tmp_path: Path) -> ArtifactStore:
     return store
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Iterator[None]:
+    forget()
+    yield
+    forget()
+
+
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     load = pruning.checkpoint.load_checkpoint
 
@@ -43,9 +64,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return load(folder, **where)
 
     monkeypatch.setattr(pruning.checkpoint, "load_checkpoint", noted)
-    forget()
-    yield names
-    forget()
+    return names
 
 
 def test_the_same_checkpoint_is_loaded_once(store: ArtifactStore, loads: list[str]) -> None:
@@ -93,3 +112,52 @@ def test_what_is_forgotten_is_freed(store: ArtifactStore, loads: list[str]) -> N
     forget()
     gc.collect()
     assert kept() is None
+
+
+def process(store: ArtifactStore, ref: ArtifactRef = DENSE, devices: tuple[str, ...] = ("cpu",)) -> Any:
+    """The first process of the crew that a suite would get."""
+    with kept_crew(ref, store, HERE, [{"device": name} for name in devices]) as crew:
+        return crew._mates[0][0]
+
+
+def test_a_crew_is_started_once_for_a_checkpoint(store: ArtifactStore) -> None:
+    first = process(store)
+    load_kept([DENSE, PRUNED], store, HERE)
+    load_kept([DENSE], store, HERE)
+    assert process(store) is first
+    other = process(store, devices=("cpu", "cpu"))
+    assert not first.is_alive()
+    load_kept([PRUNED, DENSE], store, HERE)
+    assert not other.is_alive(), "it had copies of another one"
+    third = process(store, PRUNED)
+    forget(HERE)
+    assert not third.is_alive()
+
+
+def test_a_crew_that_lost_a_process_or_had_an_error_is_not_used_again(store: ArtifactStore) -> None:
+    first = process(store)
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    second = process(store)
+    assert second.is_alive()
+    with pytest.raises(RuntimeError), kept_crew(DENSE, store, HERE, [{"device": "cpu"}]):
+        raise RuntimeError
+    assert not second.is_alive()
+
+
+def gone(pid: int) -> bool:
+    """Whether the process ends soon."""
+    for _ in range(600):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            return True  # an orphan in a container without an init
+        time.sleep(0.05)
+    return False
+
+
+def test_no_process_of_a_crew_is_left_behind(store: ArtifactStore) -> None:
+    assert gone(int(finish(start(_KEEPER, store.root, 0))))
+    assert gone(int(kill_after_line(start(_KEEPER, store.root, 60))))

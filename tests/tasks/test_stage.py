@@ -8,18 +8,24 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from infra.artifacts import ArtifactRef
 from infra.settings import Settings
 from infra.sources import Sources
-from tasks.devices import Placement
+from tasks import loaded, stage
+from tasks.devices import DevicePool, Placement
 from tasks.requests import CaptureRequest
-from tasks.stage import Bench, Made, Workplace, run_stage
+from tasks.stage import Bench, Devices, Made, Workplace, run_stage
+from tests.tiny import tiny_model
 
 PROJECT = Path(__file__).parents[2]
 REQUEST = CaptureRequest(
@@ -145,6 +151,54 @@ def test_a_stage_has_a_place_if_it_asked_for_one(workplace: Workplace) -> None:
         run_stage(REQUEST, "capture", workplace, placed, devices="none")
     run_stage(REQUEST, "capture", workplace, placed, devices="one")
     assert places[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize("devices", ["all", "team"])
+def test_a_stage_on_all_devices_finds_all_of_them_empty(
+    workplace: Workplace, devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = tuple(Placement(torch.device("cpu"), device_map=name) for name in ("first", "second"))
+    monkeypatch.setattr(stage, "pool", lambda *setting: DevicePool(places))
+    for place in places:
+        loaded._kept_on(place).models["dense"] = tiny_model("llama")
+    kept: list[int] = []
+
+    def alone(request: CaptureRequest, bench: Bench) -> None:
+        kept.append(len(loaded._kept))
+        answer(request, bench)
+
+    settings = workplace.settings.model_copy(update={"walk_processes": 2})
+    run_stage(REQUEST, "recover", Workplace(settings, workplace.sources), alone, devices=devices)
+    assert kept == [0]
+
+
+def test_a_failed_stage_keeps_nothing_when_its_device_is_given_back(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error, which Prefect keeps, came through frames that hold the model."""
+    held: list[weakref.ref[torch.nn.Module]] = []
+    left: list[object] = []
+
+    @contextmanager
+    def lease(name: str, wait: bool) -> Iterator[bool]:
+        try:
+            yield True
+        finally:
+            left.extend(model() for model in held)
+
+    def failing(request: CaptureRequest, bench: Bench) -> None:
+        model = torch.nn.Linear(1, 1)
+        held.append(weakref.ref(model))
+        try:
+            raise ValueError("first")
+        except ValueError as error:
+            raise RuntimeError("no more") from error
+
+    place = Placement(torch.device("cpu"), accelerators=("fake",))
+    monkeypatch.setattr(stage, "pool", lambda *setting: DevicePool((place,), lease))
+    with pytest.raises(RuntimeError, match="no more"):
+        run_stage(REQUEST, "capture", workplace, failing, devices="one")
+    assert left == [None]
 
 
 def test_a_reference_to_nothing_cannot_be_decoded(workplace: Workplace) -> None:
