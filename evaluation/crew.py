@@ -6,11 +6,11 @@ The process that measures has the model too and does its part; each takes the ne
 from __future__ import annotations
 
 import multiprocessing
-import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -160,13 +160,14 @@ def _serve(line: Connection, folder: Path, loader: Loader, load: dict[str, Any],
                 model = loader(folder, **load).eval()
             line.send(careful(model, rows))
         except Exception as error:  # whatever it is, the parent raises it
-            line.send(_sendable(error))
+            _send_error(line, error)
 
 
-def _sendable(error: Exception) -> Exception:
-    """The error if the parent can rebuild it, else a RuntimeError with its type and words."""
+def _send_error(line: Connection, error: Exception) -> None:
+    """Send the error if the parent can rebuild it, else a RuntimeError with its type and words."""
+    words = RuntimeError(f"{type(error).__name__}: {error}")
     try:
-        rebuilt = pickle.loads(pickle.dumps(error))
+        # rebuilt as the parent does it; what cannot be sent fails before anything is
+        line.send(error if type(deepcopy(error)) is type(error) else words)
     except Exception:  # classes may raise what they like
-        rebuilt = None
-    return error if type(rebuilt) is type(error) else RuntimeError(f"{type(error).__name__}: {error}")
+        line.send(words)

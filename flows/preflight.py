@@ -10,7 +10,7 @@ from evaluation.suite import ModelFacts, TextNeed
 from flows.errors import SpecError
 from flows.spec import RunSpec
 from flows.story import Stage, Story
-from infra.errors import SettingsInvalid, SourceMissing
+from infra.errors import SettingsInvalid, SourceMissing, SourceUnreadable
 from infra.models import ModelCard, describe
 from infra.settings import Settings
 from infra.sources import Sources, TextData
@@ -85,26 +85,21 @@ def _check_context(card: ModelCard, spec: RunSpec) -> None:
 
 def _check_evaluations(stages: Sequence[Stage], card: ModelCard, sources: Sources) -> None:
     """What cannot be measured on this model is refused, and so are texts without the split or column that the spec
-    names. Data that is not there costs its own stages only, which is said now; if that were all of them, there would be
-    nothing to run for."""
+    names. Data that is not there or is damaged costs its own stages only, which is said now; if that were all of them,
+    there would be nothing to run for."""
     facts = ModelFacts(card.max_position_embeddings, card.has_chat_template)
     measured = [(stage.name, stage.request) for stage in stages if isinstance(stage.request, EvaluateRequest)]
-    problems: dict[str, SourceMissing] = {}
-    lacking, texts = [], set[TextData]()
+    problems: dict[str, SourceMissing | SourceUnreadable] = {}
+    lacking = []
     for name, request in measured:
         request.module.check_model(request.typed_config, facts)
-        absent = [identity[MISSING] for identity in request.sources if MISSING in identity]
-        if absent:
+        if problem := _data_problem(request, sources):
             lacking.append(name)
-            problems[absent[0]] = problems.get(absent[0]) or _why_missing(absent[0], sources)
-        elif isinstance(need := getattr(request.typed_config, "texts", None), TextNeed):
-            texts.add(TextData(**need.model_dump()))
-    for each in sorted(texts, key=str):
-        sources.check_columns(each, (each.text_field,))
+            problems[str(problem)] = problem
     if lacking and len(lacking) == len(measured):
         raise next(iter(problems.values()))
-    for problem in problems.values():
-        log.warning("%s", problem)
+    for words in problems:
+        log.warning("%s", words)
     if lacking:
         log.warning("these evaluations will fail for want of data, the others are run: %s", ", ".join(lacking))
 
@@ -117,6 +112,20 @@ def _check_profile(stages: Sequence[Stage], card: ModelCard, settings: Settings)
             from evaluation.compiling import check_compiler  # imports torch
 
             check_compiler(device_names(settings.device)[0])
+
+
+def _data_problem(request: EvaluateRequest, sources: Sources) -> SourceMissing | SourceUnreadable | None:
+    """Why an evaluation will find no data. Raises SourceInvalid for a split or column that its texts do not have."""
+    for identity in request.sources:
+        if MISSING in identity:
+            return _why_missing(identity[MISSING], sources)
+    need = getattr(request.typed_config, "texts", None)
+    if isinstance(need, TextNeed):
+        try:
+            sources.check_columns(TextData(**need.model_dump()), (need.text_field,))
+        except SourceUnreadable as error:
+            return error
+    return None
 
 
 def _why_missing(repo_id: str, sources: Sources) -> SourceMissing:

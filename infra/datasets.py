@@ -10,7 +10,7 @@ from typing import Any, cast
 import datasets
 from datasets import Dataset, VerificationMode
 
-from infra.errors import InfraError, SourceInvalid, SourceMissing
+from infra.errors import InfraError, SourceInvalid, SourceMissing, SourceUnreadable
 from infra.registry import near
 from infra.sources import Located, named_by_content
 
@@ -163,7 +163,7 @@ def _explained(located: Located, config: str | None, split: str, home: Path) -> 
     except InfraError:  # explained already
         raise
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise SourceInvalid(f"{located.repo_id} in {located.mirror} holds no data files that can be read") from error
+        raise SourceUnreadable(f"{located.repo_id} in {located.mirror} holds no data files that can be read") from error
     except ConnectionError as error:
         raise SourceMissing(
             f"the hub did not answer while {located.repo_id} was downloaded; run again to continue"
@@ -176,7 +176,9 @@ def _explained(located: Located, config: str | None, split: str, home: Path) -> 
         scripts = [] if located.folder is None else list(located.folder.glob("*.py"))
         if scripts and "data files found" in str(error):
             raise _only_a_script(located) from error
-        raise SourceInvalid(_diagnosis(located, config, split, home) or f"{located.repo_id}: {error}") from error
+        if words := _diagnosis(located, config, split, home):
+            raise SourceInvalid(words) from error
+        raise SourceUnreadable(f"{located.repo_id}: {error}") from error
 
 
 def _only_a_script(located: Located) -> SourceInvalid:

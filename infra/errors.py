@@ -59,6 +59,10 @@ class SourceInvalid(InfraError):
     """A model or data set was found but cannot be used: pickled weights, NaN in a tensor, a missing config or split."""
 
 
+class SourceUnreadable(SourceInvalid):
+    """The files of a data set are not there or are damaged: not what was asked of it is wrong, but its copy."""
+
+
 class ResultsUnusable(InfraError):
     """The results' folder cannot be read or written, or a file is damaged or was written by a newer slimline."""
 

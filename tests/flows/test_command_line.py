@@ -162,7 +162,7 @@ def test_results_in_four_forms(form: str, smoke: tuple[Home, RunResult]) -> None
     else:
         assert output.count("slimgpt-20+lora") == 1
         assert "piqa acc" in output
-    assert ("perplexity: " in output) == (form == "table")
+    assert ("perplexity: " in output) == (form in ("table", "markdown"))
 
 
 def test_results_of_one_run_are_found_by_name(smoke: tuple[Home, RunResult]) -> None:
