@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 from evaluation.profile_config import ProfileConfig
 from evaluation.suite import ModelFacts, TextNeed
@@ -22,7 +23,7 @@ from tasks.evaluate import MISSING
 from tasks.leasing import check_lease
 from tasks.requests import CalibrateRequest, EvaluateRequest, ProfileRequest, Request
 from tasks.sharing import sharing_of
-from tasks.stage import Workplace
+from tasks.stage import Workplace, importing
 
 log = logging.getLogger("slimline")
 
@@ -46,7 +47,7 @@ def check(story: Story, workplace: Workplace) -> None:
     _check_profile(missing, card, settings)
     for request in (stage.request for stage in missing):
         if isinstance(request, CalibrateRequest):
-            workplace.sources.check_columns(request.data, request.data.columns)
+            _check_columns(request.data, request.data.columns, workplace.sources)
     _check_disk([stage.request for stage in missing], workplace)
 
 
@@ -91,9 +92,10 @@ def _check_evaluations(stages: Sequence[Stage], card: ModelCard, sources: Source
     measured = [(stage.name, stage.request) for stage in stages if isinstance(stage.request, EvaluateRequest)]
     problems: dict[str, SourceMissing | SourceUnreadable] = {}
     lacking = []
+    text_problem = cache(partial(_text_problem, sources))  # the same for every checkpoint
     for name, request in measured:
         request.module.check_model(request.typed_config, facts)
-        if problem := _data_problem(request, sources):
+        if problem := _data_problem(request, sources, text_problem):
             lacking.append(name)
             problems[str(problem)] = problem
     if lacking and len(lacking) == len(measured):
@@ -114,18 +116,28 @@ def _check_profile(stages: Sequence[Stage], card: ModelCard, settings: Settings)
             check_compiler(device_names(settings.device)[0])
 
 
-def _data_problem(request: EvaluateRequest, sources: Sources) -> SourceMissing | SourceUnreadable | None:
+def _data_problem(
+    request: EvaluateRequest, sources: Sources, text_problem: Callable[[TextData], SourceUnreadable | None]
+) -> SourceMissing | SourceUnreadable | None:
     """Why an evaluation will find no data. Raises SourceInvalid for a split or column that its texts do not have."""
     for identity in request.sources:
         if MISSING in identity:
             return _why_missing(identity[MISSING], sources)
     need = getattr(request.typed_config, "texts", None)
-    if isinstance(need, TextNeed):
-        try:
-            sources.check_columns(TextData(**need.model_dump()), (need.text_field,))
-        except SourceUnreadable as error:
-            return error
+    return text_problem(TextData(**need.model_dump())) if isinstance(need, TextNeed) else None
+
+
+def _text_problem(sources: Sources, data: TextData) -> SourceUnreadable | None:
+    try:
+        _check_columns(data, (data.text_field,), sources)
+    except SourceUnreadable as error:
+        return error
     return None
+
+
+def _check_columns(data: TextData, columns: Sequence[str], sources: Sources) -> None:
+    with importing:  # by a stage of another cell of the night
+        sources.check_columns(data, columns)
 
 
 def _why_missing(repo_id: str, sources: Sources) -> SourceMissing:

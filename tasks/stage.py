@@ -35,7 +35,9 @@ from tasks.sharing import sharing_of
 
 log = logging.getLogger("slimline")
 
-_importing = threading.Lock()
+importing = threading.Lock()
+"""Held while a thread imports libraries: two that import parts of transformers at once, or one that only uses
+`datasets` (it looks into transformers) while another does, see it half initialised and fail."""
 
 
 @dataclass(frozen=True)
@@ -222,9 +224,8 @@ def tell_cached(stage_name: str, ref: ArtifactRef) -> None:
 
 
 def _import_in_turn(modules: tuple[str, ...]) -> None:
-    """Import before the stage does, one thread at a time: two that import parts of transformers at once see it half
-    initialised and fail."""
-    with _importing:
+    """Import before the stage does, one thread at a time."""
+    with importing:
         for module in modules:
             importlib.import_module(module)
 

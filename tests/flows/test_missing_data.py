@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows import preflight
+from flows.compress import open_workplace
+from flows.loading import load_spec
+from flows.story import tell
 from infra.offline import OfflineDefault
+from infra.sources import Sources
+from tasks.stage import importing
 from tests.flows.home import Home, stages_run
 
 TASKS = {
@@ -89,3 +95,16 @@ def test_with_no_data_at_all_nothing_is_run(home: Home, spec: Path, mirror: Path
 def test_data_that_the_spec_names_wrongly_is_refused_at_once(home: Home, spec: Path, named: str, said: str) -> None:
     child = home.slimline("plan", str(spec), "--set", f"evals.0.{named}", code=2)
     assert said in child.stderr.splitlines()[-1]
+
+
+def test_data_is_looked_at_while_no_other_thread_imports(
+    home: Home, spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` fails in one cell of a night while a stage of another cell imports transformers."""
+    held: list[bool] = []
+    monkeypatch.setattr(Sources, "check_columns", lambda *_: held.append(importing.locked()))
+    with home.lived_in():
+        for loaded in (load_spec("smoke"), load_spec(str(spec))):
+            workplace = open_workplace(loaded)
+            preflight.check(tell(loaded, workplace.sources, "cpu"), workplace)
+    assert held == [True] * 3, "the text of smoke's perplexity and calibration, and of the other's perplexity"
