@@ -9,7 +9,8 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from infra.errors import SourceInvalid
 from infra.foreign_code import NOTE
 from infra.gguf_header import read_gguf_header
 
-INDEX = "model.safetensors.index.json"
+#: the file of a small model's weights, and the list of a larger one's
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 # What is not carried over: other forms of the weights, anything pickled, any code.
 _NOT_COPIED = (*_PICKLED, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".npz", ".npy", ".py", ".so")
-# Names under which slimline itself keeps notes in an artifact: a model must not bring its own.
-_OUR_NOTES = ("manifest.json", NOTE)
+# Names under which slimline itself writes into an artifact: a model must not bring its own.
+_OURS = ("manifest.json", NOTE, INDEX)
+_CHUNK = 2**24
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # The three spellings of old and new config.json files.
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -63,18 +66,55 @@ def card_of_folder(folder: Path) -> ModelCard:
     files = weight_files(folder)
     headers = [tensor_header(file) for file in files]
     config = read_config(folder)
-    tensors = {name: entry for header in headers for name, entry in header.items()}
-    if config.get("tie_word_embeddings"):
-        tensors.pop("lm_head.weight", None)
+    tensors = {
+        name: _Tensor(file, **entry)
+        for file, header in zip(files, headers, strict=True)
+        for name, entry in header.items()
+    }
     sizes: Counter[str] = Counter()
-    for entry in tensors.values():
-        sizes[entry["dtype"]] += math.prod(entry["shape"])
+    for tensor in _parameters(tensors, tied=bool(config.get("tie_word_embeddings"))):
+        sizes[tensor.dtype] += math.prod(tensor.shape)
     floating = [name for name, _ in sizes.most_common() if name in _DTYPES]
     card = card_of_config(
         config, str(folder), num_parameters=sizes.total(), size=sum(file.stat().st_size for file in files),
         dtype=_DTYPES[floating[0]] if floating else None,
     )  # fmt: skip
     return card.model_copy(update={"has_chat_template": _has_chat_template(folder)})
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One entry of a safetensors file's head."""
+
+    file: Path
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes of the tensor, a part at a time."""
+        start, stop = self.data_offsets
+        with self.file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            stream.seek(8 + length + start)
+            for at in range(start, stop, _CHUNK):
+                yield stream.read(min(_CHUNK, stop - at))
+
+
+def _parameters(tensors: Mapping[str, _Tensor], *, tied: bool) -> list[_Tensor]:
+    """What counts of the tensors of a checkpoint: neither rotary tables nor a copy of tied embeddings.
+
+    What the model is for sure only pruning/stored_tensors.py decides, which knows its class; an imported checkpoint has
+    nothing left that does not count.
+    """
+    counted = {name: tensor for name, tensor in tensors.items() if "rotary_emb." not in name}
+    head = counted.get("lm_head.weight")
+    embeddings = next((tensor for name, tensor in counted.items() if name.endswith("embed_tokens.weight")), None)
+    if tied and head and embeddings and head.shape == embeddings.shape and head.dtype == embeddings.dtype:
+        pairs = zip(head.chunks(), embeddings.chunks(), strict=True)
+        if all(one == other for one, other in pairs):
+            del counted["lm_head.weight"]
+    return list(counted.values())
 
 
 def _has_chat_template(folder: Path) -> bool:
@@ -146,7 +186,7 @@ def gguf_file(folder: Path) -> Path | None:
 
 def is_left_behind(file: Path) -> bool:
     """Whether a file of a model's folder does not come along when the model is imported."""
-    return file.suffix in _NOT_COPIED or file.name in _OUR_NOTES
+    return file.suffix in _NOT_COPIED or file.name in _OURS
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -154,6 +194,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
     Raises SourceInvalid naming a missing shard, or why there are none.
     """
+    if (folder / WEIGHTS).is_file():  # which transformers takes first, whatever else lies there
+        return (folder / WEIGHTS,)
     index = folder / INDEX
     if index.is_file():
         files = [folder / name for name in _shard_names(index)]
@@ -165,8 +207,6 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     files = [
         file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(("adapter_", "consolidated"))
     ]
-    if len(files) > 1 and folder / "model.safetensors" in files:
-        return (folder / "model.safetensors",)
     if files:
         return tuple(files)
     raise SourceInvalid(_why_no_weights(folder))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from infra import baichuan, foreign_code, hub
 from infra.checkpoint_files import (
     INDEX,
+    WEIGHTS,
     ModelCard,
     card_of_config,
     card_of_folder,
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Dtype", "ModelCard", "Progress", "describe", "import_model", "load_tokenizer"]
+__all__ = ["Dtype", "ModelCard", "Progress", "describe", "hand_on_tokenizer", "import_model", "load_tokenizer"]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Progress = Callable[[float, str], None]
 #: from a tensor's name and the tensor to what is stored instead
 Unpack = Callable[[str, "torch.Tensor"], "dict[str, torch.Tensor]"]
+
+_PROBES = ("The capital of France is Paris.", "if a  ==  12:\n    return 345", "你好，世界。", "Ａ１ é ﬁ 🙂")
 
 
 def _silent(_share: float, _message: str) -> None: ...
@@ -119,6 +122,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def hand_on_tokenizer(source: Path, out: Path) -> None:
+    """Give a checkpoint the tokenizer of the one it was made from, with the code that was trusted, and load it once.
+
+    Raises SourceInvalid if it does not come out of its files as it went in.
+    """
+    tokenizer = load_tokenizer(source)
+    tokenizer.save_pretrained(out)
+    foreign_code.hand_on_trusted_code(source, out)
+    again = load_tokenizer(out)
+    for text in _PROBES:
+        if again(text).input_ids != tokenizer(text).input_ids:
+            raise SourceInvalid(
+                f"the tokenizer of {source} splits {text!r} otherwise once transformers has saved and loaded it; save "
+                "it as a fast one (tokenizer.json) beside the model that you import"
+            )
+
+
 def _import_gguf(file: Path, out: Path, dtype: Dtype, progress: Progress) -> None:
     from transformers import AutoTokenizer
 
@@ -179,9 +199,10 @@ def _import_safetensors(folder: Path, out: Path, dtype: Dtype, progress: Progres
     total, done = sum(file.stat().st_size for file in files), 0
     for file in files:
         progress(done / total, f"reading {file.name}")
-        _cast_shard(file, out / file.name, dtype, unpack)
+        _cast_shard(file, out / (file.name if len(files) > 1 else WEIGHTS), dtype, unpack)
         done += file.stat().st_size
-    _write_index(out)
+    if len(files) > 1:
+        _write_index(out)
     # "torch_dtype" is what transformers before 4.56 wrote; both at once could disagree.
     config.pop("torch_dtype", None)
     config["dtype"] = card_of_folder(out).dtype
@@ -236,15 +257,12 @@ def _refuse_quantised(config: Mapping[str, Any], where: str) -> None:
 
 
 def _write_index(out: Path) -> None:
-    """Bring the index of a sharded model up to date with its shards."""
-    index = out / INDEX
-    if index.is_file():
-        content = json.loads(index.read_bytes())
-        headers = {file.name: tensor_header(file) for file in weight_files(out)}
-        spans = [entry["data_offsets"] for header in headers.values() for entry in header.values()]
-        content["metadata"] = {**content.get("metadata", {}), "total_size": sum(end - start for start, end in spans)}
-        content["weight_map"] = {name: file for file, header in headers.items() for name in header}
-        _write_json(index, content)
+    """Say which shard holds which tensor."""
+    headers = {file.name: tensor_header(file) for file in sorted(out.glob("*.safetensors"))}
+    spans = [entry["data_offsets"] for header in headers.values() for entry in header.values()]
+    weight_map = {name: file for file, header in headers.items() for name in header}
+    total = sum(end - start for start, end in spans)
+    _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -7,7 +7,8 @@ trust_remote_code=True. `load_checkpoint` uses the classes of this package and n
 
 from __future__ import annotations
 
-import threading
+import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from pruning.errors import PruningError
 from pruning.families import shapes
-from pruning.folders import class_of_folder
 from pruning.modeling import config_shapes
 from pruning.plan import PruningPlan, describe_shapes
+from pruning.stored_tensors import StoredTensors, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 PLAN_FILE = "plan.json"
 MAX_SHARD_SIZE = "5GB"
-
-#: transformers sets process-wide state (the default dtype, progress bars) while it loads a model
-_loading = threading.Lock()
 
 
 def save_checkpoint(
@@ -70,30 +68,73 @@ def load_checkpoint(
     dtype: None keeps the dtype it was saved in. device: where to put it (CPU if None). device_map: as in transformers,
     for models too large for one device; not together with device.
 
-    Raises PruningError if the folder is no checkpoint of a supported family, has only pickled weights, or lacks or
-    damages a weight.
+    Raises PruningError if the folder is no whole checkpoint of a supported family (see `stored_tensors`) or a file
+    cannot be read.
     """
     if device is not None and device_map is not None:
         raise PruningError(f"give device ({device}) or device_map ({device_map}), not both")
-    folder = Path(folder)
-    model_class = class_of_folder(folder)
+    stored = stored_tensors(Path(folder))
+    model = _from_pretrained(stored, dtype=dtype or stored.dtype, device_map=device_map)
+    return model if device is None else model.to(device)
+
+
+@contextmanager
+def checkpoint_on_disk(folder: Path, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
+    """The model of a checkpoint folder as `load_checkpoint` would give it, on the CPU, but with its weights left in the
+    files: each is read when a forward comes to it and dropped again. It lasts as long as the block.
+
+    In memory: the largest single weight. Raises PruningError as `load_checkpoint` does.
+    """
+    stored = stored_tensors(folder)
+    with tempfile.TemporaryDirectory() as nothing, _without_notice():  # safetensors are read where they lie
+        yield _from_pretrained(
+            stored, dtype=dtype or stored.dtype, device_map=_weights_on_disk(stored), offload_folder=nothing
+        )
+
+
+@contextmanager
+def _without_notice() -> Iterator[None]:
+    """accelerate warns of every model whose weights are left on the disk; here that is what was asked for."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "offloaded to" not in record.getMessage()
+
+    logger = logging.getLogger("accelerate.big_modeling")
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
+def _weights_on_disk(stored: StoredTensors) -> dict[str, str]:
+    """A device map: what is large on the disk; norms, positions and rotary tables in memory."""
+    family = stored.family
+    device_map = dict.fromkeys((family.layers_path, family.embeddings_path, family.head_path), "disk")
+    parts = {name.rpartition(".")[0] for name in stored.places if not name.startswith(f"{family.layers_path}.")}
+    for part in (*sorted(parts), *([family.rotary_path] if family.rotary_path else [])):
+        device_map.setdefault(part, "cpu")
+    return device_map
+
+
+def _from_pretrained(stored: StoredTensors, **options: Any) -> PreTrainedModel:
     try:
         with _no_progress_bars():
-            loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(
-                folder,
-                dtype=dtype or "auto",
-                device_map=device_map,
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = stored.model_class.from_pretrained(
+                stored.folder,
+                config=stored.config,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **options,
             )
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise PruningError(f"cannot load the weights in {folder}: {error}") from error
+        raise PruningError(f"cannot load the weights in {stored.folder}: {error}") from error
     model, info = loaded
-    if wrong := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
-        raise PruningError(f"{folder} lacks or misshapes {len(wrong)} weights, the first is {wrong[0]}: save it again")
-    return model if device is None else model.to(device)
+    wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    assert not wrong, f"transformers finds no weight for {wrong} in {stored.folder}"
+    return model
 
 
 def load_plan(folder: Path | str) -> PruningPlan | None:

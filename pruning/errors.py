@@ -1,7 +1,11 @@
-"""The one exception of the pruning room."""
+"""The exceptions of the pruning room."""
 
 from __future__ import annotations
 
 
 class PruningError(ValueError):
     """Something the user gave cannot be used; the message names the value and the way out."""
+
+
+class UnsoundCheckpoint(RuntimeError):
+    """A checkpoint that was just written does not load, or computes something else than it should: our own fault."""

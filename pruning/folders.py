@@ -1,4 +1,4 @@
-"""What is in a checkpoint folder: which class it wants and which file holds which tensor. Nothing in it is executed."""
+"""What a checkpoint folder says of itself: which class it wants, whether it has weights. Nothing in it is executed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from pruning.errors import PruningError
 from pruning.families import FAMILIES
 from pruning.modeling import class_of
+
+#: the file of a small model's weights, and the list of a larger one's
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def class_of_folder(folder: Path) -> Any:
@@ -47,18 +48,6 @@ def with_own_modelling_file_(folder: Path) -> None:
     classes = {"AutoConfig": model_class.config_class, "AutoModelForCausalLM": model_class}
     config["auto_map"] = {name: f"{source.stem}.{found.__name__}" for name, found in classes.items()}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Which safetensors file of a folder holds which tensor. Raises PruningError for an unreadable file."""
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as shard:
-                found |= dict.fromkeys(shard.keys(), file)
-        except (SafetensorError, OSError) as error:
-            raise PruningError(f"cannot load the weights in {file}: {error}") from error
-    return found
 
 
 def _check_weights(folder: Path) -> None:

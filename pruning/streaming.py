@@ -16,23 +16,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import custom_object_save
 
 from pruning.checkpoint import PLAN_FILE, load_plan
-from pruning.decoder import StreamedDecoder, meta_model
+from pruning.decoder import StreamedDecoder
 from pruning.errors import PruningError
 from pruning.folder_ledger import FolderLedger
+from pruning.load_check import check_pruned
+from pruning.meta_model import meta_model
 from pruning.modeling import pruned_config
+from pruning.stored_tensors import write_index
 
 if TYPE_CHECKING:
     from pruning.calibration import CalibrationSet
     from pruning.plan import PruningPlan
     from pruning.pruned import Pruned
     from pruning.sequential import WalkOptions
-
-_INDEX = "model.safetensors.index.json"
 
 
 def prune_checkpoint(
@@ -52,9 +52,9 @@ def prune_checkpoint(
     plan.json; no tokenizer).
 
     work: folder of finished layers, to be kept until `out` is whole; it belongs to this pruning alone. With several
-    processes (options.team) all call this with the same folders and the leader writes `out`. Raises PruningError as the
-    method does, if the source is no checkpoint of a supported family, or if the work folder holds layers of another
-    pruning.
+    processes (options.team) all call this with the same folders and the leader writes `out`, and loads it once. Raises
+    PruningError as the method does, if the source is no checkpoint of a supported family, or if the work folder holds
+    layers of another pruning; UnsoundCheckpoint if what was written is not what was pruned.
     """
     decoder = StreamedDecoder(source)
     _claim(work, _identity(source, module, calibration, config))
@@ -74,6 +74,7 @@ def prune_checkpoint(
         assemble_checkpoint(decoder, ledger.shards, pruned.plan, out)
         plan = pruned.plan if before is None else before.compose(pruned.plan)
         (out / PLAN_FILE).write_text(plan.model_dump_json(), encoding="utf-8")
+        check_pruned(out, source, pruned.plan)
     return pruned
 
 
@@ -124,7 +125,7 @@ def assemble_checkpoint(decoder: StreamedDecoder, layer_files: list[Path], plan:
         tuple(layer.layer for layer in plan.layers),
         plan.shapes,
     )
-    _write_index(out, names, dict(_promised(model_class, config)))
+    write_index(out, names)
     config.architectures = [model_class.__name__]
     config.dtype = skeleton.config.dtype
     if getattr(model_class, "_auto_class", None) is not None:
@@ -135,36 +136,9 @@ def assemble_checkpoint(decoder: StreamedDecoder, layer_files: list[Path], plan:
         shutil.copyfile(generation, out / generation.name)
 
 
-def _promised(model_class: Any, config: Any) -> dict[str, torch.Size]:
-    """Names and shapes of the weights that the class builds from the config."""
-    model = meta_model(model_class, config)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
-
-
-def _write_index(out: Path, names: list[str], promised: dict[str, torch.Size]) -> None:
-    """The index of the shards, after a check that they hold what the config promises."""
-    weight_map: dict[str, str] = {}
-    total = 0
-    for name in names:
-        with safe_open(out / name, framework="pt") as shard:
-            for key in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
-                part = shard.get_slice(key)
-                shape = torch.Size(part.get_shape())
-                assert promised.get(key, shape) == shape, f"{key} is {shape}, the config promises {promised[key]}"
-                weight_map[key] = name
-                total += shape.numel() * _BYTES[part.get_dtype()]
-    missing = sorted(promised.keys() - weight_map.keys())
-    assert not missing, f"no shard holds {missing[0]}"
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _link(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
     try:
         target.hardlink_to(source)
     except OSError:
         shutil.copyfile(source, target)
-
-
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.families import ModelFamily, family_of, shapes
+from pruning.families.forward import SubLayerKind
 from pruning.modeling import describe_
 from pruning.plan import LayerPlan, PruningPlan, describe_shapes
 
@@ -105,6 +106,12 @@ def _mask_layer_(family: ModelFamily, layer: nn.Module, kept: LayerPlan, head_di
         _zero_(linear, rows=_others(rows, linear.out_features))
     for linear, columns in ((family.o_proj(layer), query), (family.down_proj(layer), channels)):
         linear.weight[:, _others(columns, linear.in_features)] = 0
+
+
+def kept_inputs(kept: LayerPlan, kind: SubLayerKind, head_dim: int) -> Tensor:
+    """Indices of the inputs that a sub-layer's output linear keeps, int64."""
+    query, _, channels = _features(kept, head_dim)
+    return query if kind == "attention" else channels
 
 
 def _features(kept: LayerPlan, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

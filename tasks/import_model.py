@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+
 from infra.models import import_model as import_into
 from tasks.requests import ImportRequest
 from tasks.stage import Bench, stage
 
+log = logging.getLogger("slimline")
+
 
 def fill(request: ImportRequest, bench: Bench) -> None:
-    """Write the checkpoint; every tensor is checked for NaN on the way."""
+    """Write the checkpoint, clean; every tensor is checked for NaN on the way."""
+    from pruning.clean_checkpoint import clean_
     from pruning.folders import with_own_modelling_file_
 
     located = bench.workplace.sources.find(request.model_id, "model", revision=request.revision)
     trust = request.trust_remote_code
     import_into(located, bench.folder, request.dtype, trust_remote_code=trust, progress=bench.progress)
+    for change in clean_(bench.folder):
+        log.warning("%s: cleaned on import: %s", request.model_id, change)
     with_own_modelling_file_(bench.folder)
 
 
@@ -21,5 +28,10 @@ import_model = stage(
     "import-model",
     fill,
     devices="none",
-    imports=("infra.models", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto"),
+    imports=(
+        "infra.models",
+        "pruning.clean_checkpoint",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+    ),
 )

@@ -49,8 +49,7 @@ class _Job:
 
 def fill(request: PruneRequest, bench: Bench) -> None:
     """Write the smaller checkpoint, its plan and pruning.json (what each layer paid); interrupted, it goes on."""
-    from infra.foreign_code import hand_on_trusted_code
-    from infra.models import load_tokenizer
+    from infra.models import hand_on_tokenizer
     from tasks.walking import run_walk
 
     store = bench.store
@@ -58,8 +57,7 @@ def fill(request: PruneRequest, bench: Bench) -> None:
     calibration = store.path(request.calibration)
     statistics, orders = (store.path(ref) if ref else None for ref in (request.statistics, request.orders))
     run_walk(bench, _Job(request, source, calibration, statistics, orders, bench.folder, store.scratch(bench.ref)))
-    load_tokenizer(source).save_pretrained(bench.folder)
-    hand_on_trusted_code(source, bench.folder)
+    hand_on_tokenizer(source, bench.folder)
 
 
 prune = stage(

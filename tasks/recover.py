@@ -9,9 +9,9 @@ from tasks.stage import Bench, stage
 
 def fill(request: RecoverRequest, bench: Bench) -> None:
     """Write the repaired checkpoint and recovery.json (the loss curve)."""
-    from infra.foreign_code import hand_on_trusted_code
-    from infra.models import load_tokenizer
+    from infra.models import hand_on_tokenizer, load_tokenizer
     from pruning.checkpoint import load_checkpoint, load_plan, save_checkpoint
+    from pruning.load_check import check_saved
 
     source = bench.store.path(request.checkpoint)
     config = request.typed_config
@@ -28,8 +28,9 @@ def fill(request: RecoverRequest, bench: Bench) -> None:
         device=bench.place.device.type,
         progress=bench.progress,
     )
-    save_checkpoint(model.cpu(), tokenizer, bench.folder, load_plan(source))
-    hand_on_trusted_code(source, bench.folder)
+    save_checkpoint(model.cpu(), None, bench.folder, load_plan(source))
+    check_saved(bench.folder, model)
+    hand_on_tokenizer(source, bench.folder)
     (bench.folder / "recovery.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
 
 
@@ -40,7 +41,7 @@ recover = stage(
     imports=(
         "datasets",
         "peft",
-        "pruning.checkpoint",
+        "pruning.load_check",
         "transformers.trainer",
         "transformers.models.auto.tokenization_auto",
     ),

@@ -16,7 +16,8 @@ from infra.keys import stage_key
 from tasks.calibration_data import CalibrationData, Template
 
 #: bumped by hand when the numbers of a stage change (plug-ins carry their own VERSION)
-IMPORT_VERSION = 1
+#: import 2: a clean checkpoint, whose head, names and dtype are the same for whoever loads it
+IMPORT_VERSION = 2
 CALIBRATE_VERSION = 1
 CAPTURE_VERSION = 1
 PROFILE_VERSION = 2

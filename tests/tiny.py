@@ -85,6 +85,28 @@ def tiny_model(
     return model.eval()
 
 
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+def rope_model(family: str, rope_type: str, **config: Any) -> PreTrainedModel:
+    """A tiny model of a family with rotary positions, whose context of 16 a type of them stretches (from 8, if any)."""
+    head_dim = 16 if family in _WIDE_HEADS else 8
+    half = head_dim // 4 if family.startswith("phi") else head_dim // 2  # a Phi turns half of each head
+    own: dict[str, dict[str, Any]] = {
+        "yarn": {"original_max_position_embeddings": 8},
+        "longrope": {
+            "short_factor": [1 + 0.1 * index for index in range(half)],
+            "long_factor": [2.0 + index for index in range(half)],
+            "original_max_position_embeddings": 8,
+        },
+        "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8},
+    }
+    rope = {"rope_type": rope_type, "rope_theta": 1e4} | own.get(rope_type, {})
+    rope |= {} if rope_type == "default" else {"factor": 2.0}
+    rope |= {"partial_rotary_factor": 0.5} if family.startswith("phi") else {}
+    return tiny_model(family, hidden=64, rope_parameters=rope, max_position_embeddings=16, **config)
+
+
 @torch.no_grad()
 def add_noise_(model: torch.nn.Module, seed: int) -> None:
     """Random weights, norms and biases, so that no error can hide behind a one or a zero."""

@@ -47,6 +47,8 @@ def pruned_config(
     else:
         new_class = causal_class(family, uneven=True)
         new_config = new_class.config_class(**explicit)
+        # a tokenizer's loader makes a config of no class of ours of config.json: it may read widths too (longrope)
+        new_config.allow_global_per_layer_attribute_access = True
     new_config._attn_implementation = config._attn_implementation
     new_config._name_or_path = config._name_or_path
     return new_class, new_config
@@ -94,7 +96,10 @@ def _config_values(
 ) -> dict[str, Any]:
     """The old config's fields with the new widths, `per_layer_config` if these differ, and without head_dim."""
     values: dict[str, Any] = old.to_dict()
-    for name in ("per_layer_config", "auto_map", "architectures", "model_type", "head_dim"):
+    for name in (
+        *("per_layer_config", "allow_global_per_layer_attribute_access"),
+        *("auto_map", "architectures", "model_type", "head_dim"),
+    ):
         values.pop(name, None)
     if values.get("layer_types") is not None:
         values["layer_types"] = [values["layer_types"][index] for index in kept_layers]

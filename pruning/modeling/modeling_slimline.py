@@ -57,9 +57,19 @@ if not hasattr(PreTrainedConfig, "per_layer_config"):
 
 
 class _UnevenConfig:
-    """A config whose widths may differ between layers; goes before the stock config of the family."""
+    """A config whose widths may differ between layers; goes before the stock config of the family.
+
+    Read from the config as a whole, a width is the largest of any layer. Stock code asks so where only the width of a
+    head matters, which is the same in all layers and always explicit: the rotary tables of yarn, dynamic and longrope.
+    """
 
     _auto_class = "AutoConfig"
+
+    def __getattribute__(self: Any, key: str) -> Any:
+        overrides = super().__getattribute__("__dict__").get("_heterogeneity_spec")
+        if overrides is not None and key in overrides.per_layer_attributes:
+            return self._getattr_without_heterogeneous_validation(key)
+        return super().__getattribute__(key)
 
     def validate_architecture(self: Any) -> None:
         """Each layer's query heads must share its kv heads equally; called when a config is made and saved.

@@ -112,9 +112,12 @@ def test_tied_embeddings_stay_tied(tiny: Path, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert card.num_parameters == model.num_parameters()
-    # Some checkpoints store the tied head a second time: it counts once.
-    save_file({**tensors, "lm_head.weight": head}, tiny / "model.safetensors", {"format": "pt"})
+    # Some checkpoints store the tied head a second time: it counts once, as long as it is the same.
+    copy = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": copy}, tiny / "model.safetensors", {"format": "pt"})
     assert describe(at(tiny)).num_parameters == card.num_parameters
+    save_file({**tensors, "lm_head.weight": head}, tiny / "model.safetensors", {"format": "pt"})
+    assert describe(at(tiny)).num_parameters == card.num_parameters + head.numel()
 
 
 def test_a_pruned_checkpoint_keeps_its_files_but_no_other_weights(tiny: Path, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -17,10 +18,11 @@ from transformers.utils import logging as transformers_logging
 from pruning.checkpoint import load_checkpoint, load_plan, save_checkpoint
 from pruning.errors import PruningError
 from pruning.families import family_of, shapes
+from pruning.load_check import check_pruned
 from pruning.plan import PruningPlan
-from pruning.surgery import shrink_
+from pruning.surgery import mask_, shrink_
 from tests.pruning.test_surgery import SLIDING, generate, logits, plan_for
-from tests.tiny import FAMILIES, random_ids, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, ROPE_TYPES, random_ids, rope_model, tiny_model, tiny_tokenizer
 
 
 def shrunk(name: str, *, seed: int = 0, drop: int = 1, **config: object) -> tuple[PreTrainedModel, PruningPlan]:
@@ -43,6 +45,29 @@ def test_reloaded_model_is_the_same(name: str, tmp_path: Path) -> None:
     assert torch.equal(generate(loaded), generate(model))
     assert torch.equal(generate(loaded, use_cache=False), generate(model))
     assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "opt"])
+def test_rotary_tables_of_layers_with_uneven_heads(name: str, rope_type: str, tmp_path: Path) -> None:
+    model = rope_model(name, rope_type)
+    source, ids = tmp_path / "source", random_ids(model, length=20)
+    save_checkpoint(model, None, source)
+    plan = plan_for(model, seed=3)
+    masked = copy.deepcopy(model)
+    mask_(masked, plan)
+    shrink_(model, plan)
+    assert len({shape.num_heads for shape in shapes(model)}) > 1
+    save_checkpoint(model, None, tmp_path / "out", plan)
+    check_pruned(tmp_path / "out", source, plan)
+    loaded = load_checkpoint(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        torch.testing.assert_close(loaded(ids).logits, masked(ids).logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(generate(loaded), generate(model))
+    # libraries ask the config as a whole: then the answer is the largest, as for a cache that must hold every layer
+    assert loaded.config.num_attention_heads == max(shape.num_heads for shape in shapes(model))
+    assert loaded.config.head_dim == plan.head_dim
 
 
 def test_a_loaded_model_can_be_pruned_and_saved_again(tmp_path: Path) -> None:
@@ -119,8 +144,13 @@ for folder in map(Path, sys.argv[1:]):
 
 
 def test_a_fresh_process_without_slimline_loads_every_family(tmp_path: Path) -> None:
-    for name in FAMILIES:
-        model, plan = shrunk(name, **SLIDING.get(name, {}))
+    models = {name: shrunk(name, **SLIDING.get(name, {})) for name in FAMILIES}
+    for rope_type in ROPE_TYPES[1:]:
+        model = rope_model("llama", rope_type)
+        plan = plan_for(model)
+        shrink_(model, plan)
+        models[rope_type] = model, plan
+    for name, (model, plan) in models.items():
         save_checkpoint(model, tiny_tokenizer(), tmp_path / name)
         ids = random_ids(model)
         widths = [shape.intermediate_size for shape in plan.shapes]
@@ -129,7 +159,7 @@ def test_a_fresh_process_without_slimline_loads_every_family(tmp_path: Path) -> 
     elsewhere.mkdir()
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run(
-        [sys.executable, "-P", "-c", FRESH, *(str(tmp_path / name) for name in FAMILIES)],
+        [sys.executable, "-P", "-c", FRESH, *(str(tmp_path / name) for name in models)],
         cwd=elsewhere,
         env=environment | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
         check=True,

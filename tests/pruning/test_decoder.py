@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pruning.checkpoint import load_checkpoint, save_checkpoint
-from pruning.decoder import Decoder, ResidentDecoder, StreamedDecoder, meta_model
+from pruning.decoder import Decoder, ResidentDecoder, StreamedDecoder
 from pruning.divergence import final_stream
 from pruning.errors import PruningError
 from pruning.families import family_of, layer_cost, shapes
+from pruning.meta_model import meta_model
 from pruning.sequential import walk_layers
+from pruning.stored_tensors import StoredTensors
 from pruning.surgery import shrink_
 from tests.pruning.captured import CPU, in_bfloat16, logits, same_weights
 from tests.tiny import FAMILIES, random_ids, random_plan, tiny_model
@@ -199,15 +202,20 @@ def test_weights_of_other_names_are_neither_needed_nor_read(tmp_path: Path) -> N
     with (tmp_path / "original.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\0")
+    assert same_weights(StreamedDecoder(tmp_path).layer(0, DEVICE), family_of(model).layers(model)[0])
+
+
+def test_only_the_layer_that_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("mistral")
     read: list[str] = []
+    whole = StoredTensors.read
 
-    class Watched(StreamedDecoder):
-        def _read(self, names: set[str], rename: Any) -> dict[str, Tensor]:
-            read.extend(names)
-            return super()._read(names, rename)
+    def watched(stored: StoredTensors, names: Iterable[str]) -> dict[str, Tensor]:
+        read.extend(names := list(names))
+        return whole(stored, names)
 
-    watched = Watched(tmp_path)
-    watched.layer(0, DEVICE)
+    monkeypatch.setattr(StoredTensors, "read", watched)
+    StreamedDecoder(saved(model, tmp_path)).layer(0, DEVICE)
     assert sorted(read) == sorted(
         name for name in model.state_dict() if not name.startswith(("model.layers.1", "model.layers.2"))
     )

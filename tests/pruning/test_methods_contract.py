@@ -28,7 +28,7 @@ from pruning.sequential import WalkOptions
 from pruning.statistics import capture_statistics
 from pruning.surgery import mask_, shrink_
 from tests.pruning.captured import CPU, in_bfloat16, logits, outputs, prune_copy, same_weights, windows
-from tests.tiny import FAMILIES, random_ids, tiny_model
+from tests.tiny import FAMILIES, ROPE_TYPES, random_ids, rope_model, tiny_model
 
 METHODS = registry.available("pruning.methods")
 SPARSITY = 0.35
@@ -116,6 +116,26 @@ def test_save_load_equal_logits(method: str, family: str, outcomes: Any, tmp_pat
     save_checkpoint(result.shrunk, None, tmp_path, result.pruned.plan)
     assert load_plan(tmp_path) == result.pruned.plan
     assert torch.equal(probe(load_checkpoint(tmp_path)), probe(result.shrunk))
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+@pytest.mark.parametrize(("method", "family"), [(method, family) for method, family in CASES if family != "opt"])
+def test_every_type_of_rotary_positions(method: str, family: str, rope_type: str, tmp_path: Path) -> None:
+    """Some types compute their tables anew while the model runs: the checkpoint must know what they need."""
+    dense = rope_model(family, rope_type)
+    masked, pruned = run(method, dense, windows(dense), tmp_path)
+    shrunk = copy.deepcopy(masked)
+    shrink_(shrunk, pruned.plan)
+    assert len(set(pruned.plan.shapes)) > 1
+    save_checkpoint(shrunk, None, tmp_path / "saved", pruned.plan)
+    # longer than anything the models have seen: dynamic tables remember the longest
+    ids = random_ids(dense, 2, 26, seed=3)
+    expected = logits(masked, ids)
+    torch.testing.assert_close(logits(shrunk, ids), expected, atol=1e-5, rtol=1e-5)
+    loaded = load_checkpoint(tmp_path / "saved")
+    assert torch.equal(logits(loaded, ids), logits(shrunk, ids))
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert loaded.generate(ids[:, :14], **options).shape == (2, 18)
 
 
 @pytest.mark.parametrize(("method", "family"), CASES)

@@ -348,7 +348,7 @@ def arm(where: str) -> None:
     elif where == "when the first files are linked":
         streaming._link = when(lambda file, target: _third(file), streaming._link, die)
     elif where == "before the index is written":
-        streaming._write_index = die
+        streaming.write_index = die
     else:
         raise AssertionError(where)
 
