@@ -13,15 +13,17 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import pruning.splits
 import pruning.statistics  # noqa: F401  (methods import them when they are called: that, too, belongs before the clock)
+from pruning import streaming
+from pruning.load_check import check_pruned
 from pruning.methods import slimgpt
 from pruning.modeling import class_of
 from pruning.sequential import WalkOptions
-from pruning.streaming import prune_checkpoint
 from tests.bench.options import Windows
 from tests.bench.random_tokens import random_calibration
 
@@ -66,8 +68,17 @@ def main() -> None:
         sys.stdout.write(f"{share:.6f} {time.perf_counter() - start:.3f} {message}\n")
         sys.stdout.flush()
 
+    check: dict[str, float] = {}
+
+    def timed_check(*arguments: Any) -> None:
+        before, began = high_water_gib(), time.perf_counter()
+        check_pruned(*arguments)
+        check["check_seconds"] = time.perf_counter() - began
+        check["check_gib"] = high_water_gib() - before
+
+    streaming.check_pruned = timed_check
     tell(0.0, "start")
-    prune_checkpoint(
+    streaming.prune_checkpoint(
         Path(job.source),
         Path(job.out),
         slimgpt,
@@ -81,6 +92,7 @@ def main() -> None:
         "libraries_gib": libraries,
         "peak_gib": high_water_gib(),
         "seconds": time.perf_counter() - start,
+        **check,
     }
     sys.stdout.write(json.dumps(measured) + "\n")
 

@@ -35,6 +35,8 @@ class Run:
     libraries_gib: float
     peak_gib: float
     seconds: float
+    check_seconds: float
+    check_gib: float
 
     def at(self, share: float) -> float:
         """Seconds at which so much was done, between two reports by proportion."""
@@ -74,6 +76,8 @@ def run(materials: Materials, options: Options) -> Result:
         "stream_time_ratio_double_depth": deep.seconds / shallow.seconds,
         "stream_seconds": deep.seconds,
         "stream_layers": layers,
+        "stream_load_check_share": deep.check_seconds / deep.seconds,
+        "stream_load_check_gib": deep.check_gib,
     }
     shape = options.stream_shape
     how = protocol(

@@ -129,6 +129,8 @@ def test_stream(options: Options) -> None:
     assert figures["stream_model_gib"] > 4 * layer_bytes(SHAPE) / 2**30  # type: ignore[operator]
     assert 0 < figures["stream_libraries_gib"] <= figures["stream_peak_gib"]  # type: ignore[operator]
     assert figures["stream_seconds_per_layer_second_half"] > 0  # type: ignore[operator]
+    assert 0 < figures["stream_load_check_share"] < 1  # type: ignore[operator]
+    assert 0 <= figures["stream_load_check_gib"] < 0.1  # type: ignore[operator]
     assert figures["stream_resume_equal"] is True
     assert 0 < figures["stream_resume_layers_left"] <= options.kill_layers / 2  # type: ignore[operator]
 
