@@ -112,7 +112,8 @@ class ResultFiles:
     def listing(self) -> dict[str, str]:
         """The readable files: a stamp by the name below `folder`. A file that was written anew has another stamp.
 
-        The stamp does not trust clocks: a new file has an inode of its own while the one that it replaces exists.
+        The stamp does not trust dates, which a copy may keep: a new file has an inode of its own while the one that it
+        replaces exists, and one that is written over has another ctime.
         """
         return dict(file for file in self._stamps() if file not in self._problems)
 
@@ -144,7 +145,8 @@ class ResultFiles:
             for entry in self._entries(self.folder / kind.head):
                 with suppress(FileNotFoundError):
                     state = entry.stat()
-                    yield f"{kind.head}/{entry.name}", f"{state.st_size}-{state.st_mtime_ns}-{state.st_ino}"
+                    times = f"{state.st_mtime_ns}-{state.st_ctime_ns}"
+                    yield f"{kind.head}/{entry.name}", f"{state.st_size}-{times}-{state.st_ino}"
 
     def _entries(self, folder: Path) -> Iterator[os.DirEntry[str]]:
         try:

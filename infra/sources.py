@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from infra import hub
 from infra.containment import check_card, check_data_files, check_name, check_revision, is_repository_id
-from infra.errors import SourceMissing
+from infra.errors import SourceInvalid, SourceMissing
 from infra.fingerprints import fingerprint
 from infra.hub import RepoType
 from infra.offline import OfflineDefault
@@ -96,6 +96,19 @@ class Sources:
         if asked not in self._found:
             self._found[asked] = self._find(repo_id, repo_type, revision)
         return self._found[asked]
+
+    def require_unchanged(self, identities: Sequence[Mapping[str, str]]) -> None:
+        """Raise SourceInvalid if a folder that was found under one of them holds something else by now: what was read
+        of it meanwhile is not what the key says. Costs a look at each file's state."""
+        for located in self._found.values():
+            identity = vars(located).get("identity")  # of what was asked for it: others were not read
+            if located.folder is None or identity is None or identity not in identities:
+                continue
+            if fingerprint(located.folder, located.memo) != identity["content"]:
+                raise SourceInvalid(
+                    f"{located.repo_type} {located.repo_id} ({located.folder}) was changed while the run used it; run "
+                    "again, and it counts as what it is then"
+                )
 
     def texts(self, data: TextData) -> list[str]:
         """The texts of one column, in order; raises SourceMissing, or SourceInvalid naming what exists."""

@@ -53,6 +53,11 @@ class Request(BaseModel):
         values = (getattr(self, name) for name in type(self).model_fields)
         return tuple(value for value in values if isinstance(value, ArtifactRef))
 
+    @property
+    def origins(self) -> tuple[dict[str, str], ...]:
+        """Identities of the models and data sets that it reads from outside the store."""
+        return ()
+
 
 class ImportRequest(Request):
     """A model from the hub, a mirror or a folder as a local safetensors checkpoint."""
@@ -67,6 +72,11 @@ class ImportRequest(Request):
     """Left out of the key where it is false: then the checkpoint is what it was before there was this field."""
     model_id: str = Field(exclude=True)
     revision: str | None = Field(default=None, exclude=True)
+
+    @property
+    def origins(self) -> tuple[dict[str, str], ...]:
+        """The model."""
+        return (self.source,)
 
 
 class CalibrateRequest(Request):
@@ -91,6 +101,11 @@ class CalibrateRequest(Request):
     """Left out of the key like `rows` where it says nothing: keys of plain text are older than these two fields."""
     rows: Literal["documents", "lines"] = Field(default="documents", exclude_if=lambda rows: rows == "documents")
     data: CalibrationData = Field(exclude=True)
+
+    @property
+    def origins(self) -> tuple[dict[str, str], ...]:
+        """The texts."""
+        return (self.source,)
 
 
 class CaptureRequest(Request):
@@ -177,6 +192,11 @@ class RecoverRequest(_PluginRequest):
     checkpoint: ArtifactRef
     source: dict[str, str]
 
+    @property
+    def origins(self) -> tuple[dict[str, str], ...]:
+        """The records."""
+        return (self.source,)
+
 
 class EvaluateRequest(_PluginRequest):
     """One suite on one checkpoint."""
@@ -192,6 +212,11 @@ class EvaluateRequest(_PluginRequest):
     sources: tuple[dict[str, str], ...]
     """Identities of the data sets it reads, in the order in which the suite names them; of one that could not be found
     when the run began, {"missing": its id}: the stage fails, and is another one when the data set is there."""
+
+    @property
+    def origins(self) -> tuple[dict[str, str], ...]:
+        """Its data sets."""
+        return self.sources
 
 
 class ProfileRequest(Request):

@@ -193,6 +193,7 @@ def _make(request: Request, stage_name: str, workplace: Workplace, fill: Fill, p
         ) as folder,
     ):
         fill(request, Bench(workplace, folder, ref, place, progress))
+        workplace.sources.require_unchanged(request.origins)
     store.drop_scratch(ref)
 
 

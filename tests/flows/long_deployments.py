@@ -21,8 +21,6 @@ from pathlib import Path
 
 import pytest
 
-from flows.loading import load_spec
-from flows.story import tell
 from tests.flows.home import PROJECT, Home, stages_run
 from tests.flows.serving import Api, alive_in, free_port, started, wait_for
 from tests.flows.test_compress import mirror_of, spoil
@@ -78,12 +76,7 @@ def test_a_worker_runs_a_deployment_and_its_retry_runs_what_failed(
 ) -> None:
     mirror = mirror_of(offline_root, tmp_path / "mirror")
     overrides = [f"mirror={mirror}", "evals.1.limit=5"]
-    with smoke_copy.lived_in():  # fingerprints are remembered by size and time: the keys are those of the good files
-        from flows.compress import open_workplace
-
-        loaded = load_spec("smoke", overrides)
-        tell(loaded, open_workplace(loaded).sources, "cpu")
-    good = spoil(mirror / "baber/piqa")
+    good = spoil(mirror / "baber/piqa", smoke_copy)
     shutil.rmtree(smoke_copy.folder / "prefect-results")
     with server(Home(smoke_copy.folder), tmp_path / "server.log") as home:
         api, log = Api(home.api_url), tmp_path / "worker.log"

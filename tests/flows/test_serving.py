@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 from flows.errors import SpecError
-from flows.loading import load_spec
 from flows.outcome import RunResult
 from flows.serving import Timetable, serve_specs
-from flows.story import tell
 from tests.flows.home import Home, stages_run
 from tests.flows.serving import Api, alive_in, free_port, started, wait_for
 from tests.flows.test_compress import mirror_of, spoil
@@ -48,12 +46,7 @@ def test_a_schedule_fires_and_a_retry_runs_what_failed(
     home = Home(smoke_copy.folder)  # it has no server: one must be started
     mirror = mirror_of(offline_root, tmp_path / "mirror")
     overrides = [f"mirror={mirror}", "evals.1.limit=5"]
-    with home.lived_in():  # fingerprints are remembered by size and time: the keys are those of the good files
-        from flows.compress import open_workplace
-
-        loaded = load_spec(SMOKE, overrides)
-        tell(loaded, open_workplace(loaded).sources, "cpu")
-    good = spoil(mirror / "baber/piqa")
+    good = spoil(mirror / "baber/piqa", home)
     port, log = free_port(), tmp_path / "serve.log"
     api = Api(f"http://127.0.0.1:{port}/api")
     sets = [part for override in overrides for part in ("--set", override)]

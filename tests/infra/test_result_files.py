@@ -202,6 +202,19 @@ def test_a_clock_that_jumps_loses_nothing(store: ResultsStore, monkeypatch: pyte
         assert store.metrics() == (metric_row(value=value),)
 
 
+def test_a_file_that_is_written_over_with_its_date_kept_is_read_anew(
+    store: ResultsStore, other: ResultsStore, tmp_path: Path
+) -> None:
+    for each, value in ((store, 0.25), (other, 0.75)):
+        each.record(run_row(), metrics=[metric_row(value=value)])
+    file, state = store.export_file("r1"), store.export_file("r1").stat()
+    assert store.metrics() == (metric_row(value=0.25),)
+    file.write_bytes(other.export_file("r1").read_bytes())  # as rsync --inplace does
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_ino) == (state.st_size, state.st_ino)
+    assert store.metrics() == (metric_row(value=0.75),)
+
+
 def test_a_file_goes_from_store_to_store(store: ResultsStore, other: ResultsStore, tmp_path: Path) -> None:
     store.record(run_row(), [stage_row()], [metric_row()], [layer_row()])
     carried = shutil.copyfile(store.export_file("r1"), tmp_path / "carried")

@@ -112,25 +112,6 @@ def test_fingerprint_depends_on_names_and_contents_only(tmp_path: Path) -> None:
     assert fingerprint(one) != original
 
 
-def test_fingerprint_memo_saves_reading_and_is_never_wrong(tmp_path: Path) -> None:
-    folder, memo = put(tmp_path / "one", a="1"), tmp_path / "memo.json"
-    os.utime(folder / "a", (1_000, 1_000))
-    first = fingerprint(folder, memo)
-    assert str(folder / "a") in json.loads(memo.read_text())
-    memo.write_text(memo.read_text().replace(json.loads(memo.read_text())[str(folder / "a")][2], "0" * 64))
-    assert fingerprint(folder, memo) != first  # it was the memo that answered
-    put(folder, a="2")
-    assert fingerprint(folder, memo) == fingerprint(folder)
-    memo.write_text("broken")
-    assert fingerprint(folder, memo) == fingerprint(folder)
-
-
-def test_fresh_files_are_not_remembered(tmp_path: Path) -> None:
-    folder, memo = put(tmp_path / "one", a="1"), tmp_path / "memo.json"
-    fingerprint(folder, memo)
-    assert not memo.exists()
-
-
 def test_text_data_refuses_unknown_fields() -> None:
     with pytest.raises(ValidationError, match="splitt"):
         TextData.model_validate({"dataset": "x", "splitt": "train"})

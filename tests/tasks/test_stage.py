@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,12 @@ import torch
 from pydantic import ValidationError
 
 from infra.artifacts import ArtifactRef
+from infra.errors import SourceInvalid
 from infra.settings import Settings
 from infra.sources import Sources
 from tasks import loaded, stage
 from tasks.devices import DevicePool, Placement
-from tasks.requests import CaptureRequest
+from tasks.requests import CaptureRequest, ImportRequest
 from tasks.stage import Bench, Devices, Made, Workplace, run_stage
 from tests.tiny import tiny_model
 
@@ -79,6 +80,27 @@ def test_what_the_store_has_is_found(workplace: Workplace) -> None:
     second = run_stage(REQUEST, "capture", workplace, None, devices="none")
     assert (first.found, second.found) == (False, True)
     assert second.seconds == pytest.approx(first.seconds, abs=0.1)
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_what_was_changed_while_a_stage_read_it_is_not_kept(
+    changed: bool, workplace: Workplace, tmp_path: Path
+) -> None:
+    """The key was made of what the folder held when the run began."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    located = workplace.sources.find(str(weights.parent), "model")
+    request = ImportRequest(source=located.identity, dtype="auto", model_id=str(weights.parent))
+
+    def fill(request: ImportRequest, bench: Bench) -> None:
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= changed
+        weights.write_bytes(content)
+        (bench.folder / "model.safetensors").write_bytes(content)
+
+    with pytest.raises(SourceInvalid, match="was changed while the run used it") if changed else nullcontext():
+        run_stage(request, "import-model", workplace, fill, devices="none")
+    assert workplace.store.has(request.ref) is not changed
 
 
 def test_two_threads_make_it_once(workplace: Workplace) -> None:
