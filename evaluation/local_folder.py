@@ -173,8 +173,9 @@ def _text(file: Path) -> str:
 def _mapping(text: str, file: Path) -> dict[str, Any]:
     try:
         found = load_yaml(text)
-    except yaml.YAMLError as error:
-        raise EvaluationError(f"{file} begins with YAML that cannot be read: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:  # a date such as 2024-13-45 is no YAMLError
+        words = " ".join(str(error).split())
+        raise EvaluationError(f"{file} begins with YAML that cannot be read: {words}") from error
     return found if isinstance(found, dict) else {}
 
 

@@ -13,10 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import yaml
-
-from flows.errors import SpecError
-from flows.loading import find_spec, shipped_nights, shipped_specs
+from flows.loading import find_spec, read_raw, shipped_nights, shipped_specs
 from infra.secrets import has_password, place_of_secret, redacted
 from infra.settings import Settings
 
@@ -94,11 +91,7 @@ def _code_allowed(environment: Mapping[str, str]) -> Iterator[str]:
 def _secrets_in_specs(specs: Sequence[str]) -> Iterator[str]:
     paths = {*shipped_specs().values(), *shipped_nights().values(), *(find_spec(name) for name in specs)}
     for path in sorted(paths):
-        try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SpecError(f"{path} cannot be read as YAML: {redacted(str(error).splitlines()[0])}") from error
-        place = place_of_secret(raw)
+        place = place_of_secret(read_raw(path))
         if place is not None:
             yield f"{path}: {place} holds a token or password; take it out and have a new one made"
 

@@ -13,8 +13,10 @@ from flows.errors import SpecError
 from flows.messages import first_problem
 from flows.night_spec import NightSpec
 from flows.spec import RunSpec
+from infra.errors import YamlInvalid
 from infra.registry import near
-from infra.secrets import secrets_kept
+from infra.secrets import redacted, secrets_kept
+from infra.strict_yaml import load_yaml
 
 SHIPPED = Path(__file__).parent / "specs"
 
@@ -100,25 +102,19 @@ def _find(name_or_path: str, shipped: dict[str, Path], noun: str) -> Path:
     raise SpecError(f"there is no {noun} file {name_or_path!r}{hint}; shipped {noun}s: {', '.join(shipped)}")
 
 
-class _SpecLoader(yaml.SafeLoader):
-    """YAML in which `on`, a key of ours, is a word: to YAML 1.1 a bare `on` is true. Pydantic knows yes, no and off."""
-
-
-_SpecLoader.yaml_implicit_resolvers = {
-    first: [(tag, words) for tag, words in resolvers if first in "tTfF" or not tag.endswith(":bool")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+def read_raw(path: Path) -> Any:
+    """What a spec's file says, whether it makes a spec or not. Raises SpecError."""
+    try:
+        return load_yaml(path.read_bytes())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} cannot be read: {redacted(str(error))}") from error
+    except YamlInvalid as error:
+        line = f" (line {error.line})" if error.line else ""
+        raise SpecError(f"{path}{line} is not valid YAML: {redacted(str(error))}") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_SpecLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark else ""
-        raise SpecError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    raw = read_raw(path)
     if not isinstance(raw, dict):
         raise SpecError(f"{path} holds no mapping; a spec has keys such as name, model, calibration, steps, evals")
     return raw
@@ -131,9 +127,9 @@ def _apply_(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise SpecError(f"--set {override!r} is not of the form a.b.c=value, e.g. --set steps.0.sparsity=0.5")
     try:
-        value = yaml.load(text, Loader=_SpecLoader)
-    except yaml.YAMLError as error:
-        raise SpecError(f"--set {override!r}: the value is not valid YAML") from error
+        value = load_yaml(text)
+    except YamlInvalid as error:
+        raise SpecError(f"--set {override!r}: the value is not valid YAML: {error}") from error
     place: Any = raw
     for key in keys[:-1]:
         if isinstance(place, dict) and place.get(key) is None:

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
-from infra.errors import SourceInvalid
+from infra.errors import SourceInvalid, YamlInvalid
+from infra.strict_yaml import load_yaml
 
 #: owner/name or name, as on the hub
 _ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
@@ -79,9 +78,12 @@ def _promised_files(file: Path, repo_id: str) -> Iterator[str]:
     parts = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
     header = parts[1] if file.suffix == ".md" and len(parts) == 3 else "" if file.suffix == ".md" else text
     try:
-        card = yaml.safe_load(header)
-    except yaml.YAMLError as error:
-        raise SourceInvalid(f"{file.name} of {repo_id} begins with YAML that cannot be read; fetch it again") from error
+        card = load_yaml(header)
+    except YamlInvalid as error:
+        line = f" (line {error.line})" if error.line else ""
+        raise SourceInvalid(
+            f"{file.name} of {repo_id} begins with YAML that cannot be read{line}: {error}; mend it or fetch it again"
+        ) from error
     configs = card.get("configs") if isinstance(card, dict) else None
     for config in configs if isinstance(configs, list) else ():
         if isinstance(config, dict):

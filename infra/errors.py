@@ -23,6 +23,17 @@ class ArtifactMissing(InfraError):
     """The store has no complete artifact under that reference."""
 
 
+class YamlInvalid(InfraError):
+    """A text is no YAML, or says something twice. line: where, counted from 1, if that is known."""
+
+    def __init__(self, problem: str, line: int | None) -> None:
+        super().__init__(problem)
+        self.line = line
+
+    def __reduce__(self) -> tuple[type[YamlInvalid], tuple[str, int | None]]:
+        return type(self), (str(self), self.line)
+
+
 class DiskFull(InfraError):
     """The device ran out of space while an artifact was written, or has too little left to begin."""
 

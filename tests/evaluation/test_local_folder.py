@@ -164,6 +164,7 @@ def test_the_files_of_another_configuration_are_not_read(tmp_path: Path, header:
     ("text", "sentence"),
     [
         ("---\nconfigs: [{\n---\n", "begins with YAML that cannot be read"),
+        ("---\nsince: 2024-13-45\n---\n", "begins with YAML that cannot be read: month must be"),
         ("---\nconfigs: [{data_files: x}]\n---\n", "config_name"),
         ("---\nconfigs: 3\n---\n", "config_name"),
         ("---\nconfigs: [{config_name: one, data_files: [{split: test}]}]\n---", "data_files"),

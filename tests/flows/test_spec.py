@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import yaml
 
 from flows.errors import SpecError
-from flows.loading import dump_spec, load_spec, parse_spec, shipped_specs
+from flows.exposures import exposures
+from flows.loading import dump_spec, load_night, load_spec, parse_spec, shipped_specs
+from infra.settings import Settings
 
 
 def refused(*overrides: str, spec: str = "smoke") -> str:
@@ -278,6 +281,35 @@ def test_a_bad_file_is_refused_with_its_name(content: str, sentence: str, tmp_pa
     message = refused(spec=path)
     assert path in message
     assert sentence in message
+
+
+TWICE = "name: x\nmodel: {id: a/b}\nsteps: []\nevals: []\nsteps: [{recovery: lora}]\n"
+
+
+def test_a_key_that_is_there_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    path = written(tmp_path, TWICE)
+    sentence = f"{path} (line 5) is not valid YAML: the key 'steps' is there twice, in line 3 and in line 5; take one"
+    assert sentence in refused(spec=path)
+    with pytest.raises(SpecError, match=re.escape(sentence)):
+        load_night(path)
+    with pytest.raises(SpecError, match=re.escape(sentence)):
+        list(exposures(Settings(home=tmp_path), [path]))
+    message = refused("steps.0={recovery: lora, rank: 4, rank: 8}")
+    assert "the value is not valid YAML: the key 'rank' is there twice, in line 1" in message
+
+
+def test_numbers_are_what_they_look_like(tmp_path: Path) -> None:
+    """YAML 1.1 reads 010 as eight and 1e-1 as a word."""
+    path = written(
+        tmp_path,
+        "name: 2024-01-01\nmodel: {id: a/b, revision: 0123456}\n"
+        "calibration: {data: c4, num_samples: 010, seed: 0123}\nsteps: [{method: slimgpt, sparsity: [1e-1, 2e-1]}]\n",
+    )
+    spec = load_spec(path)
+    assert (spec.name, spec.model.revision) == ("2024-01-01", "0123456")
+    assert spec.calibration is not None
+    assert (spec.calibration.num_samples, spec.calibration.seed) == (10, 123)
+    assert [made.name for made in spec.derivations] == ["slimgpt-10", "slimgpt-20"]
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:

@@ -109,6 +109,17 @@ def test_an_ordinary_readme_is_read(sources: Sources, mirror: Path) -> None:
     assert sources.texts(TextData(dataset="owner/texts")) == ["public"]
 
 
+def test_a_readme_that_says_its_files_twice_is_refused(sources: Sources, mirror: Path) -> None:
+    """`datasets` takes the last and says nothing."""
+    card = "---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n  data_files: other.jsonl\n---\n"
+    (mirror / "owner/texts/README.md").write_text(card)
+    sentence = (
+        r"README\.md of owner/texts begins with YAML that cannot be read \(line 5\): the key 'data_files' is there"
+    )
+    with pytest.raises(SourceInvalid, match=f"{sentence} twice, in line 4 and in line 5; take one of them out"):
+        sources.texts(TextData(dataset="owner/texts"))
+
+
 def test_a_mirror_may_be_made_of_links_and_their_content_counts(sources: Sources, mirror: Path) -> None:
     (mirror / "owner/linked").symlink_to(mirror.parent / "folder")
     (mirror / "owner/file").mkdir()
