@@ -111,7 +111,7 @@ def open_workplace(spec: RunSpec) -> Workplace:
     """Settings and sources for a spec, from the environment of this process."""
     settle_bars()
     settings = load_settings()
-    return Workplace(settings, sources_from(spec.mirror, settings))
+    return Workplace(settings, sources_from(spec.mirror, settings, start=spec.folder))
 
 
 def _finish(story: Story, outcomes: Sequence[StageOutcome], workplace: Workplace, started_at: datetime) -> RunResult:

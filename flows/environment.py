@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from infra.secrets import keep_secrets_out_of_logs
-from infra.settings import Settings, load_settings
+from infra.settings import PREFIX, Settings, absolute_mirror, load_settings
 
 _DEFAULTS = {
     # a first start creates Prefect's database; twenty seconds, the default, is not always enough
@@ -37,10 +37,19 @@ def prepare_environment(settings: Settings) -> None:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_LOCAL_STORAGE_PATH", str(settings.home / "prefect-results"))
+    write_out_paths(settings)
     if not sys.stderr.isatty():  # libraries draw their bars even into log files; ours look first
         os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     atexit.register(_silence_interpreter_exit)
+
+
+def write_out_paths(settings: Settings) -> None:
+    """Make relative paths in our own variables absolute, for children that start in other folders."""
+    for name in ("home", "results_db", "results_folder", "mirror"):
+        variable, value = f"{PREFIX}{name.upper()}", getattr(settings, name)
+        if os.environ.get(variable) and value is not None:
+            os.environ[variable] = absolute_mirror(value) if name == "mirror" else str(value)
 
 
 def entered_by_prefect() -> bool:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from flows.errors import SpecError
 from flows.messages import first_problem
 from flows.night_spec import NightSpec
+from flows.places import anchored
 from flows.spec import RunSpec
 from infra.errors import YamlInvalid
 from infra.registry import near
@@ -32,7 +33,8 @@ def shipped_nights() -> dict[str, Path]:
 
 
 def load_spec(name_or_path: str, overrides: Sequence[str] = ()) -> RunSpec:
-    """Read a spec and apply overrides such as "steps.0.sparsity=0.5"; values are YAML.
+    """Read a spec and apply overrides such as "steps.0.sparsity=0.5"; values are YAML. Its relative paths start in the
+    current folder, which the spec that is returned names.
 
     Raises SpecError with one sentence: no such spec, not YAML, unknown key (and the nearest known), value out of range.
     """
@@ -41,7 +43,7 @@ def load_spec(name_or_path: str, overrides: Sequence[str] = ()) -> RunSpec:
         raise SpecError(
             f"{name_or_path} is a night, since it has a `matrix`; run it with: slimline nightly {name_or_path}"
         )
-    return parse_spec(raw, source=str(name_or_path))
+    return anchored(parse_spec(raw, source=str(name_or_path)))
 
 
 def load_night(name_or_path: str, overrides: Sequence[str] = ()) -> NightSpec:
@@ -49,7 +51,7 @@ def load_night(name_or_path: str, overrides: Sequence[str] = ()) -> NightSpec:
     raw = _read(name_or_path, overrides, shipped_nights(), "night")
     if "matrix" not in raw:
         raise SpecError(f"{name_or_path} has no `matrix`, so it is no night; run it with: slimline run {name_or_path}")
-    return parse_night(raw, source=str(name_or_path))
+    return anchored(parse_night(raw, source=str(name_or_path)))
 
 
 def find_spec(name_or_path: str) -> Path:

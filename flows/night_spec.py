@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, JsonValue, ValidationError, model_v
 
 from flows.entries import NAME, SpecPart
 from flows.messages import first_problem
+from flows.places import StartFolder
 from flows.refusals import refuse_unsafe
 from flows.spec import CalibrationSpec, EvalSpec, ModelSpec, ProfileSpec, RunSpec
 from flows.steps import percent
@@ -155,6 +156,7 @@ class NightSpec(SpecPart):
     name: str = Field(pattern=NAME)
     description: str = ""
     mirror: str | tuple[str, ...] | None = None
+    folder: StartFolder | None = Field(default=None, exclude_if=lambda folder: folder is None)
     calibration: CalibrationSpec
     matrix: Matrix
     evals: tuple[EvalSpec, ...] = ()
@@ -182,6 +184,7 @@ class NightSpec(SpecPart):
                 "name": f"{self.name}-{name}",
                 "model": self.matrix.models[model],
                 "mirror": self.mirror,
+                "folder": self.folder,
                 "calibration": self.calibration,
                 "steps": steps,
                 "evals": self.evals,

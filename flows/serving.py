@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import multiprocessing
 import os
@@ -79,19 +80,27 @@ def serve_specs(
     """
     if name is not None and len(specs) > 1:
         raise SpecError(f"--name {name!r} is one name for {len(specs)} specs; leave it out and each has its spec's")
-    for spec in specs:
-        load = load_night if is_night(spec) else load_spec
-        load(spec, overrides)
+    anchors = [_anchor(spec, overrides) for spec in specs]
     signal.signal(signal.SIGTERM, _end_on_signal)
     with _server(prefect_port) as url:
         from flows.automations import ensure_zombie_automation
 
-        deployments = [_deployment(spec, timetable, overrides, name=name, paused=paused) for spec in specs]
+        deployments = [
+            _deployment(spec, timetable, [*overrides, *anchor], name=name, paused=paused)
+            for spec, anchor in zip(specs, anchors, strict=True)
+        ]
         ensure_zombie_automation()
         for deployment in deployments:
             log.info("serving %s/%s", deployment.flow_name, deployment.name)
         log.info("Prefect: %s; Ctrl-C ends the serving", url.removesuffix("/api"))
         _run(deployments, limit)
+
+
+def _anchor(spec: str, overrides: Sequence[str]) -> list[str]:
+    """An override that says where relative paths of a spec start, if it has some: a flow run starts in whatever folder
+    its process was given. Raises SpecError if the spec cannot be used."""
+    folder = (load_night if is_night(spec) else load_spec)(spec, overrides).folder
+    return [] if folder is None else [f"folder={json.dumps(folder)}"]
 
 
 def _run(deployments: Sequence[RunnerDeployment], limit: int) -> None:
@@ -131,7 +140,6 @@ def _deployment(
         name=name or path.stem,
         schedules=timetable.schedules,
         paused=paused,
-        # a flow run starts in whatever folder its process was given
         parameters={"spec": str(path.absolute()) if path.is_file() else spec, "overrides": list(overrides)},
         tags=["slimline"],
     )

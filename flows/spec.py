@@ -11,6 +11,7 @@ from evaluation.profile_config import ProfileConfig
 from flows.branches import DENSE, Derivation, derive
 from flows.entries import NAME, NAME_OR_DEFAULT, PluginEntry, SpecPart
 from flows.messages import first_problem
+from flows.places import StartFolder
 from flows.refusals import refuse_unsafe
 from flows.steps import PruneStep, Step
 from infra import registry
@@ -113,6 +114,8 @@ class RunSpec(SpecPart):
     mirror: str | tuple[str, ...] | None = None
     """Where models and data come from: folders laid out <folder>/<owner>/<name>, and the words "offline" and "hub".
     Default: SLIMLINE_MIRROR, else the hub. Not part of any cache key: content is."""
+    folder: StartFolder | None = Field(default=None, exclude_if=lambda folder: folder is None)
+    """Where relative paths start, noted when a spec that has some is read. Not part of any cache key either."""
     calibration: CalibrationSpec | None = None
     steps: tuple[Step, ...] = ()
     evals: tuple[EvalSpec, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,8 @@ from infra.errors import SettingsInvalid
 from infra.registry import near
 
 PREFIX = "SLIMLINE_"
+OFFLINE_WORD = "offline"
+HUB_WORD = "hub"
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +84,23 @@ class Settings(BaseSettings):
     def offline_root(self) -> Path:
         """The mirror that the offline default builds for itself."""
         return self.home / "offline"
+
+
+def mirror_entries(mirror: str | Sequence[str]) -> list[str]:
+    """The entries of a mirror setting: folders and words."""
+    entries = mirror.split(os.pathsep) if isinstance(mirror, str) else mirror
+    return [entry for entry in entries if entry]
+
+
+def mirror_folders(mirror: str | Sequence[str]) -> list[str]:
+    """Those of the entries that are folders."""
+    return [entry for entry in mirror_entries(mirror) if entry not in (OFFLINE_WORD, HUB_WORD)]
+
+
+def absolute_mirror(mirror: str) -> str:
+    """The setting with relative folders made absolute."""
+    folders = {entry: os.path.abspath(os.path.expanduser(entry)) for entry in mirror_folders(mirror)}
+    return os.pathsep.join(folders.get(entry, entry) for entry in mirror_entries(mirror))
 
 
 def load_settings() -> Settings:

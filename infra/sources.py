@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
@@ -21,14 +20,10 @@ from infra.errors import SourceInvalid, SourceMissing
 from infra.fingerprints import fingerprint
 from infra.hub import RepoType
 from infra.offline import OfflineDefault
-
-if TYPE_CHECKING:
-    from infra.settings import Settings
+from infra.settings import HUB_WORD, OFFLINE_WORD, Settings, mirror_entries, mirror_folders
 
 __all__ = ["Located", "RepoType", "Sources", "TextData", "fingerprint", "sources_from"]
 
-OFFLINE_WORD = "offline"
-HUB_WORD = "hub"
 LOCAL_PATH = "local path"
 
 
@@ -77,14 +72,24 @@ class Located:
 class Sources:
     """Finds repositories in this order: an existing local path, the mirrors, the offline default, the hub if allowed.
 
-    `home` holds small caches (content hashes, names for `datasets`). Construction touches neither disk nor network.
+    `home` holds small caches (content hashes, names for `datasets`). start: where relative paths start, by default the
+    current folder. Construction touches neither disk nor network.
     """
 
-    def __init__(self, mirrors: tuple[Path, ...], offline: OfflineDefault | None, hub: bool, *, home: Path) -> None:
+    def __init__(
+        self,
+        mirrors: tuple[Path, ...],
+        offline: OfflineDefault | None,
+        hub: bool,
+        *,
+        home: Path,
+        start: str | None = None,
+    ) -> None:
         self.mirrors = mirrors
         self.offline = offline
         self.hub = hub
         self.home = home
+        self.start = start
         self._found: dict[tuple[str, str, str | None], Located] = {}
 
     def find(self, repo_id: str, repo_type: RepoType, *, revision: str | None = None) -> Located:
@@ -150,12 +155,14 @@ class Sources:
 
     def _find(self, repo_id: str, repo_type: RepoType, revision: str | None) -> Located:
         memo = self.home / "cache" / "fingerprints.json"
-        path = Path(os.path.expanduser(repo_id))
+        path = Path(self.start or "", os.path.expanduser(repo_id))
         if os.path.exists(path):  # unlike Path.exists it also takes what no path can be
             return Located(repo_id, repo_type, path.absolute(), None, LOCAL_PATH, memo)
         if repo_id.startswith((".", "/", "~")):
+            where = f" in {self.start}" if self.start is not None and repo_id.startswith(".") else ""
             raise SourceMissing(
-                f"{repo_type} path {repo_id} does not exist; give an existing folder or file, or a hub id (owner/name)"
+                f"{repo_type} path {repo_id} does not exist{where}; give an existing folder or file, or a hub id "
+                "(owner/name)"
             )
         try:
             check_revision(revision)
@@ -194,23 +201,24 @@ class Sources:
         return f"{repo_type} {repo_id!r} was not found: {places}{answer}. Ways out: {numbered}"
 
 
-def sources_from(mirror: str | Sequence[str] | None, settings: Settings) -> Sources:
+def sources_from(mirror: str | Sequence[str] | None, settings: Settings, *, start: str | None = None) -> Sources:
     """Sources as the spec's `mirror` asks, else SLIMLINE_MIRROR, else the hub alone.
 
     Entries are folders laid out <folder>/<owner>/<name>, or the words "offline" and "hub"; a string may join several
-    with os.pathsep. Only what is named is used. Raises SourceMissing for a folder that does not exist.
+    with os.pathsep. Only what is named is used. start: where the spec's relative paths start, by default the current
+    folder. Raises SourceMissing for a folder that does not exist.
     """
     asked = settings.mirror if mirror is None else mirror
-    entries = asked.split(os.pathsep) if isinstance(asked, str) else list(asked or (HUB_WORD,))
-    entries = [entry for entry in entries if entry] or [HUB_WORD]
-    folders = tuple(Path(entry).expanduser().absolute() for entry in entries if entry not in (OFFLINE_WORD, HUB_WORD))
+    from_here = Path(start or "") if mirror is not None else Path()
+    folders = tuple((from_here / os.path.expanduser(entry)).absolute() for entry in mirror_folders(asked or ()))
     for folder in folders:
         if not folder.is_dir():
             raise SourceMissing(
                 f"mirror folder {folder} does not exist; a mirror is a folder, or one of the words 'offline' and 'hub'"
             )
-    offline = OfflineDefault(settings.offline_root) if OFFLINE_WORD in entries else None
-    return Sources(folders, offline, HUB_WORD in entries, home=settings.home)
+    words = set(mirror_entries(asked or ())) or {HUB_WORD}
+    offline = OfflineDefault(settings.offline_root) if OFFLINE_WORD in words else None
+    return Sources(folders, offline, HUB_WORD in words, home=settings.home, start=start)
 
 
 def named_by_content(located: Located, home: Path) -> Path:

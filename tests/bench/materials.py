@@ -17,8 +17,8 @@ from evaluation.suite import Means, SuiteConfig, SuiteResult
 from evaluation.windows import WindowProtocol
 from infra.errors import SourceInvalid, SourceMissing
 from infra.models import import_model, load_tokenizer
-from infra.settings import load_settings
-from infra.sources import OFFLINE_WORD, Sources, TextData, sources_from
+from infra.settings import OFFLINE_WORD, load_settings
+from infra.sources import Sources, TextData, sources_from
 from pruning.calibration import CalibrationSet, sample_windows
 from pruning.checkpoint import load_checkpoint
 from tasks.evaluate import SuiteSources
