@@ -208,7 +208,7 @@ def _load(scratch: Path, run: TaskRun, data: SuiteData, progress: Progress) -> d
         # Data loading fails in as many ways as there are file formats and networks; the user needs one sentence.
         except Exception as error:
             places = _places(name, run, data)
-            raise EvaluationError(f"the data of task '{name}' could not be loaded ({places}): {error}") from error
+            raise EvaluationError(f"the data of task '{name}' could not be loaded ({places}): {_why(error)}") from error
         for kind, found in part.items():
             loaded[kind].update(found)
     for task in loaded["tasks"].values():
@@ -217,6 +217,13 @@ def _load(scratch: Path, run: TaskRun, data: SuiteData, progress: Progress) -> d
             task.set_config(key="num_fewshot", value=run.num_fewshot)
         task.set_fewshot_seed(seed=run.seed)
     return loaded
+
+
+def _why(error: BaseException) -> str:
+    """The last cause: the errors of `datasets` on the way to it only say that there was one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__
 
 
 def _places(name: str, run: TaskRun, data: SuiteData) -> str:

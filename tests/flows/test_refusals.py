@@ -81,13 +81,19 @@ def test_calibration_data_that_cannot_be_read_is_known_before_any_work(
     assert not home.settings.results_path.exists()
 
 
-def test_no_training_records(smoke_copy: Home) -> None:
-    message, result = failed(
-        smoke_copy, "steps=[{recovery: lora, data: {dataset: slimline/instructions, output: answers}}]"
-    )
-    assert "answers" in message
-    assert "output" in message
-    assert [stage.status for stage in result.stages] == ["cached", "failed"]
+def test_training_records_that_cannot_be_read_are_known_before_any_pruning(
+    home: Home, filled: list[str], tmp_path: Path
+) -> None:
+    lora = "steps=[{{method: slimgpt, sparsity: 0.2}}, {{recovery: lora, data: {}}}]"
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"instruction": "a", "input": "", "output": "b"}\n{"instruction": ', encoding="utf-8")
+    for data, sentence in (
+        ("{dataset: slimline/instructions, output: answers}", "slimline/instructions has no column 'answers'"),
+        (f"{{dataset: {broken}}}", f"{broken} cannot be read: line 2 is no JSON"),
+    ):
+        with pytest.raises(SourceInvalid, match=sentence):
+            home.run("smoke", ["evals=[]", "profile=null", lora.format(data)])
+    assert filled == []
 
 
 def test_results_that_cannot_be_written_leave_the_stages_done(smoke_copy: Home, filled: list[str]) -> None:

@@ -143,9 +143,8 @@ def test_single_files(tmp_path: Path, settings: Settings, name: str) -> None:
 
 def test_text_file_is_one_text(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    (tmp_path / "empty.txt").write_text("")
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress("один\n".encode()))
-    for name, text in (("a.txt", "one\n\ntwo\n"), ("empty.txt", ""), ("a.txt.gz", "один\n")):
+    for name, text in (("a.txt", "one\n\ntwo\n"), ("a.txt.gz", "один\n")):
         data = TextData(dataset=str(tmp_path / name))
         sources_from(None, settings).check_columns(data, ("text",))
         assert sources_from(None, settings).texts(data) == [text]
