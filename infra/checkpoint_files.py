@@ -10,6 +10,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from infra.baichuan import is_baichuan, llama_config
 from infra.errors import SourceInvalid
 from infra.foreign_code import NOTE
 from infra.gguf_header import read_gguf_header
+from infra.vocabulary import added_beyond, writes
 
 INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
@@ -78,13 +80,13 @@ def card_of_folder(folder: Path) -> ModelCard:
 
 
 def _has_chat_template(folder: Path) -> bool:
-    """A file of its own, or a key of the tokenizer's configuration: as transformers looks for it."""
-    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
-        return True
-    try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template"))
-    except (OSError, ValueError, AttributeError):
-        return False
+    """A file of its own, or a key of the tokenizer's configuration: as transformers looks for it. One that writes
+    tokens without an embedding is left out when the model is imported."""
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in sorted(folder.glob("chat_template.j*"))]
+    with suppress(OSError, ValueError, AttributeError):
+        texts.append(json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template") or "")
+    beyond = added_beyond(folder, read_config(folder).get("vocab_size")) if any(texts) else {}
+    return any(texts) and not any(writes(text, beyond) for text in texts)
 
 
 def card_of_config(
