@@ -8,9 +8,11 @@ becomes tables is given.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import logging
+import lzma
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +35,7 @@ _LOOKED_THROUGH = 64 * 2**20
 """Bytes of a damaged file in which the broken line is searched."""
 
 _SHORT = 80
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 @dataclass(frozen=True)
@@ -230,13 +233,14 @@ def _short(kind: pa.DataType) -> str:
 def _broken_line(name: str) -> str | None:
     """Which line of a local text file is the broken one and why; None if that is not found soon."""
     path = Path(name)
-    kind = Path(path.name.removesuffix(".gz")).suffix
+    opened = _OPENERS.get(path.suffix)
+    kind = path.suffix if opened is None else path.with_suffix("").suffix
     if kind not in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt") or not path.is_file():
         return None
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+        with opened(path) if opened else path.open("rb") as stream:
             return _fault_in(stream.read(_LOOKED_THROUGH), is_json="json" in kind)
-    except (OSError, EOFError, ValueError):  # damaged as a whole
+    except (OSError, EOFError, ValueError, lzma.LZMAError):  # damaged as a whole
         return None
 
 

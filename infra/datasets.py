@@ -29,11 +29,13 @@ _BUILDERS = {
     ".json": "json",
     ".csv": "csv",
     ".parquet": "parquet",
+    ".ndjson": "json",
     ".arrow": "arrow",
 }
 
 #: a file without rows has no batch size of its own
 _BY_ITSELF = {"parquet": {"batch_size": 10_000}}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _DATA = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 #: what lies beside data without being data
 _NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json")
@@ -45,7 +47,7 @@ _FAILURES = (
     StopIteration,
     NotImplementedError,
     zlib.error,
-    datasets.exceptions.DatasetGenerationError,
+    datasets.exceptions.DatasetsError,
 )
 
 
@@ -67,7 +69,14 @@ def load(located: Located, config: str | None, split: str, data_files: str | Non
     if "data_files" in where:
         where["verification_mode"] = VerificationMode.NO_CHECKS
     with explained(located, config, split, home, named=data_files is not None):
-        return cast(Dataset, datasets.load_dataset(**where, split=split))
+        try:
+            return cast(Dataset, datasets.load_dataset(**where, split=split))
+        except datasets.exceptions.SplitsVerificationError:
+            say_once(
+                f"{located.repo_id} does not have the splits and rows that its README promises; what is there is read"
+            )
+            where["verification_mode"] = VerificationMode.NO_CHECKS
+            return cast(Dataset, datasets.load_dataset(**where, split=split))
 
 
 def files_of(located: Located, config: str | None, split: str, data_files: str | None, *, home: Path) -> DataFiles:
@@ -165,7 +174,8 @@ def _where(located: Located, config: str | None, split: str, data_files: str | N
     builder = _BUILDERS.get(_kind(pattern))
     if builder is None:
         file = data_files or located.repo_id
-        raise SourceInvalid(f"{file} is no text data: known are {', '.join(_BUILDERS)} (each also as .gz)")
+        also = ", ".join(_COMPRESSED)
+        raise SourceInvalid(f"{file} is no text data: known are {', '.join(_BUILDERS)} (each also as {also})")
     # The bare builder, not the repository: a README that promises other splits makes `datasets` refuse a single shard.
     return {
         "path": builder,
@@ -197,7 +207,8 @@ def _cache(located: Located, home: Path) -> str | None:
 
 
 def _kind(file: str) -> str:
-    return Path(file.removesuffix(".gz")).suffix
+    path = Path(file)
+    return (path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix
 
 
 def _check_file(located: Located, config: str | None, split: str, data_files: str | None) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -118,15 +120,26 @@ def test_edited_folder_is_not_served_stale(mirror: Path, settings: Settings) -> 
     assert seen() == (["drei", "vier"], ["drei", "vier"])
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "a.ndjson", "a.json", "a.csv", "a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz"],
+)
 def test_single_files(tmp_path: Path, settings: Settings, name: str) -> None:
     import pyarrow
+    import pyarrow.ipc
     import pyarrow.parquet
 
     file = tmp_path / name
     match "".join(file.suffixes):
         case ".parquet":
             pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), file)
+        case ".arrow":
+            with pyarrow.ipc.new_file(str(file), pyarrow.schema({"text": pyarrow.string()})) as writer:
+                writer.write_table(pyarrow.table({"text": ["one", "two"]}))
+        case ".jsonl.bz2":
+            file.write_bytes(bz2.compress(lines("one", "two").encode()))
+        case ".jsonl.xz":
+            file.write_bytes(lzma.compress(lines("one", "two").encode()))
         case ".csv":
             file.write_text("text,number\none,1\ntwo,2\n")
         case ".json":
@@ -204,6 +217,17 @@ def test_files_that_cannot_be_read(tmp_path: Path, settings: Settings, name: str
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceInvalid, match=name):
         sources_from(None, settings).texts(TextData(dataset=str(tmp_path / name)))
+
+
+def test_a_readme_that_promises_more_than_there_is(tmp_path: Path, settings: Settings) -> None:
+    """As of a data set of which some shards were fetched."""
+    splits = "[{name: train, num_examples: 9, num_bytes: 1}, {name: test, num_examples: 2}]"
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some/README.md").write_text(f"---\ndataset_info:\n  splits: {splits}\n---\n")
+    (tmp_path / "some/train-0.jsonl").write_text(lines("one", "two"))
+    sources, data = sources_from(None, settings), TextData(dataset=str(tmp_path / "some"))
+    sources.check_columns(data, ("text",))
+    assert sources.texts(data) == ["one", "two"]
 
 
 def test_folder_without_data(tmp_path: Path, settings: Settings) -> None:
