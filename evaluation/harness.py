@@ -231,7 +231,9 @@ def _places(name: str, run: TaskRun, data: SuiteData) -> str:
     leaves = [task for task in run.definitions if not task.is_group]
     own = [task for task in leaves if task.name == name] or leaves
     folders = {task.repo_id: data.folder(task.repo_id) for task in own}
-    return "; ".join(f"{repo_id} in {folder}" if folder else repo_id for repo_id, folder in folders.items())
+    # what stands for a data set may be a link of a name that says nothing to the user
+    places = ((repo_id, folder and folder.resolve()) for repo_id, folder in folders.items())
+    return "; ".join(f"{repo_id} in {folder}" if folder else repo_id for repo_id, folder in places)
 
 
 def _tell_cuts(run: TaskRun, lm: _QuietLM) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from infra.errors import SourceInvalid
 from infra.models import import_model as import_into
 from tasks.requests import ImportRequest
 from tasks.stage import Bench, stage
@@ -13,8 +18,20 @@ def fill(request: ImportRequest, bench: Bench) -> None:
 
     located = bench.workplace.sources.find(request.model_id, "model", revision=request.revision)
     trust = request.trust_remote_code
-    import_into(located, bench.folder, request.dtype, trust_remote_code=trust, progress=bench.progress)
+    with _said_of(located.folder or located.repo_id, bench.folder):
+        import_into(located, bench.folder, request.dtype, trust_remote_code=trust, progress=bench.progress)
     with_own_modelling_file_(bench.folder)
+
+
+@contextmanager
+def _said_of(model: Path | str, copy: Path) -> Iterator[None]:
+    """What is wrong with files that were copied is wrong with the model's: those are the user's to mend."""
+    try:
+        yield
+    except SourceInvalid as error:
+        if str(copy) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(copy), str(model))) from error
 
 
 import_model = stage(

@@ -34,6 +34,16 @@ def test_too_few_tokens(smoke_copy: Home) -> None:
     assert [stage.status for stage in result.stages] == ["cached", "failed", "skipped"]
 
 
+def test_files_of_a_model_are_named_where_they_are_not_where_they_were_copied_to(
+    smoke_copy: Home, offline_root: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(offline_root / "slimline/tiny-random-llama", tmp_path / "model"))
+    (model / "tokenizer.json").write_text("{broken", encoding="utf-8")
+    message, _ = failed(smoke_copy, f"model.id={model}")
+    assert message.startswith(f"import-model: {model} has no tokenizer that loads (")
+    assert str(smoke_copy.folder) not in message
+
+
 def test_weights_that_are_not_numbers(smoke_copy: Home, offline_root: Path, tmp_path: Path) -> None:
     model = with_nan(offline_root / "slimline/tiny-random-llama", tmp_path / "model")
     message, result = failed(smoke_copy, f"model.id={model}")
