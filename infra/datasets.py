@@ -66,17 +66,19 @@ def load(located: Located, config: str | None, split: str, data_files: str | Non
     """
     _check_file(located, config, split, data_files)
     where = _where(located, config, split, data_files, home)
-    if "data_files" in where:
-        where["verification_mode"] = VerificationMode.NO_CHECKS
+    checks = VerificationMode.NO_CHECKS if "data_files" in where else VerificationMode.BASIC_CHECKS
     with explained(located, config, split, home, named=data_files is not None):
+        if hasattr(datasets.load_dataset_builder(**where).config, "on_mixed_types"):
+            # "use_json" would make a text beside a number the JSON of itself, '"text"'; None means the same
+            where["on_mixed_types"] = "refuse"
         try:
-            return cast(Dataset, datasets.load_dataset(**where, split=split))
+            return cast(Dataset, datasets.load_dataset(**where, split=split, verification_mode=checks))
         except datasets.exceptions.SplitsVerificationError:
             say_once(
                 f"{located.repo_id} does not have the splits and rows that its README promises; what is there is read"
             )
-            where["verification_mode"] = VerificationMode.NO_CHECKS
-            return cast(Dataset, datasets.load_dataset(**where, split=split))
+            checks = VerificationMode.NO_CHECKS
+            return cast(Dataset, datasets.load_dataset(**where, split=split, verification_mode=checks))
 
 
 def files_of(located: Located, config: str | None, split: str, data_files: str | None, *, home: Path) -> DataFiles:

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 from pathlib import Path
 
 import pytest
@@ -240,13 +241,21 @@ def test_one_file_of_a_hub_data_set(mirror: Path, tmp_path: Path) -> None:
     repo = mirror / "owner/corpus"
     files = {file.relative_to(repo).as_posix(): file.read_bytes() for file in repo.rglob("*") if file.is_file()}
     files["notes.txt"] = b"a\n\nb\n"
+    files |= {"clash/0.jsonl": b'{"text": "a", "n": null}\n', "clash/1.jsonl": b'{"text": "b", "n": "x"}\n'}
+    files["cut.jsonl"] = b'{"text": "a"}\n{"text": '
     code = (
         "from infra.settings import load_settings; from infra.sources import TextData, sources_from\n"
         "sources = sources_from('hub', load_settings())\n"
         "print(sources.texts(TextData(dataset='owner/corpus', data_files='en/train.1.json.gz')))\n"
         "print(sources.texts(TextData(dataset='owner/corpus', data_files='notes.txt')))\n"
-        "print(sources.texts(TextData(dataset='owner/corpus', config='de')))"
+        "print(sources.texts(TextData(dataset='owner/corpus', config='de')))\n"
+        "clash = TextData(dataset='owner/corpus', data_files='clash/*.jsonl')\n"
+        "sources.check_columns(clash, ('text',)); print(sources.texts(clash))\n"
+        "try: sources.texts(clash.model_copy(update={'data_files': 'cut.jsonl'}))\n"
+        "except Exception as error: print(error)"
     )
     with fake_hub("dataset", "owner/corpus", files) as endpoint:
         done = python(code, tmp_path, endpoint)
-    assert done.stdout.splitlines() == ["['two']", r"['a\n\nb\n']", "['eins', 'zwei']"], done.stderr
+    *rows, error = done.stdout.splitlines()
+    assert rows == ["['two']", r"['a\n\nb\n']", "['eins', 'zwei']", "['a', 'b']"], done.stderr
+    assert re.search(r"owner/corpus\S*/cut.jsonl cannot be read: JSON parse error", error), error
