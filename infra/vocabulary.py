@@ -22,7 +22,7 @@ from infra.errors import SourceInvalid
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("slimline")  # which users see
 
 _SPECIAL_MAPS = ("tokenizer_config.json", "special_tokens_map.json")
 _CONFIGS = ("config.json", "generation_config.json")
@@ -41,7 +41,7 @@ def fit_to_embedding_(folder: Path, repo_id: str, load: Callable[[Path], PreTrai
     if not isinstance(rows, int):
         return
     if ids := _drop_ids_(folder, rows):
-        log.warning("%s: %s lie beyond its %d embeddings and are left out of its config", repo_id, ", ".join(ids), rows)
+        log.warning("%s: left out of its config, beyond its %d embeddings: %s", repo_id, rows, ", ".join(ids))
     beyond = _beyond(tokenizer, rows)
     if not beyond:
         return

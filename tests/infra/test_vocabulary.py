@@ -143,7 +143,8 @@ def test_ids_in_the_configs_beyond_the_embedding_are_left_out(tmp_path: Path, ca
     generation = {"pad_token_id": VOCAB_SIZE, "eos_token_id": 1, "bos_token_id": 0}
     (located.folder / "generation_config.json").write_text(json.dumps(generation))
     out, _ = imported(located, tmp_path)
-    assert f"pad_token_id {VOCAB_SIZE}, eos_token_id {VOCAB_SIZE + 1} lie beyond" in caplog.records[0].message
+    ids = f"pad_token_id {VOCAB_SIZE}, eos_token_id {VOCAB_SIZE + 1}"
+    assert caplog.records[0].message.endswith(f"left out of its config, beyond its {VOCAB_SIZE} embeddings: {ids}")
     assert (read_config(out)["pad_token_id"], read_config(out)["eos_token_id"]) == (None, [1])
     assert json.loads((out / "generation_config.json").read_bytes()) == generation | {"pad_token_id": None}
     assert load_checkpoint(out).get_input_embeddings().padding_idx is None
