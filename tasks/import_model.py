@@ -8,6 +8,7 @@ from pathlib import Path
 
 from infra.errors import SourceInvalid
 from infra.models import import_model as import_into
+from pruning.errors import PruningError
 from tasks.requests import ImportRequest
 from tasks.stage import Bench, stage
 
@@ -28,7 +29,7 @@ def _said_of(model: Path | str, copy: Path) -> Iterator[None]:
     """What is wrong with files that were copied is wrong with the model's: those are the user's to mend."""
     try:
         yield
-    except SourceInvalid as error:
+    except (SourceInvalid, PruningError) as error:
         if str(copy) not in str(error):
             raise
         raise type(error)(str(error).replace(str(copy), str(model))) from error
