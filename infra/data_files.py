@@ -29,7 +29,8 @@ log = logging.getLogger("slimline")  # which users see
 
 MOST_FILES = 100
 """So many files the early look opens, each as far as its first piece: ten megabytes of JSON, 10,000 rows of CSV or of
-parquet. It takes seconds at most, however large the data set is."""
+parquet; where there are more than a few files less of each, down to a tenth. It takes seconds, however large the data
+set is."""
 
 _LOOKED_THROUGH = 64 * 2**20
 """Bytes of a damaged file in which the broken line is searched."""

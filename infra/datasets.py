@@ -20,25 +20,13 @@ from datasets.table import table_cast
 
 from infra.data_files import DataFiles, reason, say_once
 from infra.errors import InfraError, SourceInvalid, SourceMissing, SourceUnreadable
+from infra.file_kinds import BUILDERS, COMPRESSED, check_single_file, kind_of, say_left_out
 from infra.registry import near
 from infra.sources import Located, named_by_content
 
-_BUILDERS = {
-    ".txt": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".ndjson": "json",
-    ".arrow": "arrow",
-}
-
-#: a file without rows has no batch size of its own
-_BY_ITSELF = {"parquet": {"batch_size": 10_000}}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_DATA = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
-#: what lies beside data without being data
-_NOT_DATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json")
+#: how much of a file is read at once: the option of its format, and its value for up to _FEW files
+_PIECES = {"json": ("chunksize", 10 * 2**20), "csv": ("chunksize", 10_000), "parquet": ("batch_size", 10_000)}
+_FEW = 8
 _FAILURES = (
     ValueError,
     TypeError,
@@ -64,7 +52,7 @@ def load(located: Located, config: str | None, split: str, data_files: str | Non
 
     Raises SourceInvalid naming the configs or splits that exist, SourceUnreadable, SourceMissing if the hub is silent.
     """
-    _check_file(located, config, split, data_files)
+    check_single_file(located, config, split, data_files)
     where = _where(located, config, split, data_files, home)
     checks = VerificationMode.NO_CHECKS if "data_files" in where else VerificationMode.BASIC_CHECKS
     with explained(located, config, split, home, named=data_files is not None):
@@ -83,7 +71,7 @@ def load(located: Located, config: str | None, split: str, data_files: str | Non
 
 def files_of(located: Located, config: str | None, split: str, data_files: str | None, *, home: Path) -> DataFiles:
     """The files of a split. Raises what `load` raises about configs, splits and files that are not there."""
-    _check_file(located, config, split, data_files)
+    check_single_file(located, config, split, data_files)
     where = _where(located, config, split, data_files, home)
     with explained(located, config, split, home, named=data_files is not None):
         builder = datasets.load_dataset_builder(**where)
@@ -93,7 +81,7 @@ def files_of(located: Located, config: str | None, split: str, data_files: str |
             raise ValueError(f"no split {split!r}; it has {', '.join(listed)}")
         names = [file for name in asked for file in listed[name]]
     if data_files is None and located.folder is not None and builder.config.name == "default":
-        _say_left_out(located.folder, {file for files in listed.values() for file in files})
+        say_left_out(located.folder, {file for files in listed.values() for file in files})
     return _data_files(located, builder, names, home)
 
 
@@ -117,41 +105,30 @@ def _data_files(located: Located, builder: Any, names: Sequence[str], home: Path
     return DataFiles(
         repo_id=located.repo_id,
         names=tuple(names),
-        tables=partial(_tables, builder),
+        tables=partial(_tables, builder, _piece(builder.info.builder_name, len(names))),
         said=partial(_said, located, home),
         absent_is_empty=builder.info.builder_name == "json",
         cast=table_cast,
     )
 
 
-def _tables(builder: Any, file: str) -> Iterator[pa.Table]:
+def _tables(builder: Any, piece: Mapping[str, int], file: str) -> Iterator[pa.Table]:
     """One file in pieces. This is what the builder does with all of them, but here every piece keeps its own types."""
     one, features = copy.copy(builder), builder.info.features  # those that a README states
     files = DataFilesDict({"train": DataFilesList([file], [()])})
-    one.info, one.config = copy.deepcopy(builder.info), replace(builder.config, data_files=files, **_options(builder))
+    one.info, one.config = copy.deepcopy(builder.info), replace(builder.config, data_files=files, **piece)
     [generator] = one._split_generators(StreamingDownloadManager(base_path=builder.base_path))
     one.info.features = features
     for _key, table in one._generate_tables(**generator.gen_kwargs):
         yield table
 
 
-def _say_left_out(folder: Path, read: set[str]) -> None:
-    """Of a folder with files of several formats `datasets` reads one, and says nothing of the others."""
-    card = folder / "README.md"
-    if folder.is_file() or (card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace")):
-        return  # what is not read is not meant
-    kinds = {_kind(file) for file in read}
-    names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    others = sorted(name for name in names if _kind(name) in _DATA and _kind(name) not in kinds)
-    if others := [name for name in others if Path(name).name not in _NOT_DATA and not name.startswith(".")]:
-        say_once(
-            f"{folder}: its {'/'.join(sorted(kinds))} files are read, {', '.join(others[:3])} not; name files of one "
-            "format by data_files, or put them into a folder of their own"
-        )
-
-
-def _options(builder: Any) -> dict[str, Any]:
-    return _BY_ITSELF.get(builder.info.builder_name, {})
+def _piece(builder: str, num_files: int) -> dict[str, int]:
+    """How much of each file is read at once: of many files less, so that to look at all of them takes seconds."""
+    if builder not in _PIECES:
+        return {}
+    option, most = _PIECES[builder]
+    return {option: max(most // 10, min(most, most * _FEW // max(num_files, 1)))}
 
 
 def _said(located: Located, home: Path, file: str) -> str:
@@ -173,11 +150,11 @@ def _where(located: Located, config: str | None, split: str, data_files: str | N
         place = {"path": _path(located, home), "name": config, "revision": located.revision}
         return {**place, "cache_dir": _cache(located, home)}
     pattern = _path(located, home) if data_files is None else _pattern(located, data_files, home)
-    builder = _BUILDERS.get(_kind(pattern))
+    builder = BUILDERS.get(kind_of(pattern))
     if builder is None:
         file = data_files or located.repo_id
-        also = ", ".join(_COMPRESSED)
-        raise SourceInvalid(f"{file} is no text data: known are {', '.join(_BUILDERS)} (each also as {also})")
+        also = ", ".join(COMPRESSED)
+        raise SourceInvalid(f"{file} is no text data: known are {', '.join(BUILDERS)} (each also as {also})")
     # The bare builder, not the repository: a README that promises other splits makes `datasets` refuse a single shard.
     return {
         "path": builder,
@@ -206,32 +183,6 @@ def _path(located: Located, home: Path) -> str:
 def _cache(located: Located, home: Path) -> str | None:
     # Copies of local folders are slimline's own; what came from the hub belongs in the cache that all programs share.
     return None if located.folder is None else str(home / "cache" / "datasets")
-
-
-def _kind(file: str) -> str:
-    path = Path(file)
-    return (path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix
-
-
-def _check_file(located: Located, config: str | None, split: str, data_files: str | None) -> None:
-    """Refuse what says nothing about a single file; anything else passes."""
-    if located.folder is None or not located.folder.is_file():
-        return
-    if data_files is not None:
-        raise SourceInvalid(
-            f"{located.repo_id} is a single file: data_files {data_files!r} names nothing in it; leave data_files out, "
-            "or give the folder as `dataset`"
-        )
-    if config is not None or split.partition("[")[0] != "train":
-        raise SourceInvalid(
-            f"{located.repo_id} is a single file: it has the split 'train' and no configs, not {config or split!r}; "
-            "leave config and split out"
-        )
-    if _kind(located.folder.name) == ".txt" and split != "train":
-        raise SourceInvalid(
-            f"{located.repo_id} is a single text: split {split!r} names nothing in it; leave split out, or give a "
-            ".jsonl with a row for each text"
-        )
 
 
 def part_of(split: str, lengths: Mapping[str, int]) -> list[tuple[str, slice]]:
