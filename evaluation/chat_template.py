@@ -10,5 +10,6 @@ def check_chat_template(present: bool | None) -> None:
     if present is False:
         raise EvaluationError(
             "chat_template: true, but the model's tokenizer has no chat template; "
-            "set chat_template: false, or take the instruct or chat version of the model"
+            "set chat_template: false, or take the instruct or chat version of the model "
+            "(a template that writes tokens without an embedding does not count)"
         )

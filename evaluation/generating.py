@@ -89,13 +89,20 @@ def generate_until(
     return [Response(texts[index], prompt.text, prompt.truncated) for index, prompt in enumerate(prompts)]
 
 
+def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to pad with. It is masked, but embedded all the same, and lm-eval may have added one to the tokenizer."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in tokens if token is not None and token < rows), 0)
+
+
 def continue_rows(
     model: PreTrainedModel, rows: Sequence[Row], *, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
     """Per row the new token ids up to its end: work for `batches.run_batches`. The rows have the same settings."""
     first = rows[0]
     longest = max(len(row.input_ids) for row in rows)
-    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    pad = _pad_id(model, tokenizer)
     pads = [longest - len(row.input_ids) for row in rows]
     ids_BL = torch.tensor([[pad] * missing + [*row.input_ids] for row, missing in zip(rows, pads, strict=True)])
     mask_BL = torch.tensor([[0] * missing + [1] * (longest - missing) for missing in pads])

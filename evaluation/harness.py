@@ -208,7 +208,7 @@ def _load(scratch: Path, run: TaskRun, data: SuiteData, progress: Progress) -> d
         # Data loading fails in as many ways as there are file formats and networks; the user needs one sentence.
         except Exception as error:
             places = _places(name, run, data)
-            raise EvaluationError(f"the data of task '{name}' could not be loaded ({places}): {error}") from error
+            raise EvaluationError(f"the data of task '{name}' could not be loaded ({places}): {_why(error)}") from error
         for kind, found in part.items():
             loaded[kind].update(found)
     for task in loaded["tasks"].values():
@@ -219,12 +219,21 @@ def _load(scratch: Path, run: TaskRun, data: SuiteData, progress: Progress) -> d
     return loaded
 
 
+def _why(error: BaseException) -> str:
+    """The last cause: the errors of `datasets` on the way to it only say that there was one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__
+
+
 def _places(name: str, run: TaskRun, data: SuiteData) -> str:
     """The data sets of a task, or of a group's members, and the folders that stand for them."""
     leaves = [task for task in run.definitions if not task.is_group]
     own = [task for task in leaves if task.name == name] or leaves
     folders = {task.repo_id: data.folder(task.repo_id) for task in own}
-    return "; ".join(f"{repo_id} in {folder}" if folder else repo_id for repo_id, folder in folders.items())
+    # what stands for a data set may be a link of a name that says nothing to the user
+    places = ((repo_id, folder and folder.resolve()) for repo_id, folder in folders.items())
+    return "; ".join(f"{repo_id} in {folder}" if folder else repo_id for repo_id, folder in places)
 
 
 def _tell_cuts(run: TaskRun, lm: _QuietLM) -> None:

@@ -1,14 +1,15 @@
 """What every module in `evaluation/suites` is given and gives: the words of the plug-in contract.
 
 A suite offers `VERSION`, `IMPORTS` (the heavy modules that it needs), `Config`, `needs(config)`, `check(config)`,
-`check_model(config, facts)` and `evaluate(model, tokenizer, data, config, means)`, which gives a SuiteResult. With
+`check_model(config, facts)` and `evaluate(model, tokenizer, data, config, means)`, which gives a SuiteResult. One of
+lm-eval's tasks has `definitions(config)` too, so that their data can be looked at before work begins. With
 `COMPARES = True` it measures against the dense model, and its `evaluate` takes that too, as `reference`. Nothing here
 imports torch: a run can be planned without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -99,4 +100,9 @@ class SuiteData(Protocol):
 
     def folder(self, repo_id: str) -> Path | None:
         """The local folder that stands for a data set of the hub, or None to load it from the hub itself."""
+        ...
+
+    def check(self, repo_id: str, excerpt: Path, config: str | None, splits: Sequence[str]) -> None:
+        """Raise a ValueError that names the file and the reason if splits of a local folder cannot be read; `excerpt`
+        is a folder with a README alone, which names the configuration and its files."""
         ...

@@ -70,7 +70,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 _FILES: Mapping[str, Mapping[str, str]] = {"ptb": _PTB_FILES, "ptb-test": _PTB_FILES, "c4": _C4_FILES}
 """Where a preset that reads `data_files` has each split: the loader calls any file by the split that is asked for."""
 
-_ONE_FILE = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".gz")
+_ONE_FILE = (".txt", ".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst")
 
 _OF_A_FILE = {"data_files": None, "config": None, "split": "train"}
 _OF_A_TEXT = _OF_A_FILE | {"text_field": "text"}
@@ -139,7 +139,7 @@ def _check_config(name: str, config: Any, file: str) -> None:
 
 def _check_file(dataset: str, options: Mapping[str, Any]) -> None:
     """Refuse now what the loader would refuse, or not look at, when a model has been made and loaded."""
-    is_text = dataset.removesuffix(".gz").endswith(".txt")
+    is_text = re.search(r"\.txt(\.(gz|bz2|xz|zst))?$", dataset) is not None
     for key, usual in (_OF_A_TEXT if is_text else _OF_A_FILE).items():
         value = options.get(key, usual)
         slices = key == "split" and not is_text

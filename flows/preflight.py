@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
 
+from evaluation.errors import EvaluationError
 from evaluation.profile_config import ProfileConfig
 from evaluation.suite import ModelFacts, TextNeed
 from flows.errors import SpecError
@@ -19,13 +19,16 @@ from pruning.errors import PruningError
 from pruning.families import FAMILIES
 from tasks.devices import BALANCED, device_names
 from tasks.disk_needs import Forecast, Need, check_room
-from tasks.evaluate import MISSING
+from tasks.evaluate import MISSING, check_local_data
 from tasks.leasing import check_lease
-from tasks.requests import CalibrateRequest, EvaluateRequest, ProfileRequest, Request
+from tasks.recover import record_data
+from tasks.requests import CalibrateRequest, EvaluateRequest, ProfileRequest, RecoverRequest, Request
 from tasks.sharing import sharing_of
 from tasks.stage import Workplace, importing
 
 log = logging.getLogger("slimline")
+
+DataProblem = SourceMissing | SourceUnreadable | EvaluationError
 
 
 def check(story: Story, workplace: Workplace) -> None:
@@ -48,6 +51,8 @@ def check(story: Story, workplace: Workplace) -> None:
     for request in (stage.request for stage in missing):
         if isinstance(request, CalibrateRequest):
             _check_columns(request.data, request.data.columns, workplace.sources)
+        elif isinstance(request, RecoverRequest):
+            _check_columns(*record_data(request), workplace.sources)
     _check_disk([stage.request for stage in missing], workplace)
 
 
@@ -90,12 +95,12 @@ def _check_evaluations(stages: Sequence[Stage], card: ModelCard, sources: Source
     there would be nothing to run for."""
     facts = ModelFacts(card.max_position_embeddings, card.has_chat_template)
     measured = [(stage.name, stage.request) for stage in stages if isinstance(stage.request, EvaluateRequest)]
-    problems: dict[str, SourceMissing | SourceUnreadable] = {}
+    problems: dict[str, DataProblem] = {}
     lacking = []
-    text_problem = cache(partial(_text_problem, sources))  # the same for every checkpoint
+    looks = _Looks(sources)
     for name, request in measured:
         request.module.check_model(request.typed_config, facts)
-        if problem := _data_problem(request, sources, text_problem):
+        if problem := looks.problem(request):
             lacking.append(name)
             problems[str(problem)] = problem
     if lacking and len(lacking) == len(measured):
@@ -116,23 +121,35 @@ def _check_profile(stages: Sequence[Stage], card: ModelCard, settings: Settings)
             check_compiler(device_names(settings.device)[0])
 
 
-def _data_problem(
-    request: EvaluateRequest, sources: Sources, text_problem: Callable[[TextData], SourceUnreadable | None]
-) -> SourceMissing | SourceUnreadable | None:
-    """Why an evaluation will find no data. Raises SourceInvalid for a split or column that its texts do not have."""
-    for identity in request.sources:
-        if MISSING in identity:
-            return _why_missing(identity[MISSING], sources)
-    need = getattr(request.typed_config, "texts", None)
-    return text_problem(TextData(**need.model_dump())) if isinstance(need, TextNeed) else None
+class _Looks:
+    """Why evaluations will find no data; each data is looked at once, since it is the same for every checkpoint."""
 
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._known: dict[str, DataProblem | None] = {}
 
-def _text_problem(sources: Sources, data: TextData) -> SourceUnreadable | None:
-    try:
-        _check_columns(data, (data.text_field,), sources)
-    except SourceUnreadable as error:
-        return error
-    return None
+    def problem(self, request: EvaluateRequest) -> DataProblem | None:
+        """None if there is none. Raises SourceInvalid for a split or column that the texts do not have."""
+        for identity in request.sources:
+            if MISSING in identity:
+                return _why_missing(identity[MISSING], self._sources)
+        need = getattr(request.typed_config, "texts", None)
+        data = TextData(**need.model_dump()) if isinstance(need, TextNeed) else None
+        asked = data.model_dump_json() if data else request.model_dump_json(include={"plugin", "config"})
+        if asked not in self._known:
+            self._known[asked] = self._look(request, data)
+        return self._known[asked]
+
+    def _look(self, request: EvaluateRequest, data: TextData | None) -> DataProblem | None:
+        try:
+            if data is not None:
+                _check_columns(data, (data.text_field,), self._sources)
+            else:
+                with importing:
+                    check_local_data(request, self._sources)
+        except (SourceUnreadable, EvaluationError) as error:
+            return error
+        return None
 
 
 def _check_columns(data: TextData, columns: Sequence[str], sources: Sources) -> None:

@@ -10,6 +10,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from infra.baichuan import is_baichuan, llama_config
 from infra.errors import SourceInvalid
 from infra.foreign_code import NOTE
 from infra.gguf_header import read_gguf_header
+from infra.vocabulary import added_beyond, writes
 
 #: the file of a small model's weights, and the list of a larger one's
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -118,13 +120,13 @@ def _parameters(tensors: Mapping[str, _Tensor], *, tied: bool) -> list[_Tensor]:
 
 
 def _has_chat_template(folder: Path) -> bool:
-    """A file of its own, or a key of the tokenizer's configuration: as transformers looks for it."""
-    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
-        return True
-    try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template"))
-    except (OSError, ValueError, AttributeError):
-        return False
+    """A file of its own, or a key of the tokenizer's configuration: as transformers looks for it. One that writes
+    tokens without an embedding is left out when the model is imported."""
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in sorted(folder.glob("chat_template.j*"))]
+    with suppress(OSError, ValueError, AttributeError):
+        texts.append(json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template") or "")
+    beyond = added_beyond(folder, read_config(folder).get("vocab_size")) if any(texts) else {}
+    return any(texts) and not any(writes(text, beyond) for text in texts)
 
 
 def card_of_config(

@@ -2,111 +2,166 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset, VerificationMode
+from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.download import StreamingDownloadManager
+from datasets.table import table_cast
 
+from infra.data_files import DataFiles, reason, say_once
 from infra.errors import InfraError, SourceInvalid, SourceMissing, SourceUnreadable
+from infra.file_kinds import BUILDERS, COMPRESSED, check_single_file, kind_of, say_left_out
 from infra.registry import near
 from infra.sources import Located, named_by_content
 
-_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-def texts(
-    located: Located, config: str | None, split: str, data_files: str | None, column: str, *, home: Path
-) -> list[str]:
-    """One text column, in order; a .txt file is a single text, in the column "text".
-
-    Raises SourceInvalid naming the configs, splits or columns there are, and for what says nothing about a single file.
-    """
-    rows = load(located, config, split, data_files, home=home)
-    return _column(located, rows, column)
-
-
-def records(
-    located: Located, config: str | None, split: str, data_files: str | None, columns: Sequence[str], *, home: Path
-) -> list[dict[str, str]]:
-    """Rows as dicts of exactly `columns`, all text; None becomes "". Raises SourceInvalid as `texts` does."""
-    rows = load(located, config, split, data_files, home=home)
-    values = [_column(located, rows, column) for column in columns]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
-
-
-def check_columns(
-    located: Located, config: str | None, split: str, data_files: str | None, columns: Sequence[str], *, home: Path
-) -> None:
-    """Raise what `texts` and `records` would raise about data and columns, by the first row and without the others."""
-    _check_file(located, config, split, data_files)
-    whole = split.partition("[")[0]  # a stream has no slices, and its first row has the same columns
-    with _explained(located, config, whole, home):
-        rows = _load(located, config, whole, data_files, home, streaming=True)
-        row: dict[str, Any] = next(iter(rows), {})
-    for column in columns if row else ():
-        _check_column(located, column, list(row))
-        _check_text(located, column, 0, row[column])
+#: how much of a file is read at once: the option of its format, and its value for up to _FEW files
+_PIECES = {"json": ("chunksize", 10 * 2**20), "csv": ("chunksize", 10_000), "parquet": ("batch_size", 10_000)}
+_FEW = 8
+_FAILURES = (
+    ValueError,
+    TypeError,
+    OSError,
+    EOFError,
+    StopIteration,
+    NotImplementedError,
+    zlib.error,
+    datasets.exceptions.DatasetsError,
+)
 
 
 def splits(located: Located, config: str | None, *, home: Path) -> tuple[str, ...]:
     """Names of the splits under `config` (None: the default one)."""
     if located.folder is not None and located.folder.is_file():
         return ("train",)
-    with _explained(located, config, "train", home):
+    with explained(located, config, "train", home):
         return tuple(datasets.get_dataset_split_names(_path(located, home), config, revision=located.revision))
 
 
 def load(located: Located, config: str | None, split: str, data_files: str | None, *, home: Path) -> Dataset:
     """The rows of one split.
 
-    Raises SourceInvalid naming the configs or splits that exist, SourceMissing if the hub is silent.
+    Raises SourceInvalid naming the configs or splits that exist, SourceUnreadable, SourceMissing if the hub is silent.
     """
-    return cast(Dataset, _load(located, config, split, data_files, home, streaming=False))
+    check_single_file(located, config, split, data_files)
+    where = _where(located, config, split, data_files, home)
+    checks = VerificationMode.NO_CHECKS if "data_files" in where else VerificationMode.BASIC_CHECKS
+    with explained(located, config, split, home, named=data_files is not None):
+        if hasattr(datasets.load_dataset_builder(**where).config, "on_mixed_types"):
+            # "use_json" would make a text beside a number the JSON of itself, '"text"'; None means the same
+            where["on_mixed_types"] = "refuse"
+        try:
+            return cast(Dataset, datasets.load_dataset(**where, split=split, verification_mode=checks))
+        except datasets.exceptions.SplitsVerificationError:
+            say_once(
+                f"{located.repo_id} does not have the splits and rows that its README promises; what is there is read"
+            )
+            checks = VerificationMode.NO_CHECKS
+            return cast(Dataset, datasets.load_dataset(**where, split=split, verification_mode=checks))
 
 
-def _load(
-    located: Located, config: str | None, split: str, data_files: str | None, home: Path, *, streaming: bool
-) -> Any:
+def files_of(located: Located, config: str | None, split: str, data_files: str | None, *, home: Path) -> DataFiles:
+    """The files of a split. Raises what `load` raises about configs, splits and files that are not there."""
+    check_single_file(located, config, split, data_files)
+    where = _where(located, config, split, data_files, home)
+    with explained(located, config, split, home, named=data_files is not None):
+        builder = datasets.load_dataset_builder(**where)
+        listed = {str(name): list(files) for name, files in (builder.config.data_files or {}).items()}
+        asked = list(listed) if split == "all" else split_names(split)
+        if not set(asked) <= listed.keys():
+            raise ValueError(f"no split {split!r}; it has {', '.join(listed)}")
+        names = [file for name in asked for file in listed[name]]
+    if data_files is None and located.folder is not None and builder.config.name == "default":
+        say_left_out(located.folder, {file for files in listed.values() for file in files})
+    return _data_files(located, builder, names, home)
+
+
+def check_tables(located: Located, excerpt: Path, config: str | None, splits: Sequence[str], *, home: Path) -> None:
+    """Raise SourceUnreadable, naming file and reason, if a split cannot be read as one table with all its columns, as
+    far as the beginnings of its files tell. excerpt: a folder whose README names files of a located data set."""
+    _quiet()
+    with explained(located, config, "", home, named=True):
+        builder = datasets.load_dataset_builder(str(excerpt), config, cache_dir=str(excerpt / "cache"))
+        for split in splits:
+            _data_files(located, builder, builder.config.data_files[split], home).check(None)
+
+
+def _quiet() -> None:
+    """What `datasets` says of failures, it says to us alone."""
     datasets.disable_progress_bars()
-    _check_file(located, config, split, data_files)
-    if located.folder is not None and located.folder.is_file():
-        return _load_files(located, _path(located, home), split, home, streaming)
-    if data_files is not None:
-        return _load_files(located, _pattern(located, data_files, home), split, home, streaming)
-    with _explained(located, config, split, home):
-        return datasets.load_dataset(
-            _path(located, home),
-            config,
-            split=split,
-            revision=located.revision,
-            cache_dir=_cache(located, home),
-            streaming=streaming,
-        )
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
 
-def _load_files(located: Located, pattern: str, split: str, home: Path, streaming: bool) -> Any:
-    builder = _BUILDERS.get(_kind(pattern))
+def _data_files(located: Located, builder: Any, names: Sequence[str], home: Path) -> DataFiles:
+    return DataFiles(
+        repo_id=located.repo_id,
+        names=tuple(names),
+        tables=partial(_tables, builder, _piece(builder.info.builder_name, len(names))),
+        said=partial(_said, located, home),
+        absent_is_empty=builder.info.builder_name == "json",
+        cast=table_cast,
+    )
+
+
+def _tables(builder: Any, piece: Mapping[str, int], file: str) -> Iterator[pa.Table]:
+    """One file in pieces. This is what the builder does with all of them, but here every piece keeps its own types."""
+    one, features = copy.copy(builder), builder.info.features  # those that a README states
+    files = DataFilesDict({"train": DataFilesList([file], [()])})
+    one.info, one.config = copy.deepcopy(builder.info), replace(builder.config, data_files=files, **piece)
+    [generator] = one._split_generators(StreamingDownloadManager(base_path=builder.base_path))
+    one.info.features = features
+    for _key, table in one._generate_tables(**generator.gen_kwargs):
+        yield table
+
+
+def _piece(builder: str, num_files: int) -> dict[str, int]:
+    """How much of each file is read at once: of many files less, so that to look at all of them takes seconds."""
+    if builder not in _PIECES:
+        return {}
+    option, most = _PIECES[builder]
+    return {option: max(most // 10, min(most, most * _FEW // max(num_files, 1)))}
+
+
+def _said(located: Located, home: Path, file: str) -> str:
+    """A file as the user knows it: below the folder that they gave or under the data set's id on the hub."""
+    if located.folder is None:
+        return file
+    if located.folder.is_file():
+        return str(located.folder)
+    for place in (located.folder.resolve(), named_by_content(located, home)):
+        if Path(file).is_relative_to(place):
+            return str(located.folder / Path(file).relative_to(place))
+    return file
+
+
+def _where(located: Located, config: str | None, split: str, data_files: str | None, home: Path) -> dict[str, Any]:
+    """What `datasets` is told about where the rows are."""
+    _quiet()
+    if data_files is None and (located.folder is None or not located.folder.is_file()):
+        place = {"path": _path(located, home), "name": config, "revision": located.revision}
+        return {**place, "cache_dir": _cache(located, home)}
+    pattern = _path(located, home) if data_files is None else _pattern(located, data_files, home)
+    builder = BUILDERS.get(kind_of(pattern))
     if builder is None:
-        raise SourceInvalid(f"{pattern} is no text data: known are {', '.join(_BUILDERS)} (each also as .gz)")
-    options = {"sample_by": "document"} if builder == "text" else {}
+        file = data_files or located.repo_id
+        also = ", ".join(COMPRESSED)
+        raise SourceInvalid(f"{file} is no text data: known are {', '.join(BUILDERS)} (each also as {also})")
     # The bare builder, not the repository: a README that promises other splits makes `datasets` refuse a single shard.
-    try:
-        return datasets.load_dataset(
-            builder,
-            data_files={split.partition("[")[0]: pattern},
-            split=split,
-            verification_mode=VerificationMode.NO_CHECKS,
-            cache_dir=_cache(located, home),
-            streaming=streaming,
-            **options,
-        )
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
-        raise SourceInvalid(
-            f"{located.repo_id}: {pattern} cannot be read as {builder}: {error.__cause__ or error}"
-        ) from error
+    return {
+        "path": builder,
+        "data_files": {split.partition("[")[0]: pattern},
+        "cache_dir": _cache(located, home),
+        **({"sample_by": "document"} if builder == "text" else {}),
+    }
 
 
 def _pattern(located: Located, data_files: str, home: Path) -> str:
@@ -130,34 +185,21 @@ def _cache(located: Located, home: Path) -> str | None:
     return None if located.folder is None else str(home / "cache" / "datasets")
 
 
-def _kind(file: str) -> str:
-    return Path(file.removesuffix(".gz")).suffix
+def part_of(split: str, lengths: Mapping[str, int]) -> list[tuple[str, slice]]:
+    """What "train[:10%]+test" takes of splits of so many rows, in order."""
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(dict(lengths))
+    return [(part.splitname, slice(part.from_, part.to)) for part in parts]
 
 
-def _check_file(located: Located, config: str | None, split: str, data_files: str | None) -> None:
-    """Refuse what says nothing about a single file; anything else passes."""
-    if located.folder is None or not located.folder.is_file():
-        return
-    if data_files is not None:
-        raise SourceInvalid(
-            f"{located.repo_id} is a single file: data_files {data_files!r} names nothing in it; leave data_files out, "
-            "or give the folder as `dataset`"
-        )
-    if config is not None or split.partition("[")[0] != "train":
-        raise SourceInvalid(
-            f"{located.repo_id} is a single file: it has the split 'train' and no configs, not {config or split!r}; "
-            "leave config and split out"
-        )
-    if _kind(located.folder.name) == ".txt" and split != "train":
-        raise SourceInvalid(
-            f"{located.repo_id} is a single text: split {split!r} names nothing in it; leave split out, or give a "
-            ".jsonl with a row for each text"
-        )
+def split_names(split: str) -> list[str]:
+    """The splits of which "train[:10%]+test" is made."""
+    return list(dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+")))
 
 
 @contextmanager
-def _explained(located: Located, config: str | None, split: str, home: Path) -> Iterator[None]:
-    """Turn the many ways `datasets` refuses into one sentence that names what exists."""
+def explained(located: Located, config: str | None, split: str, home: Path, *, named: bool = False) -> Iterator[None]:
+    """Turn the many ways `datasets` refuses into one sentence that names what exists. named: the files are, so that
+    configs and splits play no part."""
     try:
         yield
     except InfraError:  # explained already
@@ -172,13 +214,20 @@ def _explained(located: Located, config: str | None, split: str, home: Path) -> 
         if "scripts are no longer supported" not in str(error):
             raise
         raise _only_a_script(located) from error
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+    except _FAILURES as error:
         scripts = [] if located.folder is None else list(located.folder.glob("*.py"))
         if scripts and "data files found" in str(error):
             raise _only_a_script(located) from error
-        if words := _diagnosis(located, config, split, home):
+        if not named and (words := _diagnosis(located, config, split, home)):
             raise SourceInvalid(words) from error
-        raise SourceUnreadable(f"{located.repo_id}: {error}") from error
+        raise SourceUnreadable(f"{located.repo_id}: {_in_users_words(located, home, reason(error))}") from error
+
+
+def _in_users_words(located: Located, home: Path, words: str) -> str:
+    """A message of `datasets` with the folder that the user gave instead of the link by which it is read."""
+    if "save_to_disk" in words:
+        return "it was written by save_to_disk; give data_files: '*.arrow', or write it as parquet"
+    return words if located.folder is None else words.replace(_path(located, home), str(located.folder))
 
 
 def _only_a_script(located: Located) -> SourceInvalid:
@@ -197,27 +246,9 @@ def _diagnosis(located: Located, config: str | None, split: str, home: Path) -> 
         if config is not None and config not in configs:
             return f"{where} has no config {config!r}{near(config, configs)}; it has {', '.join(configs)}"
         names = datasets.get_dataset_split_names(path, config, revision=located.revision)
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError):
+    except _FAILURES:
         return None
-    asked = split.partition("[")[0]
-    return None if asked in names else f"{where} has no split {asked!r}{near(asked, names)}; it has {', '.join(names)}"
-
-
-def _column(located: Located, rows: Dataset, column: str) -> list[str]:
-    _check_column(located, column, rows.column_names)
-    values: list[Any] = list(rows[column])
-    for index, value in enumerate(values):
-        _check_text(located, column, index, value)
-    return ["" if value is None else value for value in values]
-
-
-def _check_column(located: Located, column: str, names: Sequence[str]) -> None:
-    if column not in names:
-        raise SourceInvalid(
-            f"{located.repo_id} has no column {column!r}{near(column, names)}; it has {', '.join(names)}"
-        )
-
-
-def _check_text(located: Located, column: str, index: int, value: Any) -> None:
-    if not isinstance(value, str | None):
-        raise SourceInvalid(f"{located.repo_id}: column {column!r} is not text (row {index} is {type(value).__name__})")
+    for asked in split_names(split):
+        if asked not in names:
+            return f"{where} has no split {asked!r}{near(asked, names)}; it has {', '.join(names)}"
+    return None

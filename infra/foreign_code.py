@@ -100,11 +100,22 @@ def is_trusted(folder: Path) -> bool:
 
 
 def without_code(config: Mapping[str, Any], repo_id: str) -> dict[str, Any]:
-    """config.json without what would make transformers run code: classes of its own, and kernels by name."""
+    """config.json without what would make transformers run code (classes of its own, and kernels by name), and without
+    a quantisation that is none."""
     named = config.get("auto_map")
     if isinstance(named, dict) and "AutoModelForCausalLM" in named:
         log.info("%s has modelling code of its own: not run, it is computed as %s", repo_id, config.get("model_type"))
-    return {key: value for key, value in config.items() if key not in ("auto_map", *_HOW_NOT_WHAT)}
+    left_out = {"auto_map", *_HOW_NOT_WHAT}
+    if _is_switched_off(config.get("quantization_config")):
+        left_out.add("quantization_config")
+    return {key: value for key, value in config.items() if key not in left_out}
+
+
+def _is_switched_off(quantisation: Any) -> bool:
+    """Whether a quantization_config is empty or says no to each of its ways, as fine-tuning tools write it."""
+    if isinstance(quantisation, dict) and not quantisation.get("quant_method"):
+        return not any(quantisation.get(way) for way in ("load_in_4bit", "load_in_8bit", "bits"))
+    return not quantisation
 
 
 def refuse_adapter(folder: Path) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from infra import baichuan, foreign_code, hub
+from infra import baichuan, foreign_code, hub, vocabulary
 from infra.checkpoint_files import (
     INDEX,
     WEIGHTS,
@@ -270,9 +270,4 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _check_tokenizer(out: Path, repo_id: str) -> None:
-    vocab_size = read_config(out).get("vocab_size")
-    length = len(load_tokenizer(out))
-    if isinstance(vocab_size, int) and length > vocab_size:
-        raise SourceInvalid(
-            f"the tokenizer of {repo_id} has {length} tokens and the model {vocab_size}; they do not belong together"
-        )
+    vocabulary.fit_to_embedding_(out, repo_id, load_tokenizer)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
@@ -21,6 +22,9 @@ from infra.fingerprints import fingerprint
 from infra.hub import RepoType
 from infra.offline import OfflineDefault
 from infra.settings import HUB_WORD, OFFLINE_WORD, Settings, mirror_entries, mirror_folders
+
+if TYPE_CHECKING:
+    from infra.text_columns import TextColumns
 
 __all__ = ["Located", "RepoType", "Sources", "TextData", "fingerprint", "sources_from"]
 
@@ -117,24 +121,24 @@ class Sources:
 
     def texts(self, data: TextData) -> list[str]:
         """The texts of one column, in order; raises SourceMissing, or SourceInvalid naming what exists."""
-        from infra import datasets
-
-        located = self.find(data.dataset, "dataset", revision=data.revision)
-        return datasets.texts(located, data.config, data.split, data.data_files, data.text_field, home=self.home)
+        return self._columns(data, (data.text_field,)).read()[data.text_field]
 
     def records(self, data: TextData, columns: Sequence[str]) -> list[dict[str, str]]:
         """Rows with just those text columns (None becomes ""); `text_field` plays no part. Raises as `texts` does."""
-        from infra import datasets
-
-        located = self.find(data.dataset, "dataset", revision=data.revision)
-        return datasets.records(located, data.config, data.split, data.data_files, columns, home=self.home)
+        values = self._columns(data, columns).read()
+        return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
     def check_columns(self, data: TextData, columns: Sequence[str]) -> None:
-        """Raise what `records` would raise about these columns; reads one row, so it is quick before expensive work."""
+        """Raise what `records` would raise about these columns, as far as the beginnings of the files tell: it takes a
+        second or so, before expensive work."""
+        self._columns(data, columns).check()
+
+    def check_tables(self, repo_id: str, excerpt: Path, config: str | None, splits: Sequence[str]) -> None:
+        """Raise SourceUnreadable, naming the file, for splits of a data set that cannot be read whole; `excerpt`: a
+        folder with a README that names their files, and the configuration."""
         from infra import datasets
 
-        located = self.find(data.dataset, "dataset", revision=data.revision)
-        datasets.check_columns(located, data.config, data.split, data.data_files, columns, home=self.home)
+        datasets.check_tables(self.find(repo_id, "dataset"), excerpt, config, splits, home=self.home)
 
     def folder(self, repo_id: str) -> Path | None:
         """A data set's folder for `datasets.load_dataset`, under a name made of its content; None for the hub.
@@ -152,6 +156,12 @@ class Sources:
         from infra import datasets
 
         return datasets.splits(self.find(repo_id, "dataset"), config, home=self.home)
+
+    def _columns(self, data: TextData, columns: Sequence[str]) -> TextColumns:
+        from infra.text_columns import TextColumns
+
+        located = self.find(data.dataset, "dataset", revision=data.revision)
+        return TextColumns(located, data.config, data.split, data.data_files, tuple(columns), self.home)
 
     def _find(self, repo_id: str, repo_type: RepoType, revision: str | None) -> Located:
         memo = self.home / "cache" / "fingerprints.json"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from evaluation.suite import Means, TextNeed
@@ -36,6 +38,28 @@ class SuiteSources:
     def folder(self, repo_id: str) -> Path | None:
         """Local folder of a data set, or None for the hub."""
         return self._sources.folder(repo_id)
+
+    def check(self, repo_id: str, excerpt: Path, config: str | None, splits: Sequence[str]) -> None:
+        """Raise SourceUnreadable, naming the file, for local data that cannot be read."""
+        self._sources.check_tables(repo_id, excerpt, config, splits)
+
+
+def check_local_data(request: EvaluateRequest, sources: Sources) -> None:
+    """Look at the local data of lm-eval's tasks, as far as the beginnings of the files tell.
+
+    Raises EvaluationError for a missing configuration or split, SourceUnreadable naming the file that is damaged.
+    """
+    if not hasattr(request.module, "definitions"):
+        return
+    repo_ids = {need.repo_id for need in request.module.needs(request.typed_config)}
+    if all(sources.find(repo_id, "dataset").folder is None for repo_id in repo_ids):
+        return  # the hub's, which is whole
+    from evaluation.task_overlays import write_overlays  # imports datasets
+
+    config = request.typed_config
+    with TemporaryDirectory(prefix="slimline-look-") as scratch:
+        tasks, num_fewshot = request.module.definitions(config), getattr(config, "num_fewshot", 0)
+        write_overlays(Path(scratch), tasks, SuiteSources(sources), num_fewshot=num_fewshot)
 
 
 def fill(request: EvaluateRequest, bench: Bench) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+from infra.errors import SourceInvalid
 from infra.models import import_model as import_into
+from pruning.errors import PruningError
 from tasks.requests import ImportRequest
 from tasks.stage import Bench, stage
 
@@ -18,10 +23,22 @@ def fill(request: ImportRequest, bench: Bench) -> None:
 
     located = bench.workplace.sources.find(request.model_id, "model", revision=request.revision)
     trust = request.trust_remote_code
-    import_into(located, bench.folder, request.dtype, trust_remote_code=trust, progress=bench.progress)
-    for change in clean_(bench.folder):
-        log.warning("%s: cleaned on import: %s", request.model_id, change)
+    with _said_of(located.folder or located.repo_id, bench.folder):
+        import_into(located, bench.folder, request.dtype, trust_remote_code=trust, progress=bench.progress)
+        for change in clean_(bench.folder):
+            log.warning("%s: cleaned on import: %s", request.model_id, change)
     with_own_modelling_file_(bench.folder)
+
+
+@contextmanager
+def _said_of(model: Path | str, copy: Path) -> Iterator[None]:
+    """What is wrong with files that were copied is wrong with the model's: those are the user's to mend."""
+    try:
+        yield
+    except (SourceInvalid, PruningError) as error:
+        if str(copy) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(copy), str(model))) from error
 
 
 import_model = stage(

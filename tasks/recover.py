@@ -7,6 +7,13 @@ from tasks.requests import RecoverRequest
 from tasks.stage import Bench, stage
 
 
+def record_data(request: RecoverRequest) -> tuple[TextData, tuple[str, ...]]:
+    """The data set of the training records, and the columns that are read."""
+    where = request.typed_config.data
+    data = TextData(dataset=where.dataset, config=where.config, split=where.split, revision=where.revision)
+    return data, where.columns
+
+
 def fill(request: RecoverRequest, bench: Bench) -> None:
     """Write the repaired checkpoint and recovery.json (the loss curve)."""
     from infra.models import hand_on_tokenizer, load_tokenizer
@@ -15,9 +22,7 @@ def fill(request: RecoverRequest, bench: Bench) -> None:
 
     source = bench.store.path(request.checkpoint)
     config = request.typed_config
-    where = config.data
-    data = TextData(dataset=where.dataset, config=where.config, split=where.split, revision=where.revision)
-    records = bench.workplace.sources.records(data, where.columns)
+    records = bench.workplace.sources.records(*record_data(request))
     model, tokenizer = load_checkpoint(source), load_tokenizer(source)
     report = request.module.recover(
         model,

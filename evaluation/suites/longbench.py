@@ -23,7 +23,7 @@ from evaluation.errors import EvaluationError
 from evaluation.longbench_tasks import CONTINUED, KNOWN, TASKS, Category, Language, task_name, tasks_by_category
 from evaluation.naming import near_names, refuse_twice
 from evaluation.report import Average, EvalReport, Metric
-from evaluation.stock_tasks import stock_task
+from evaluation.stock_tasks import StockTask, stock_task
 from evaluation.suite import DataNeed, Means, ModelFacts, Progress, SuiteConfig, SuiteData, SuiteResult
 
 if TYPE_CHECKING:
@@ -114,6 +114,11 @@ def check_model(config: Config, facts: ModelFacts) -> None:
             f"max_length {config.max_length} and the {answers[name]} tokens that '{name}' writes are longer than the "
             f"model's context of {context}; set max_length to {room} or less"
         )
+
+
+def definitions(config: Config) -> tuple[StockTask, ...]:
+    """The tasks, as lm-eval defines them."""
+    return tuple(stock_task(name) for name in _names(config))
 
 
 def evaluate(

@@ -63,6 +63,11 @@ def check_model(config: Config, facts: ModelFacts) -> None:
         check_chat_template(facts.has_chat_template)
 
 
+def definitions(config: Config) -> tuple[StockTask, ...]:
+    """The groups and the subjects, as lm-eval defines them."""
+    return (*(task for task in mmlu_tasks() if task.is_group), *_subjects(config))
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -82,7 +87,7 @@ def evaluate(
 
     run = TaskRun(
         names=_names(config),
-        definitions=(*(task for task in mmlu_tasks() if task.is_group), *_subjects(config)),
+        definitions=definitions(config),
         num_fewshot=config.num_fewshot,
         limit=config.limit,
         chat_template=config.chat_template,

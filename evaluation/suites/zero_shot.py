@@ -86,6 +86,11 @@ def check_model(config: Config, facts: ModelFacts) -> None:
             )
 
 
+def definitions(config: Config) -> tuple[StockTask, ...]:
+    """The tasks, as lm-eval defines them."""
+    return tuple(stock_task(name) for name in config.tasks)
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -102,7 +107,7 @@ def evaluate(
 
     run = TaskRun(
         names=config.tasks,
-        definitions=tuple(stock_task(name) for name in config.tasks),
+        definitions=definitions(config),
         num_fewshot=config.num_fewshot,
         limit=config.limit,
         seed=config.seed,

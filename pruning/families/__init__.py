@@ -41,18 +41,15 @@ class LayerCost:
 
 
 def family_of(model_or_config: Any) -> ModelFamily:
-    """The row for a model or for a config.
+    """The row for a model or for a config, of which model_type decides: it is computed as transformers' own class of
+    that type, whatever it names in `architectures` (old checkpoints "LLaMAForCausalLM", base models "LlamaModel").
 
     Raises PruningError for an unsupported model, naming it and the supported ones, and for one of a supported family
     whose config asks for what cannot be pruned (opt-350m).
     """
     config = getattr(model_or_config, "config", model_or_config)
     model_type = getattr(config, "model_type", None)
-    architectures = (
-        [type(model_or_config).__name__]
-        if config is not model_or_config
-        else getattr(config, "architectures", None) or []
-    )
+    architectures = [] if config is model_or_config else [type(model_or_config).__name__]
     for family in FAMILIES:
         if model_type in family.model_types and all(name in family.architectures for name in architectures):
             _check_requirements(family, config)

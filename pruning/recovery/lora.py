@@ -110,7 +110,10 @@ def recover(
     examples = _records.encode(tokenizer, chosen, config.data, config.max_length)
     identity = _resumable.identity_of(model, examples, config.model_dump_json())
     arguments = _arguments(config, len(examples), scratch, device)
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # masked, but embedded all the same: many tokenizers have a pad token that the model has no embedding for
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None or pad_id >= model.get_input_embeddings().weight.shape[0]:
+        pad_id = tokenizer.eos_token_id
     with _resumable.seeded(config.seed), _merged_adapters(model, config) as adapted:
         losses = _resumable.train(
             adapted,

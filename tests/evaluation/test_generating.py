@@ -68,6 +68,18 @@ def test_the_answers_are_those_of_hflm(family: str, tokenizer: PreTrainedTokeniz
     assert all(stop not in text for text, stop in zip(expected, stops, strict=False))
 
 
+def test_a_pad_token_without_an_embedding_is_not_fed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """lm-eval adds "<|pad|>" to a tokenizer that has no token to pad with."""
+    requests = [(prompt, {"until": [], "max_gen_toks": 6}) for prompt in PROMPTS]
+    rule, means = PromptRule(context=100), Means(batch_size=len(PROMPTS))
+    padded = copy.deepcopy(tokenizer)
+    padded.add_special_tokens({"pad_token": "<|pad|>"})
+    assert padded.pad_token_id >= model.config.vocab_size
+    assert texts(model, padded, requests, rule, means) == texts(model, tokenizer, requests, rule, means)
+
+
 @pytest.mark.parametrize("until", ["e", ["e", "a"], []])
 def test_rows_that_ended_do_not_change_with_those_beside_them(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, until: Any

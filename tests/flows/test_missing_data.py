@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from flows import preflight
 from flows.compress import open_workplace
 from flows.loading import load_spec
 from flows.story import tell
+from infra.errors import SourceUnreadable
 from infra.offline import OfflineDefault
 from infra.sources import Sources
 from tasks.stage import importing
@@ -102,9 +104,37 @@ def test_data_is_looked_at_while_no_other_thread_imports(
 ) -> None:
     """`datasets` fails in one cell of a night while a stage of another cell imports transformers."""
     held: list[bool] = []
+    tables: list[bool] = []
     monkeypatch.setattr(Sources, "check_columns", lambda *_: held.append(importing.locked()))
+    monkeypatch.setattr(Sources, "check_tables", lambda *_: tables.append(importing.locked()))
     with home.lived_in():
         for loaded in (load_spec("smoke"), load_spec(str(spec))):
             workplace = open_workplace(loaded)
             preflight.check(tell(loaded, workplace.sources, "cpu"), workplace)
-    assert held == [True] * 3, "the text of smoke's perplexity and calibration, and of the other's perplexity"
+    assert held == [True] * 4, "smoke's perplexity, calibration and training records, and the other's perplexity"
+    assert len(tables) >= len(TASKS)
+    assert all(tables)
+
+
+def test_damaged_task_data_costs_its_own_evaluation_and_is_said_first(
+    home: Home, spec: Path, mirror: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The user's file, not the folder in which lm-eval's tasks are told where their data lies."""
+    link = mirror / TASKS["piqa"]
+    folder = link.readlink()
+    link.unlink()
+    shutil.copytree(folder, link)
+    (damaged,) = link.rglob("validation-*.parquet")
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    sentence = f"{damaged} cannot be read: Parquet magic bytes not found in footer"
+    with home.lived_in():
+        asked = load_spec(
+            str(spec), ["evals=[{suite: zero_shot, tasks: [piqa]}, {suite: zero_shot, name: b, tasks: [boolq]}]"]
+        )
+        workplace = open_workplace(asked)
+        preflight.check(tell(asked, workplace.sources, workplace.settings), workplace)
+        assert [sentence in record.message for record in caplog.records] == [True, False]
+        assert caplog.records[1].message.endswith("the others are run: evaluate:zero_shot:dense")
+        asked = load_spec(str(spec), ["evals=[{suite: zero_shot, tasks: [piqa]}]"])
+        with pytest.raises(SourceUnreadable, match=sentence):
+            preflight.check(tell(asked, workplace.sources, workplace.settings), workplace)

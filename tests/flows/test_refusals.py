@@ -34,6 +34,16 @@ def test_too_few_tokens(smoke_copy: Home) -> None:
     assert [stage.status for stage in result.stages] == ["cached", "failed", "skipped"]
 
 
+def test_files_of_a_model_are_named_where_they_are_not_where_they_were_copied_to(
+    smoke_copy: Home, offline_root: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(offline_root / "slimline/tiny-random-llama", tmp_path / "model"))
+    (model / "tokenizer.json").write_text("{broken", encoding="utf-8")
+    message, _ = failed(smoke_copy, f"model.id={model}")
+    assert message.startswith(f"import-model: {model} has no tokenizer that loads (")
+    assert str(smoke_copy.folder) not in message
+
+
 def test_weights_that_are_not_numbers(smoke_copy: Home, offline_root: Path, tmp_path: Path) -> None:
     model = with_nan(offline_root / "slimline/tiny-random-llama", tmp_path / "model")
     message, result = failed(smoke_copy, f"model.id={model}")
@@ -81,13 +91,19 @@ def test_calibration_data_that_cannot_be_read_is_known_before_any_work(
     assert not home.settings.results_path.exists()
 
 
-def test_no_training_records(smoke_copy: Home) -> None:
-    message, result = failed(
-        smoke_copy, "steps=[{recovery: lora, data: {dataset: slimline/instructions, output: answers}}]"
-    )
-    assert "answers" in message
-    assert "output" in message
-    assert [stage.status for stage in result.stages] == ["cached", "failed"]
+def test_training_records_that_cannot_be_read_are_known_before_any_pruning(
+    home: Home, filled: list[str], tmp_path: Path
+) -> None:
+    lora = "steps=[{{method: slimgpt, sparsity: 0.2}}, {{recovery: lora, data: {}}}]"
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"instruction": "a", "input": "", "output": "b"}\n{"instruction": ', encoding="utf-8")
+    for data, sentence in (
+        ("{dataset: slimline/instructions, output: answers}", "slimline/instructions has no column 'answers'"),
+        (f"{{dataset: {broken}}}", f"{broken} cannot be read: line 2 is no JSON"),
+    ):
+        with pytest.raises(SourceInvalid, match=sentence):
+            home.run("smoke", ["evals=[]", "profile=null", lora.format(data)])
+    assert filled == []
 
 
 def test_results_that_cannot_be_written_leave_the_stages_done(smoke_copy: Home, filled: list[str]) -> None:

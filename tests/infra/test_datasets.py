@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+import re
 from pathlib import Path
 
 import pytest
@@ -118,15 +121,26 @@ def test_edited_folder_is_not_served_stale(mirror: Path, settings: Settings) -> 
     assert seen() == (["drei", "vier"], ["drei", "vier"])
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "a.ndjson", "a.json", "a.csv", "a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz"],
+)
 def test_single_files(tmp_path: Path, settings: Settings, name: str) -> None:
     import pyarrow
+    import pyarrow.ipc
     import pyarrow.parquet
 
     file = tmp_path / name
     match "".join(file.suffixes):
         case ".parquet":
             pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), file)
+        case ".arrow":
+            with pyarrow.ipc.new_file(str(file), pyarrow.schema({"text": pyarrow.string()})) as writer:
+                writer.write_table(pyarrow.table({"text": ["one", "two"]}))
+        case ".jsonl.bz2":
+            file.write_bytes(bz2.compress(lines("one", "two").encode()))
+        case ".jsonl.xz":
+            file.write_bytes(lzma.compress(lines("one", "two").encode()))
         case ".csv":
             file.write_text("text,number\none,1\ntwo,2\n")
         case ".json":
@@ -143,9 +157,8 @@ def test_single_files(tmp_path: Path, settings: Settings, name: str) -> None:
 
 def test_text_file_is_one_text(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    (tmp_path / "empty.txt").write_text("")
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress("один\n".encode()))
-    for name, text in (("a.txt", "one\n\ntwo\n"), ("empty.txt", ""), ("a.txt.gz", "один\n")):
+    for name, text in (("a.txt", "one\n\ntwo\n"), ("a.txt.gz", "один\n")):
         data = TextData(dataset=str(tmp_path / name))
         sources_from(None, settings).check_columns(data, ("text",))
         assert sources_from(None, settings).texts(data) == [text]
@@ -207,6 +220,17 @@ def test_files_that_cannot_be_read(tmp_path: Path, settings: Settings, name: str
         sources_from(None, settings).texts(TextData(dataset=str(tmp_path / name)))
 
 
+def test_a_readme_that_promises_more_than_there_is(tmp_path: Path, settings: Settings) -> None:
+    """As of a data set of which some shards were fetched."""
+    splits = "[{name: train, num_examples: 9, num_bytes: 1}, {name: test, num_examples: 2}]"
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some/README.md").write_text(f"---\ndataset_info:\n  splits: {splits}\n---\n")
+    (tmp_path / "some/train-0.jsonl").write_text(lines("one", "two"))
+    sources, data = sources_from(None, settings), TextData(dataset=str(tmp_path / "some"))
+    sources.check_columns(data, ("text",))
+    assert sources.texts(data) == ["one", "two"]
+
+
 def test_folder_without_data(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceInvalid, match="empty"):
@@ -217,13 +241,21 @@ def test_one_file_of_a_hub_data_set(mirror: Path, tmp_path: Path) -> None:
     repo = mirror / "owner/corpus"
     files = {file.relative_to(repo).as_posix(): file.read_bytes() for file in repo.rglob("*") if file.is_file()}
     files["notes.txt"] = b"a\n\nb\n"
+    files |= {"clash/0.jsonl": b'{"text": "a", "n": null}\n', "clash/1.jsonl": b'{"text": "b", "n": "x"}\n'}
+    files["cut.jsonl"] = b'{"text": "a"}\n{"text": '
     code = (
         "from infra.settings import load_settings; from infra.sources import TextData, sources_from\n"
         "sources = sources_from('hub', load_settings())\n"
         "print(sources.texts(TextData(dataset='owner/corpus', data_files='en/train.1.json.gz')))\n"
         "print(sources.texts(TextData(dataset='owner/corpus', data_files='notes.txt')))\n"
-        "print(sources.texts(TextData(dataset='owner/corpus', config='de')))"
+        "print(sources.texts(TextData(dataset='owner/corpus', config='de')))\n"
+        "clash = TextData(dataset='owner/corpus', data_files='clash/*.jsonl')\n"
+        "sources.check_columns(clash, ('text',)); print(sources.texts(clash))\n"
+        "try: sources.texts(clash.model_copy(update={'data_files': 'cut.jsonl'}))\n"
+        "except Exception as error: print(error)"
     )
     with fake_hub("dataset", "owner/corpus", files) as endpoint:
         done = python(code, tmp_path, endpoint)
-    assert done.stdout.splitlines() == ["['two']", r"['a\n\nb\n']", "['eins', 'zwei']"], done.stderr
+    *rows, error = done.stdout.splitlines()
+    assert rows == ["['two']", r"['a\n\nb\n']", "['eins', 'zwei']", "['a', 'b']"], done.stderr
+    assert re.search(r"owner/corpus\S*/cut.jsonl cannot be read: JSON parse error", error), error

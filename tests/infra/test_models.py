@@ -187,6 +187,16 @@ def test_quantised_models_are_refused(tiny: Path, out: Path) -> None:
         import_model(at(tiny), out, "auto")
 
 
+@pytest.mark.parametrize("nothing", [None, {}, {"load_in_4bit": False, "load_in_8bit": False}])
+def test_a_quantisation_that_is_none_is_left_out(nothing: object, tiny: Path, out: Path) -> None:
+    from pruning.checkpoint import load_checkpoint
+
+    edit_config(tiny, quantization_config=nothing)
+    import_model(at(tiny), out, "auto")
+    assert "quantization_config" not in json.loads((out / "config.json").read_bytes())
+    assert load_checkpoint(out).num_parameters() == describe(at(tiny)).num_parameters
+
+
 def test_config_that_is_no_decoder(tiny: Path) -> None:
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps({"model_type": "vit", "hidden_size": config["hidden_size"]}))

@@ -100,6 +100,13 @@ def test_unsupported_models_are_named() -> None:
     assert len({row.name for row in ROWS}) == len(ROWS)
 
 
+@pytest.mark.parametrize("named", [["LLaMAForCausalLM"], ["LlamaModel"], [], None])
+def test_what_a_config_calls_its_architecture_decides_nothing(named: list[str] | None) -> None:
+    config = tiny_model("llama").config
+    config.architectures = named
+    assert family_of(config).name == "llama"
+
+
 def test_relatives_with_other_parts_are_not_taken_for_the_family() -> None:
     """Gemma-2 norms what o_proj and down_proj give; Phi-3 fuses q, k, v and gate, up."""
     small = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "pad_token_id": None}

@@ -74,6 +74,16 @@ def test_only_the_response_and_eos_carry_loss() -> None:
         assert torch.equal(labels[labels != IGNORED], batch["input_ids"][row][labels != IGNORED])
 
 
+def test_a_pad_token_without_an_embedding_is_not_fed(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    config = CONFIG.model_copy(update={"max_steps": 1})
+    model, other = pruned(), pruned()
+    recover(model, tokenizer, RECORDS, config, scratch=tmp_path / "a")
+    run(other, tmp_path / "b", config)
+    assert same(model, other)
+
+
 def test_truncation_drops_examples_without_response() -> None:
     tokenizer = tiny_tokenizer()
     whole = encode(tokenizer, RECORDS[:2], RecordData(), 512)
