@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +189,12 @@ def gguf_file(folder: Path) -> Path | None:
 def is_left_behind(file: Path) -> bool:
     """Whether a file of a model's folder does not come along when the model is imported."""
     return file.suffix in _NOT_COPIED or file.name in _OURS
+
+
+def is_plain(files: Sequence[Path]) -> bool:
+    """Whether all tensors in these files are floating point of a width that is computed in: not quantised, whatever a
+    config that was left over says."""
+    return all(entry["dtype"] in _DTYPES for file in files for entry in tensor_header(file).values())
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:

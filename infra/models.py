@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,6 +19,7 @@ from infra.checkpoint_files import (
     card_of_folder,
     gguf_file,
     is_left_behind,
+    is_plain,
     read_config,
     tensor_header,
     weight_files,
@@ -37,6 +39,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Progress = Callable[[float, str], None]
 #: from a tensor's name and the tensor to what is stored instead
 Unpack = Callable[[str, "torch.Tensor"], "dict[str, torch.Tensor]"]
+
+log = logging.getLogger("slimline")  # which users see
 
 _PROBES = ("The capital of France is Paris.", "if a  ==  12:\n    return 345", "你好，世界。", "Ａ１ é ﬁ 🙂")
 
@@ -184,9 +188,12 @@ def _dequantised(file: Path, dtype: Dtype) -> Any:
 
 def _import_safetensors(folder: Path, out: Path, dtype: Dtype, progress: Progress) -> None:
     config = foreign_code.without_code(read_config(folder), str(folder))
-    _refuse_quantised(config, str(folder))
-    foreign_code.refuse_adapter(folder)
     files = weight_files(folder)
+    if not is_plain(files):
+        _refuse_quantised(config, str(folder))
+    elif config.pop("quantization_config", None):
+        log.warning("%s: its quantization_config is left out, for its weights are plain floating point", folder)
+    foreign_code.refuse_adapter(folder)
     for file in sorted(folder.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not is_left_behind(file):
             shutil.copyfile(file, out / file.name)

@@ -183,11 +183,24 @@ def test_incomplete_models(tiny: Path, out: Path) -> None:
 
 def test_quantised_models_are_refused(tiny: Path, out: Path) -> None:
     edit_config(tiny, quantization_config={"quant_method": "gptq", "bits": 4})
+    file = tiny / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, file, metadata={"format": "pt"})
     with pytest.raises(SourceInvalid, match=r"is quantised \(gptq\)"):
         import_model(at(tiny), out, "auto")
 
 
-@pytest.mark.parametrize("nothing", [None, {}, {"load_in_4bit": False, "load_in_8bit": False}])
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        None,
+        {},
+        {"load_in_4bit": False, "load_in_8bit": False},
+        # left over in a model that was merged in full precision
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    ],
+)
 def test_a_quantisation_that_is_none_is_left_out(nothing: object, tiny: Path, out: Path) -> None:
     from pruning.checkpoint import load_checkpoint
 
