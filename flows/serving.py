@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 import zoneinfo
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, cast
 
 from flows.errors import SpecError
+from flows.interrupt import drop, handle_signals
 from flows.loading import is_night, load_night, load_spec
 from flows.servers import prefect_server
 
@@ -72,7 +74,7 @@ def serve_specs(
     limit: int = 1,
     prefect_port: int = 4200,
 ) -> None:
-    """Run nights and specs by the timetable until SIGTERM or Ctrl-C; then every process that was started here ends too.
+    """Run nights and specs by the timetable until a signal ends it; then every process that was started here ends too.
 
     name: of the deployment, by default that of the spec. limit: flow runs at once. Raises SpecError before anything is
     started if a spec cannot be used.
@@ -82,11 +84,12 @@ def serve_specs(
     for spec in specs:
         load = load_night if is_night(spec) else load_spec
         load(spec, overrides)
-    signal.signal(signal.SIGTERM, _end_on_signal)
     with _server(prefect_port) as url:
         from flows.automations import ensure_zombie_automation
 
         deployments = [_deployment(spec, timetable, overrides, name=name, paused=paused) for spec in specs]
+        for deployment in deployments:
+            _refuse_foreign(deployment)
         ensure_zombie_automation()
         for deployment in deployments:
             log.info("serving %s/%s", deployment.flow_name, deployment.name)
@@ -109,14 +112,17 @@ def _run(deployments: Sequence[RunnerDeployment], limit: int) -> None:
 
 
 async def _until_told(runner: Runner) -> None:
-    """What `prefect.serve` does, but for SIGTERM: its own way leaves a coroutine behind that complains."""
+    """What `prefect.serve` does, but for the signals: its own way leaves a coroutine behind that complains."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None, "inside a coroutine"
 
     def end(number: int, frame: FrameType | None) -> None:
+        handle_signals(_drop_children)
+        log.info("ended by %s; flow runs end as soon as they can go on from there", signal.Signals(number).name)
         loop.call_soon_threadsafe(task.cancel)
 
     runner.handle_sigterm = end  # type: ignore[method-assign]
+    handle_signals(end)
     await runner.start()
 
 
@@ -139,6 +145,24 @@ def _deployment(
     # not the module that defines the flow: this one prepares the process that runs it
     deployment.entrypoint = f"flows.deployments.{flow.name}"
     return deployment
+
+
+def _refuse_foreign(deployment: RunnerDeployment) -> None:
+    """Raise SpecError for a name under which the server has a deployment of other flows: ours would take its place."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    name = f"{deployment.flow_name}/{deployment.name}"
+    with get_client(sync_client=True) as client:
+        try:
+            there = client.read_deployment_by_name(name)
+        except ObjectNotFound:
+            return
+    if there.entrypoint != deployment.entrypoint:
+        raise SpecError(
+            f"the Prefect server has a deployment {name} that is not slimline's (entrypoint {there.entrypoint}); "
+            "give this one another --name"
+        )
 
 
 @contextmanager
@@ -168,17 +192,18 @@ def _check_cron(cron: str) -> None:
         ) from error
 
 
-def _end_on_signal(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def _end_children() -> None:
     """Prefect tells the processes of its flow runs to end, but does not wait for all of them."""
-    children = multiprocessing.active_children()
-    for child in children:
-        child.terminate()
-    for child in children:
-        child.join(_GRACE)
+    deadline = time.monotonic() + _GRACE
+    for child in multiprocessing.active_children():
+        child.join(max(0.0, deadline - time.monotonic()))
         if child.is_alive():
             child.kill()
             child.join()
+
+
+def _drop_children(number: int, frame: FrameType | None) -> None:
+    """The second signal."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    drop("dropped what still ran")
