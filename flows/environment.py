@@ -10,7 +10,6 @@ import sys
 import warnings
 from pathlib import Path
 
-from evaluation.child_process import end_with_parent
 from infra.secrets import keep_secrets_out_of_logs
 from infra.settings import Settings, load_settings
 
@@ -54,9 +53,7 @@ def entered_by_prefect() -> bool:
 
 def prepare_engine() -> None:
     """What the command line does before it imports Prefect, for a process that has imported it: our environment, our
-    log. A child of `slimline serve` ends with it. Raises SettingsInvalid."""
-    if multiprocessing.parent_process() is not None:
-        end_with_parent()
+    log. Raises SettingsInvalid."""
     prepare_environment(load_settings())
     log_to_terminal(verbose=False)
     from prefect.context import refresh_global_settings_context

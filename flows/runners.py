@@ -131,12 +131,14 @@ def interruptible() -> Iterator[list[PrefectFuture[Any]]]:
     from prefect.exceptions import TerminationSignal
     from prefect.task_runners import ThreadPoolTaskRunner
 
+    from flows.served import leave_interrupts_to_server
     from infra.settings import load_settings
     from tasks.interrupts import interrupted, not_interrupted
 
     context = FlowRunContext.get()
     assert context is not None, "inside a flow"
     assert context.flow_run is not None, "inside a flow"
+    leave_interrupts_to_server()
     not_interrupted(load_settings(), context.flow_run.id)
     submitted: list[PrefectFuture[Any]] = []
     try:

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import multiprocessing
 import os
-import signal
-import time
 import zoneinfo
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, cast
 
 from flows.errors import SpecError
-from flows.interrupt import drop, handle_signals
 from flows.loading import is_night, load_night, load_spec
+from flows.served import serve_until_told
 from flows.servers import prefect_server
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
-    from prefect.runner import Runner
     from prefect.schedules import Schedule
 
 log = logging.getLogger("slimline")
-
-#: a flow run gets this long to end after it was told to
-_GRACE = 20.0
 
 
 @dataclass(frozen=True)
@@ -94,36 +85,7 @@ def serve_specs(
         for deployment in deployments:
             log.info("serving %s/%s", deployment.flow_name, deployment.name)
         log.info("Prefect: %s; Ctrl-C ends the serving", url.removesuffix("/api"))
-        _run(deployments, limit)
-
-
-def _run(deployments: Sequence[RunnerDeployment], limit: int) -> None:
-    from prefect.runner import Runner
-
-    runner = Runner(limit=limit)
-    for deployment in deployments:
-        runner.add_deployment(deployment)
-    try:
-        asyncio.run(_until_told(runner))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        log.info("ending")
-    finally:
-        _end_children()
-
-
-async def _until_told(runner: Runner) -> None:
-    """What `prefect.serve` does, but for the signals: its own way leaves a coroutine behind that complains."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None, "inside a coroutine"
-
-    def end(number: int, frame: FrameType | None) -> None:
-        handle_signals(_drop_children)
-        log.info("ended by %s; flow runs end as soon as they can go on from there", signal.Signals(number).name)
-        loop.call_soon_threadsafe(task.cancel)
-
-    runner.handle_sigterm = end  # type: ignore[method-assign]
-    handle_signals(end)
-    await runner.start()
+        serve_until_told(deployments, limit)
 
 
 def _deployment(
@@ -190,20 +152,3 @@ def _check_cron(cron: str) -> None:
         raise SpecError(
             f"--cron {cron!r} is no cron expression; give minute, hour, day, month and weekday, e.g. '0 2 * * *'"
         ) from error
-
-
-def _end_children() -> None:
-    """Prefect tells the processes of its flow runs to end, but does not wait for all of them."""
-    deadline = time.monotonic() + _GRACE
-    for child in multiprocessing.active_children():
-        child.join(max(0.0, deadline - time.monotonic()))
-        if child.is_alive():
-            child.kill()
-            child.join()
-
-
-def _drop_children(number: int, frame: FrameType | None) -> None:
-    """The second signal."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    drop("dropped what still ran")
