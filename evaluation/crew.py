@@ -91,12 +91,12 @@ class Crew:
             while not errors and (number := next(numbers)) < len(batches):
                 try:
                     found = answer(batches[number])
+                    with telling:
+                        results[number] = found
+                        finished(len(batches[number]))
                 except BaseException as error:  # also Ctrl-C: the other threads must not wait for ever
                     errors.append(error)
                     return
-                with telling:
-                    results[number] = found
-                    finished(len(batches[number]))
 
         threads = [
             threading.Thread(target=take, args=(_asker(mate, line, work),), daemon=True) for mate, line in self._mates

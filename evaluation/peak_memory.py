@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from evaluation.child_process import end_with_lifeline, lifeline
 from evaluation.errors import EvaluationError
 from evaluation.profile_config import GridPoint, ProfileConfig
 from evaluation.profile_report import ProfileReport
@@ -122,7 +123,10 @@ def peak_resident_gib(folder: Path, config: ProfileConfig, model_class: str) -> 
     command = [sys.executable, "-m", "evaluation.peak_memory", str(folder.resolve()), config.model_dump_json()]
     command += [model_class]
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    with lifeline() as line:
+        done = subprocess.run(
+            [*command, str(line)], cwd=root, capture_output=True, text=True, check=False, pass_fds=[line]
+        )
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise EvaluationError(f"peak memory of {folder} could not be measured: {words[-1]}")
@@ -167,7 +171,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("config", type=ProfileConfig.model_validate_json)
     parser.add_argument("model_class")
+    parser.add_argument("lifeline", type=int)
     given = parser.parse_args(arguments)
+    end_with_lifeline(given.lifeline)
 
     import torch
 

@@ -27,7 +27,8 @@ def ensure_zombie_automation(after_seconds: float = SECONDS_WITHOUT_HEARTBEAT) -
     """
     wanted = _zombie_automation(after_seconds)
     with get_client(sync_client=True) as client:
-        found = client.read_automations_by_name(ZOMBIES)
+        # an automation of somebody else's may have any name, ours too
+        found = [each for each in client.read_automations_by_name(ZOMBIES) if each.description == wanted.description]
         for twin in found[1:]:  # two commands that started at once created one each
             client.delete_automation(twin.id)
         if not found:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 
 from flows.environment import entered_by_prefect, prepare_engine
+from flows.served import end_with_server
 
 if entered_by_prefect():
     prepare_engine()
+    end_with_server()
 
 from prefect import flow
 from prefect.context import FlowRunContext

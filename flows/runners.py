@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import signal
+import threading
+import time
+from asyncio import CancelledError
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+from flows import interrupt
 from flows.errors import SpecError
 from infra.registry import near
 
@@ -26,6 +32,8 @@ RunnerName = Literal["threads", "dask", "ray"]
 #: stages wait for devices, not for threads: enough threads that every stage that could run has one
 THREADS = 16
 _CPU_WORKERS = 2
+#: seconds that a stage has to end by itself although it has nothing to save
+_PATIENCE = 10.0
 
 
 def runner_called(name: str) -> RunnerName:
@@ -116,24 +124,51 @@ def server_for_workers() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[list[PrefectFuture[Any]]]:
-    """To be used in a flow, which puts what it submits into the list: after Ctrl-C stages that run are waited for, and
-    no other begins, wherever it would have run."""
+    """To be used in a flow, which puts what it submits into the list: after a signal no other stage begins, wherever it
+    would have run, and those that run are waited for, each until it is finished or (see flows/interrupt.py) can go on
+    later."""
     from prefect.context import FlowRunContext
+    from prefect.exceptions import TerminationSignal
+    from prefect.task_runners import ThreadPoolTaskRunner
 
+    from flows.served import leave_interrupts_to_server
     from infra.settings import load_settings
-    from tasks.interrupts import interrupted
+    from tasks.interrupts import interrupted, not_interrupted
 
     context = FlowRunContext.get()
     assert context is not None, "inside a flow"
     assert context.flow_run is not None, "inside a flow"
+    leave_interrupts_to_server()
+    not_interrupted(load_settings(), context.flow_run.id)
     submitted: list[PrefectFuture[Any]] = []
     try:
         yield submitted
-    except KeyboardInterrupt:
-        with interrupted(load_settings(), context.flow_run.id):
-            for future in submitted:
-                future.wait()
+    except (KeyboardInterrupt, TerminationSignal) as error:
+        interrupt.take_over(signal.SIGTERM if isinstance(error, TerminationSignal) else None)
+        with interrupted(load_settings(), context.flow_run.id, at_once=interrupt.ends_soon()):
+            _wait_for(submitted, in_threads=isinstance(context.task_runner, ThreadPoolTaskRunner))
+        if interrupt.taken():  # Prefect would send us the signal once more
+            raise KeyboardInterrupt from None
         raise
+
+
+def _wait_for(submitted: Sequence[PrefectFuture[Any]], *, in_threads: bool) -> None:
+    """Wait until all have ended; in threads of this process, and if they are to end soon, no longer than some moments
+    for those that have nothing to save: who waits for a lock or for a download does not hear of it."""
+    from tasks.interrupts import anything_to_save
+
+    def wait() -> None:
+        for future in submitted:
+            with suppress(Exception, CancelledError):  # of a stage that did not begin; what became of it is not asked
+                future.wait()
+
+    waiting = threading.Thread(target=copy_context().run, args=(wait,), daemon=True)
+    waiting.start()
+    deadline = time.monotonic() + _PATIENCE
+    while waiting.is_alive():
+        waiting.join(0.2)
+        if in_threads and interrupt.ends_soon() and time.monotonic() > deadline and not anything_to_save():
+            interrupt.drop("dropped what still ran: it had nothing to save")
 
 
 def _workers(settings: Settings) -> int:

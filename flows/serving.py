@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import multiprocessing
 import os
-import signal
 import zoneinfo
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, cast
 
 from flows.errors import SpecError
 from flows.loading import is_night, load_night, load_spec
+from flows.served import serve_until_told
 from flows.servers import prefect_server
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
-    from prefect.runner import Runner
     from prefect.schedules import Schedule
 
 log = logging.getLogger("slimline")
-
-#: a flow run gets this long to end after it was told to
-_GRACE = 20.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ def serve_specs(
     limit: int = 1,
     prefect_port: int = 4200,
 ) -> None:
-    """Run nights and specs by the timetable until SIGTERM or Ctrl-C; then every process that was started here ends too.
+    """Run nights and specs by the timetable until a signal ends it; then every process that was started here ends too.
 
     name: of the deployment, by default that of the spec. limit: flow runs at once. Raises SpecError before anything is
     started if a spec cannot be used.
@@ -81,7 +74,6 @@ def serve_specs(
     if name is not None and len(specs) > 1:
         raise SpecError(f"--name {name!r} is one name for {len(specs)} specs; leave it out and each has its spec's")
     anchors = [_anchor(spec, overrides) for spec in specs]
-    signal.signal(signal.SIGTERM, _end_on_signal)
     with _server(prefect_port) as url:
         from flows.automations import ensure_zombie_automation
 
@@ -89,11 +81,13 @@ def serve_specs(
             _deployment(spec, timetable, [*overrides, *anchor], name=name, paused=paused)
             for spec, anchor in zip(specs, anchors, strict=True)
         ]
+        for deployment in deployments:
+            _refuse_foreign(deployment)
         ensure_zombie_automation()
         for deployment in deployments:
             log.info("serving %s/%s", deployment.flow_name, deployment.name)
         log.info("Prefect: %s; Ctrl-C ends the serving", url.removesuffix("/api"))
-        _run(deployments, limit)
+        serve_until_told(deployments, limit)
 
 
 def _anchor(spec: str, overrides: Sequence[str]) -> list[str]:
@@ -101,32 +95,6 @@ def _anchor(spec: str, overrides: Sequence[str]) -> list[str]:
     its process was given. Raises SpecError if the spec cannot be used."""
     folder = (load_night if is_night(spec) else load_spec)(spec, overrides).folder
     return [] if folder is None else [f"folder={json.dumps(folder)}"]
-
-
-def _run(deployments: Sequence[RunnerDeployment], limit: int) -> None:
-    from prefect.runner import Runner
-
-    runner = Runner(limit=limit)
-    for deployment in deployments:
-        runner.add_deployment(deployment)
-    try:
-        asyncio.run(_until_told(runner))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        log.info("ending")
-    finally:
-        _end_children()
-
-
-async def _until_told(runner: Runner) -> None:
-    """What `prefect.serve` does, but for SIGTERM: its own way leaves a coroutine behind that complains."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None, "inside a coroutine"
-
-    def end(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(task.cancel)
-
-    runner.handle_sigterm = end  # type: ignore[method-assign]
-    await runner.start()
 
 
 def _deployment(
@@ -140,6 +108,7 @@ def _deployment(
         name=name or path.stem,
         schedules=timetable.schedules,
         paused=paused,
+        # a flow run starts in whatever folder its process was given
         parameters={"spec": str(path.absolute()) if path.is_file() else spec, "overrides": list(overrides)},
         tags=["slimline"],
     )
@@ -147,6 +116,24 @@ def _deployment(
     # not the module that defines the flow: this one prepares the process that runs it
     deployment.entrypoint = f"flows.deployments.{flow.name}"
     return deployment
+
+
+def _refuse_foreign(deployment: RunnerDeployment) -> None:
+    """Raise SpecError for a name under which the server has a deployment of other flows: ours would take its place."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    name = f"{deployment.flow_name}/{deployment.name}"
+    with get_client(sync_client=True) as client:
+        try:
+            there = client.read_deployment_by_name(name)
+        except ObjectNotFound:
+            return
+    if there.entrypoint != deployment.entrypoint:
+        raise SpecError(
+            f"the Prefect server has a deployment {name} that is not slimline's (entrypoint {there.entrypoint}); "
+            "give this one another --name"
+        )
 
 
 @contextmanager
@@ -174,19 +161,3 @@ def _check_cron(cron: str) -> None:
         raise SpecError(
             f"--cron {cron!r} is no cron expression; give minute, hour, day, month and weekday, e.g. '0 2 * * *'"
         ) from error
-
-
-def _end_on_signal(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _end_children() -> None:
-    """Prefect tells the processes of its flow runs to end, but does not wait for all of them."""
-    children = multiprocessing.active_children()
-    for child in children:
-        child.terminate()
-    for child in children:
-        child.join(_GRACE)
-        if child.is_alive():
-            child.kill()
-            child.join()

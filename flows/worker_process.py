@@ -11,8 +11,12 @@ from infra.settings import load_settings
 
 def prepare() -> None:
     """Called once in each new process of the cluster."""
-    # Ctrl-C goes to every process of the terminal; what it means to stages is the flow's affair
+    # a terminal and a service manager tell every process; what it means to stages is the flow's affair
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # else whoever started the cluster needs it
+            # not ignored: the processes that a stage starts would inherit that, and could not be ended so
+            signal.signal(number, lambda number, frame: None)
     prepare_environment(load_settings())
     log_to_terminal(verbose=False)
     keep_secrets_out_of_logs()

@@ -116,7 +116,7 @@ def _add(tar: tarfile.TarFile, name: str, content: IO[bytes] | _HashingReader, s
 @contextmanager
 def _replaced(out: Path, size: int) -> Iterator[IO[bytes]]:
     """A file that takes the place of `out` when the block ends, and vanishes if it raises."""
-    part = out.with_name(f"{out.name}.part")
+    part = out.with_name(f".{out.name}.slimline-part")  # `.part` alone is what others call theirs
     with full_disk_named(out.parent):
         check_free(out.parent, size)
         with flocked(part, wait=False) as ours:

@@ -171,8 +171,8 @@ class ResultFiles:
             sync_folder(path.parent)
 
     def _sweep(self, folder: Path) -> None:
-        """Remove what killed writers left. Their files are seconds old while they live."""
-        for path in folder.glob(f"*{_UNFINISHED}"):
+        """Remove what killed writers left. Theirs are seconds old while they live; other names are not ours."""
+        for path in folder.glob(f"{'[0-9a-f]' * 32}{_UNFINISHED}"):
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _UNFINISHED_SECONDS:
                     path.unlink()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, cast
 from uuid import UUID
@@ -24,7 +24,7 @@ class Progress(Protocol):
     """Told the share done, in [0, 1], and a few words."""
 
     def __call__(self, share: float, message: str) -> None:
-        """Take note."""
+        """Take note. Raises Interrupted if the stage is to end here, before it is finished."""
         ...
 
 
@@ -38,8 +38,11 @@ def settle_bars() -> None:
 
 
 @contextmanager
-def stage_progress(stage: str) -> Iterator[Progress]:
-    """A Progress for one running stage; the bar closes with the block. Outside a Prefect task only the bar is shown."""
+def stage_progress(stage: str, refuse: Callable[[str], None] = lambda reached: None) -> Iterator[Progress]:
+    """A Progress for one running stage; the bar closes with the block. Outside a Prefect task only the bar is shown.
+
+    refuse: called with the words while the stage is not finished; what it raises passes on.
+    """
     form = "{l_bar}{bar}| {postfix}"
     bar = tqdm(total=100, desc=stage, unit="%", file=sys.stderr, disable=None, leave=False, bar_format=form)
     artifact_id: UUID | None = None
@@ -50,6 +53,8 @@ def stage_progress(stage: str) -> Iterator[Progress]:
 
     def tell(share: float, message: str) -> None:
         nonlocal told
+        if share < 1:
+            refuse(message)
         bar.set_postfix_str(message, refresh=False)
         bar.n = min(100.0, 100 * share)
         bar.refresh()

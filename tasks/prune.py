@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tasks.interrupts import something_to_save
 from tasks.requests import PruneRequest
 from tasks.stage import Bench, stage
 
@@ -56,7 +57,9 @@ def fill(request: PruneRequest, bench: Bench) -> None:
     source = store.path(request.checkpoint)
     calibration = store.path(request.calibration)
     statistics, orders = (store.path(ref) if ref else None for ref in (request.statistics, request.orders))
-    run_walk(bench, _Job(request, source, calibration, statistics, orders, bench.folder, store.scratch(bench.ref)))
+    job = _Job(request, source, calibration, statistics, orders, bench.folder, store.scratch(bench.ref))
+    with something_to_save():
+        run_walk(bench, job)
     hand_on_tokenizer(source, bench.folder)
 
 

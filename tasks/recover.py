@@ -1,8 +1,10 @@
-"""Stage: a checkpoint repaired by training; killed, it goes on where its last training checkpoint was."""
+"""Stage: a checkpoint repaired by training; killed, it goes on where its last training checkpoint was, and interrupted,
+at that very step."""
 
 from __future__ import annotations
 
 from infra.sources import TextData
+from tasks.interrupts import something_to_save
 from tasks.requests import RecoverRequest
 from tasks.stage import Bench, stage
 
@@ -24,16 +26,17 @@ def fill(request: RecoverRequest, bench: Bench) -> None:
     config = request.typed_config
     records = bench.workplace.sources.records(*record_data(request))
     model, tokenizer = load_checkpoint(source), load_tokenizer(source)
-    report = request.module.recover(
-        model,
-        tokenizer,
-        records,
-        config,
-        scratch=bench.store.scratch(bench.ref),
-        device=bench.place.device.type,
-        progress=bench.progress,
-    )
-    save_checkpoint(model.cpu(), None, bench.folder, load_plan(source))
+    with something_to_save():
+        report = request.module.recover(
+            model,
+            tokenizer,
+            records,
+            config,
+            scratch=bench.store.scratch(bench.ref),
+            device=bench.place.device.type,
+            progress=bench.progress,
+        )
+        save_checkpoint(model.cpu(), None, bench.folder, load_plan(source))
     check_saved(bench.folder, model)
     hand_on_tokenizer(source, bench.folder)
     (bench.folder / "recovery.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")

@@ -27,7 +27,7 @@ from infra.settings import Settings, load_settings
 from infra.sources import Sources
 from tasks.devices import Placement, pool
 from tasks.disk_needs import Forecast, check_room
-from tasks.interrupts import refuse_elsewhere, refuse_interrupted
+from tasks.interrupts import Interrupted, ended_by_marks, refuse_elsewhere, refuse_interrupted
 from tasks.progress import Progress, stage_progress
 from tasks.requests import EvaluateRequest, Request
 from tasks.retrying import eased, passes_by_itself
@@ -179,6 +179,8 @@ def _run(request: Request, stage_name: str, workplace: Workplace, fill: Fill, de
         try:
             _make(request, stage_name, workplace, fill, place)
         except BaseException as error:
+            if isinstance(error, Interrupted):
+                log.info("%s: %s", stage_name, error)
             _let_go_of_locals(error)
             raise
         return time.monotonic() - started
@@ -186,8 +188,9 @@ def _run(request: Request, stage_name: str, workplace: Workplace, fill: Fill, de
 
 def _make(request: Request, stage_name: str, workplace: Workplace, fill: Fill, place: Placement | None) -> None:
     store, ref = workplace.store, request.ref
+    refuse = ended_by_marks(workplace.settings, workplace.part_of)
     with (
-        stage_progress(stage_name) as progress,
+        stage_progress(stage_name, refuse) as progress,
         store.writing(
             ref, request=request.model_dump(mode="json"), versions=versions(), replace=_refreshing()
         ) as folder,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +10,9 @@ import typer
 
 from flows.commands.app import AsJson, Overrides, Refresh, Runner, SpecName, app, prepared
 from flows.errors import SpecError
-from flows.interrupt import shield_server, take_interrupts
-from flows.orphans import end_orphaned_servers
+from flows.interrupt import interruptible_command
 from flows.runners import check_runner, runner_called
+from flows.servers import ensure_prefect_server
 from infra.settings import load_settings
 
 if TYPE_CHECKING:
@@ -88,19 +87,16 @@ def run_night(
     settings = load_settings()
     chosen = runner_called(runner or settings.runner)
     check_runner(chosen, settings)
-    take_interrupts()
-    shield_server()
-    end_orphaned_servers(os.environ["PREFECT_LOCAL_STORAGE_PATH"])
-    from flows.night_outcome import NightFailed
-    from flows.nightly import on_runner
+    with interruptible_command():
+        ensure_prefect_server()
+        from flows.night_outcome import NightFailed
+        from flows.nightly import on_runner
 
-    try:
-        result = on_runner(chosen, settings)(spec, overrides, refresh)
-    except NightFailed as failed:
-        _print(failed.result, as_json)
-        raise
-    except KeyboardInterrupt:
-        raise typer.Exit(1) from None
+        try:
+            result = on_runner(chosen, settings)(spec, overrides, refresh)
+        except NightFailed as failed:
+            _print(failed.result, as_json)
+            raise
     _print(result, as_json)
 
 

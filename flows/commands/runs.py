@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from flows.commands.app import AsJson, Overrides, Refresh, Runner, SpecName, app, prepared
 from flows.errors import StagesFailed
-from flows.interrupt import shield_server, take_interrupts
-from flows.orphans import end_orphaned_servers
+from flows.interrupt import interruptible_command
 from flows.runners import check_runner, runner_called, runner_named
+from flows.servers import ensure_prefect_server
 
 if TYPE_CHECKING:
     from flows.outcome import RunResult
@@ -55,19 +52,16 @@ def run_spec(
     started = time.monotonic()
     chosen = runner_called(runner or settings.runner)
     check_runner(chosen, settings)
-    take_interrupts()
-    end_orphaned_servers(os.environ["PREFECT_LOCAL_STORAGE_PATH"])
-    from flows.compress import compress
+    with interruptible_command():
+        from flows.compress import compress
 
-    shield_server()
-    ready = time.monotonic()
-    try:
-        result = compress.with_options(task_runner=runner_named(chosen, settings))(spec, tuple(refresh))
-    except StagesFailed as failed:
-        print_result(failed.result, settings, as_json)
-        raise
-    except KeyboardInterrupt:
-        raise typer.Exit(1) from None
+        ensure_prefect_server()
+        ready = time.monotonic()
+        try:
+            result = compress.with_options(task_runner=runner_named(chosen, settings))(spec, tuple(refresh))
+        except StagesFailed as failed:
+            print_result(failed.result, settings, as_json)
+            raise
     log.info("done in %.1f s (imports %.1f s)", time.monotonic() - started, ready - started)
     print_result(result, settings, as_json)
 

@@ -8,7 +8,7 @@ import typer
 
 from flows.commands.app import Overrides, app, prepared
 from flows.errors import SpecError
-from flows.orphans import end_orphaned_servers
+from flows.interrupt import until_told
 
 PrefectPort = Annotated[int, typer.Option(help="Port of Prefect's pages.")]
 
@@ -18,11 +18,12 @@ def ui(
     prefect_port: PrefectPort = 4200,
     mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's pages.")] = 5000,
 ) -> None:
-    """Open Prefect's and MLflow's pages on this machine; Ctrl-C ends them."""
+    """Open Prefect's and MLflow's pages on this machine; Ctrl-C or SIGTERM ends them."""
     settings = prepared()
     from flows.servers import serve_pages
 
-    serve_pages(settings, prefect_port=prefect_port, mlflow_port=mlflow_port)
+    with until_told():
+        serve_pages(settings, prefect_port=prefect_port, mlflow_port=mlflow_port)
 
 
 @app.command()
@@ -41,12 +42,12 @@ def serve(
     prefect_port: PrefectPort = 4200,
 ) -> None:
     """Run nights and specs on a schedule. Starts a Prefect server on this machine unless PREFECT_API_URL names one."""
-    settings = prepared()
+    prepared()
     from flows.serving import Timetable, serve_specs
 
     timetable = Timetable(cron, interval, timezone)
-    end_orphaned_servers(str(settings.home / "prefect-results"))
-    serve_specs(specs, timetable, overrides=set_, name=name, paused=paused, limit=limit, prefect_port=prefect_port)
+    with until_told():
+        serve_specs(specs, timetable, overrides=set_, name=name, paused=paused, limit=limit, prefect_port=prefect_port)
 
 
 @app.command()

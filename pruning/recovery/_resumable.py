@@ -61,6 +61,7 @@ def train(
 
     batch_size: examples per optimizer step over all devices. identity: names this very run; checkpoints of another
     identity or half-written ones in arguments.output_dir are removed, and from the newest good one it goes on.
+    progress: what it raises ends the training after that step, of which there is a checkpoint then, and passes on.
     Raises PruningError if the loss is not finite or the batch cannot be split over the devices.
     """
     at_once = arguments.train_batch_size * arguments.world_size
@@ -70,12 +71,13 @@ def train(
             "change batch_size or micro_batch_size"
         )
     arguments.gradient_accumulation_steps = batch_size // at_once
+    reporter = _Reporter(progress)
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=list(examples),
         data_collator=collate(pad_id),
-        callbacks=[_Checkpoints(identity), _FiniteLoss(), _Reporter(progress)],
+        callbacks=[_Checkpoints(identity), _FiniteLoss(), reporter],
     )
     trainer.remove_callback(PrinterCallback)
     checkpoint = newest_complete_(Path(str(arguments.output_dir)), identity)
@@ -85,6 +87,8 @@ def train(
         trainer._load_from_checkpoint(str(checkpoint))
     else:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if reporter.raised is not None:
+            raise reporter.raised
         state = trainer.state
     return tuple((entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry)
 
@@ -166,10 +170,11 @@ class _FiniteLoss(TrainerCallback):  # type: ignore[misc]
 
 
 class _Reporter(TrainerCallback):  # type: ignore[misc]
-    """Tells the caller how far the training is."""
+    """Tells the caller how far the training is; what the caller raises is kept, and ends it with a checkpoint."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
+        self.raised: Exception | None = None
 
     def on_log(
         self,
@@ -180,7 +185,9 @@ class _Reporter(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         if "loss" in (logs or {}):
-            loss = (logs or {})["loss"]
-            self.progress(
-                state.global_step / state.max_steps, f"step {state.global_step}/{state.max_steps}, loss {loss:.3f}"
-            )
+            words = f"step {state.global_step}/{state.max_steps}, loss {(logs or {})['loss']:.3f}"
+            try:
+                self.progress(state.global_step / state.max_steps, words)
+            except Exception as error:
+                self.raised = error
+                control.should_save = control.should_training_stop = True

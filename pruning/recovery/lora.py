@@ -99,7 +99,8 @@ def recover(
 
     records: mappings with the text columns that config.data names. scratch: a folder for checkpoints; a run killed at
     any moment goes on there when called again with the same arguments, and ends with the same weights. device: "cpu" or
-    "cuda" (the Trainer uses all visible GPUs). The model is left on that device. progress: called with the share done.
+    "cuda" (the Trainer uses all visible GPUs). The model is left on that device. progress: called with the share done;
+    what it raises ends the training after that step, with a checkpoint, and passes on.
 
     Raises PruningError for unusable records, a device the Trainer cannot use, or a loss that is not finite; the model
     is then as it was.

@@ -110,6 +110,11 @@ def folder(model: PreTrainedModel, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def end(share: float, message: str) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        raise InterruptedError(message)
+
+
 def test_a_crew_gives_what_one_process_gives(model: PreTrainedModel, folder: Path) -> None:
     batches = [ROWS[:3], ROWS[3:5], ROWS[5:]]
     alone = run_batches(model, last_logit, batches, Means())
@@ -120,6 +125,8 @@ def test_a_crew_gives_what_one_process_gives(model: PreTrainedModel, folder: Pat
         processes = {pid for batch in run_batches(model, who, [[1]] * 200, Means(crew=crew)) for pid in batch}
         with pytest.raises(IndexError):
             run_batches(model, last_logit, [[(10**6,)]] * 8, Means(crew=crew))
+        with pytest.raises(InterruptedError):
+            run_batches(model, who, [[1]] * 200, Means(crew=crew, progress=end))
     assert together == alone
     assert len(processes) == 2
     assert told[-1] == "7 rows"

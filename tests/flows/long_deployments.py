@@ -108,6 +108,50 @@ def test_a_worker_runs_a_deployment_and_its_retry_runs_what_failed(
     wait_for(lambda: alive_in(home) == [], 20)
 
 
+@pytest.mark.parametrize("how", ["stopped", "killed", "cancelled"])
+def test_a_served_flow_run_ends_with_its_server_or_when_it_is_cancelled(
+    how: str, smoke_copy: Home, tmp_path: Path
+) -> None:
+    """A service manager tells all processes at once; the training saves its step. kill -9 is of the server alone,
+    and Prefect's pages cancel the flow run alone."""
+    home, log, port = Home(smoke_copy.folder), tmp_path / "serve.log", free_port()
+    sets = ["--set", "steps.1.max_steps=1000", "--set", "steps.1.save_steps=1000", "--set", "profile=null"]
+    command = ["flows", "serve", str(PROJECT / "flows/specs/smoke.yaml"), *sets, "--interval", "3"]
+    api = Api(f"http://127.0.0.1:{port}/api")
+    private = {"PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+    with started(home, log, *command, "--prefect-port", str(port), **private) as serve:
+        wait_for(lambda: "recover:slimgpt-20+lora: running" in log.read_text(), 240, serve)
+        time.sleep(3)
+        if how == "cancelled":
+            (run,) = api.flow_runs(flow_runs={"state": {"name": {"any_": ["Running"]}, "operator": "and_"},
+                                              "parent_flow_run_id": {"operator": "and_"}},
+                                   flows={"name": {"any_": ["run"]}})  # fmt: skip
+            cancelling = {"type": "CANCELLING", "name": "Cancelling"}
+            api.post(f"flow_runs/{run['id']}/set_state", {"state": cancelling, "force": True})
+            wait_for(lambda: api.state(run["id"]) == "CANCELLED", 60, serve)
+            wait_for(lambda: "interrupted at step" in log.read_text(), 60, serve)
+            serve.terminate()
+        elif how == "killed":
+            serve.kill()
+        else:
+            for pid in (int(folder.name) for folder in Path("/proc").glob("[0-9]*")):
+                if is_of(home, pid):
+                    os.kill(pid, signal.SIGTERM)
+        assert serve.wait(90) == (-signal.SIGKILL if how == "killed" else 0)
+        wait_for(lambda: alive_in(home) == [], 20)
+    saved = list(home.store.root.glob(".scratch/*/checkpoint-*/complete.json"))
+    assert len(saved) == (0 if how == "killed" else 1)
+    assert "Traceback" not in log.read_text()
+
+
+def is_of(home: Home, pid: int) -> bool:
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return pid != os.getpid() and f"SLIMLINE_HOME={home.folder}".encode() in environment
+
+
 def test_a_killed_flow_run_is_marked_crashed_and_a_living_one_is_not(tmp_path: Path) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 

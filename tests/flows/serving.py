@@ -41,6 +41,9 @@ class Api:
             content = answer.read()
         return json.loads(content) if content else None
 
+    def delete(self, path: str) -> None:
+        urllib.request.urlopen(urllib.request.Request(f"{self.url}/{path}", method="DELETE"), timeout=30).close()
+
     def flow_runs(self, **state: Any) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.post("flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 50} | state)
         return found

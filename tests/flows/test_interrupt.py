@@ -1,16 +1,12 @@
-"""Ctrl-C once finishes what runs, twice drops it."""
+"""Ctrl-C and the signals of service managers and terminals: once lets what runs come to an end, twice drops it."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
-
-from flows.interrupt import shield_server
 
 _CHILD = """
 import time
@@ -24,10 +20,19 @@ except KeyboardInterrupt:
     time.sleep({seconds})
     print("finished", flush=True)
 """
+_SAYS = {
+    signal.SIGINT: "slimline: interrupted; running stages are finished first (Ctrl-C again drops them)",
+    signal.SIGTERM: "slimline: ended by SIGTERM; running stages end as soon as they can go on from there",
+    signal.SIGHUP: "slimline: ended by SIGHUP; running stages end as soon as they can go on from there",
+}
 
 
-@pytest.mark.parametrize(("seconds", "again", "told"), [(0, False, "finished\n"), (30, True, "")])
-def test_first_waits_second_drops(seconds: int, again: bool, told: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "seconds", "again", "told"),
+    [(signal.SIGINT, 0, False, "finished\n"), (signal.SIGINT, 30, True, ""),
+     (signal.SIGTERM, 0, False, "finished\n"), (signal.SIGHUP, 30, True, "")],
+)  # fmt: skip
+def test_first_waits_second_drops(number: signal.Signals, seconds: int, again: bool, told: str) -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", _CHILD.format(seconds=seconds)],
         stdout=subprocess.PIPE,
@@ -36,32 +41,20 @@ def test_first_waits_second_drops(seconds: int, again: bool, told: str) -> None:
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     assert child.stdout.readline() == "finishing\n"
     if again:
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
     assert child.stderr is not None
     out, err = child.stdout.read(), child.stderr.read()  # not communicate: it forgets what readline read ahead
     child.wait(timeout=20)
     assert out == told
+    assert _SAYS[number] in err
     assert "the same command goes on from there" in err
     assert child.returncode == (1 if again else 0)
 
 
-def test_the_temporary_server_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is started by the first client; what it is told in a terminal is also told to us."""
-    children = []
-
-    @contextmanager
-    def client(sync_client: bool) -> Iterator[None]:
-        children.append(subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(1)"],
-                                         stdout=subprocess.PIPE))  # fmt: skip
-        yield
-
-    monkeypatch.setattr("prefect.client.orchestration.get_client", client)
-    shield_server()
-    (server,) = children
-    assert server.stdout.read(2) == b"up"
-    server.send_signal(signal.SIGINT)
-    assert server.wait(timeout=20) == 0
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+def test_what_runs_under_nohup_outlives_its_terminal() -> None:
+    code = "import os, signal\nfrom flows.interrupt import take_interrupts\n"
+    code += "signal.signal(signal.SIGHUP, signal.SIG_IGN)\ntake_interrupts()\nos.kill(os.getpid(), signal.SIGHUP)"
+    subprocess.run([sys.executable, "-c", code], check=True)

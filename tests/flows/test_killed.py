@@ -1,11 +1,13 @@
-"""kill -9 in a stage, then the same command: nothing that was finished runs again, and the result is equal."""
+"""kill -9 or SIGTERM in a stage, then the same command: what was finished does not run again, the result is equal."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from flows.outcome import RunResult, StageOutcome
 from infra.artifacts import ArtifactRef
 from tests.flows.home import Home, stages_run
+from tests.flows.serving import alive_in, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -113,17 +116,23 @@ def test_killed_in_prune(home: Home, uninterrupted: tuple[Home, RunResult]) -> N
     assert_equal_results(home, uninterrupted)
 
 
-def test_killed_in_recover(tmp_path: Path, uninterrupted: tuple[Home, RunResult], blank_mlflow: Path) -> None:
-    """The home is that of a run that got as far as this stage. The training goes on from its own last checkpoint."""
-    home = uninterrupted[0].copy(tmp_path / "home")
-    recovered = named(uninterrupted[1], "recover")
-    for stage in uninterrupted[1].stages:
+def before_recovery(whole: tuple[Home, RunResult], folder: Path, blank_mlflow: Path) -> Home:
+    """The home of a run that got as far as the training."""
+    home = whole[0].copy(folder)
+    for stage in whole[1].stages:
         if "+lora" in stage.name:
             shutil.rmtree(home.store.root / stage.kind / stage.key)
     for name in ("results.duckdb", "mlflow.db"):
         (home.folder / name).unlink()
     shutil.rmtree(home.folder / "results")
     shutil.copyfile(blank_mlflow, home.folder / "mlflow.db")
+    return home
+
+
+def test_killed_in_recover(tmp_path: Path, uninterrupted: tuple[Home, RunResult], blank_mlflow: Path) -> None:
+    """The training goes on from its own last checkpoint."""
+    home = before_recovery(uninterrupted, tmp_path / "home", blank_mlflow)
+    recovered = named(uninterrupted[1], "recover")
     scratch = home.store.root / ".scratch" / recovered.key
 
     def trained_a_bit() -> bool:
@@ -136,3 +145,56 @@ def test_killed_in_recover(tmp_path: Path, uninterrupted: tuple[Home, RunResult]
     assert set(stages_run(again.stderr)) == {stage.name for stage in uninterrupted[1].stages if "+lora" in stage.name}
     assert not scratch.exists()
     assert_equal_results(home, uninterrupted)
+
+
+def ended(home: Home, reached: Callable[[], bool], *numbers: signal.Signals, more: Sequence[str] = ()) -> str:
+    """Start the command, send it the signals as soon as `reached`, and return what it said."""
+    child = home.start(*COMMAND, *more)
+    try:
+        wait_for(reached, 120)
+        for number in numbers:
+            child.send_signal(number)
+            time.sleep(0.3)
+        errors = child.communicate(timeout=10 if numbers[1:] else 60)[1]
+    finally:
+        child.kill()
+    assert child.returncode == 1, errors
+    assert f"slimline: ended by {numbers[0].name}; running stages end as soon as they can go on from there" in errors
+    assert "Traceback" not in errors
+    return errors
+
+
+def test_ended_by_sigterm_in_recover(tmp_path: Path, uninterrupted: tuple[Home, RunResult], blank_mlflow: Path) -> None:
+    """The training saves the step that it is at, between its own checkpoints or not, and goes on from there."""
+    home = before_recovery(uninterrupted, tmp_path / "home", blank_mlflow)
+    recovered = named(uninterrupted[1], "recover")
+    scratch = home.store.root / ".scratch" / recovered.key
+    errors = ended(home, lambda: any(scratch.glob("checkpoint-*/complete.json")), signal.SIGTERM)
+    reached = re.search(r"interrupted at step (\d+)/20, loss .*; the same command goes on from here", errors)
+    assert reached, errors
+    steps = {int(path.parent.name.partition("-")[2]) for path in scratch.glob("checkpoint-*/complete.json")}
+    assert max(steps) == int(reached[1])
+    assert not (home.store.root / "checkpoint" / recovered.key).exists()
+    assert home.results.runs() == ()
+    assert not list((home.folder / "interrupted").iterdir())
+    home.slimline(*COMMAND)
+    assert_equal_results(home, uninterrupted)
+
+
+def test_ended_by_sigterm_in_prune(home: Home, uninterrupted: tuple[Home, RunResult]) -> None:
+    scratch = home.store.root / ".scratch" / named(uninterrupted[1], "prune").key
+    errors = ended(home, lambda: any(scratch.rglob("layer-00000.json")), signal.SIGTERM)
+    assert "prune:slimgpt-20: interrupted at layer " in errors
+    assert any(scratch.rglob("layer-00000.json"))
+    home.slimline(*COMMAND)
+    assert_equal_results(home, uninterrupted)
+
+
+def test_a_second_signal_leaves_no_process(home: Home) -> None:
+    """Not those that share a pruning either."""
+    home.variables["SLIMLINE_WALK_PROCESSES"] = "2"
+    scratch = home.store.root / ".scratch"
+    longer = ["--set", "steps.0.split=auto"]
+    errors = ended(home, lambda: any(scratch.rglob("process-1-of-2")), signal.SIGHUP, signal.SIGTERM, more=longer)
+    assert "slimline: dropped what still ran" in errors
+    wait_for(lambda: alive_in(home) == [], 10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from infra.errors import SettingsInvalid
 from infra.settings import Settings
 from tasks.interrupts import refuse_elsewhere, refuse_interrupted
 from tests.flows.home import Home
+from tests.flows.serving import wait_for
+from tests.infra.processes import start
 
 #: of the smoke spec: its pruning and one suite
 _SUITE = "{suite: perplexity, dataset: slimline/wikipedia, config: null, windows: [64], max_windows: 8}"
@@ -107,6 +110,50 @@ def test_interrupted_a_flow_finishes_what_runs_and_begins_nothing(
     assert (tmp_path / "finished").exists()
     assert not (tmp_path / "late").exists()
     assert not list((tmp_path / "interrupted").iterdir())
+
+
+_ENDED = """
+import sys, time
+from pathlib import Path
+from prefect import flow, task
+from flows import interrupt, runners
+from tasks.interrupts import something_to_save
+
+runners._PATIENCE = 0.5
+folder = Path(sys.argv[1])
+
+@task
+def long(name, seconds, saves):
+    (folder / name).touch()
+    if saves:
+        with something_to_save():
+            time.sleep(seconds)
+        (folder / "saved").touch()
+    time.sleep(60)
+
+@flow
+def ended():
+    with runners.interruptible() as submitted:
+        submitted.append(long.submit("saving", 3, True))
+        submitted.append(long.submit("waiting", 0, False))
+        for future in submitted:
+            future.wait()
+
+with interrupt.interruptible_command():
+    ended()
+"""
+
+
+def test_ended_by_sigterm_what_has_nothing_to_save_is_not_waited_for(prefect_server: str, tmp_path: Path) -> None:
+    """As a stage that waits for a lock, or downloads."""
+    child = start(_ENDED, tmp_path, PREFECT_API_URL=prefect_server, SLIMLINE_HOME=str(tmp_path))
+    wait_for(lambda: (tmp_path / "saving").exists() and (tmp_path / "waiting").exists(), 60)
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=20)
+    assert child.returncode == 1, errors
+    assert "slimline: ended by SIGTERM" in errors
+    assert "slimline: dropped what still ran: it had nothing to save" in errors
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("prefect_dask") is None, reason="prefect-dask is not installed")

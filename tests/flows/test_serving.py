@@ -8,7 +8,7 @@ import pytest
 
 from flows.errors import SpecError
 from flows.outcome import RunResult
-from flows.serving import Timetable, serve_specs
+from flows.serving import Timetable, _deployment, _refuse_foreign, serve_specs
 from tests.flows.home import Home, stages_run
 from tests.flows.serving import Api, alive_in, free_port, started, wait_for
 from tests.flows.test_compress import mirror_of, spoil
@@ -37,6 +37,20 @@ def test_what_cannot_be_served_is_refused_before_a_server_starts() -> None:
         serve_specs([SMOKE], Timetable(), overrides=["steps.0.sparsity=2"])
     with pytest.raises(SpecError, match="one name for 2 specs"):
         serve_specs(["demo", "smoke"], Timetable(), name="both")
+
+
+def test_a_deployment_of_somebody_elses_keeps_its_name(prefect_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = Api(prefect_server)
+    flow_id = api.post("flows/", {"name": "run"})["id"]
+    theirs = {"name": "smoke", "flow_id": flow_id, "entrypoint": "their/flows.py:run"}
+    created = api.post("deployments/", theirs)["id"]
+    with pytest.raises(SpecError, match=r"has a deployment run/smoke .*their/flows.py:run.* another --name"):
+        serve_specs([SMOKE], Timetable())
+    ours = {"flow_id": flow_id, "id": created}
+    (there,) = api.post("deployments/filter", {"deployments": {"name": {"any_": ["smoke"]}}})
+    assert (there["flow_id"], there["id"], there["entrypoint"]) == (*ours.values(), theirs["entrypoint"])
+    _refuse_foreign(_deployment(SMOKE, Timetable(), (), name="other", paused=False))
+    api.delete(f"deployments/{created}")
 
 
 @pytest.mark.slow

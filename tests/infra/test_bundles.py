@@ -105,8 +105,14 @@ def test_export_refuses_what_has_changed_and_leaves_no_half_file(here: ArtifactS
     with pytest.raises(ArtifactMissing, match=r"empty.json is missing"):
         exported(here, tmp_path / "run.tar")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "run.tar"]
-    with flocked(tmp_path / "other.tar.part"), pytest.raises((StoreInUse, ArtifactMissing)):
+    with flocked(tmp_path / ".other.tar.slimline-part"), pytest.raises((StoreInUse, ArtifactMissing)):
         exported(here, tmp_path / "other.tar")
+
+
+def test_export_leaves_a_part_file_of_somebody_elses(here: ArtifactStore, tmp_path: Path) -> None:
+    (tmp_path / "run.tar.part").write_text("half a download")
+    exported(here, tmp_path / "run.tar")
+    assert (tmp_path / "run.tar.part").read_text() == "half a download"
 
 
 def test_a_file_cut_anywhere_is_refused(there: ArtifactStore, bundle: Path) -> None:

@@ -94,6 +94,18 @@ def as_of_format_2(path: Path) -> None:
     pq.write_table(table.append_column("digest", pa.array([digest])), path)
 
 
+def test_only_what_our_own_writers_left_is_swept(store: ResultsStore) -> None:
+    store.record(run_row())
+    folder = store.path.with_suffix("") / "runs"
+    left, theirs = folder / f"{'0f' * 16}.writing", folder / "notes-on-these-runs.writing"
+    for path in (left, theirs):
+        path.touch()
+        os.utime(path, (0, 0))
+    store.record(run_row(run_key="another-v1-0123456789abcdef"))
+    assert not left.exists()
+    assert theirs.exists()
+
+
 def test_a_writer_killed_before_the_rename_leaves_nothing_to_see(store: ResultsStore) -> None:
     store.record(run_row("before"))
     code = """

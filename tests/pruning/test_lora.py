@@ -23,6 +23,7 @@ from pruning.instructions import prompt_of
 from pruning.plan import PruningPlan
 from pruning.recovery import RecordData, RecoveryReport
 from pruning.recovery._records import IGNORED, choose, collate, encode
+from pruning.recovery._resumable import MARKER
 from pruning.recovery.lora import Config, _merged_adapters, recover
 from pruning.surgery import shrink_
 from tests.pruning.test_surgery import logits, plan_for
@@ -222,6 +223,32 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         assert told[0].startswith(f"step {first_step}/6")
         assert report == expected
         assert same(resumed, whole)
+
+
+class _Told(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_what_the_progress_raises_ends_the_training_with_a_checkpoint(step: int, tmp_path: Path) -> None:
+    """An epoch has four steps, and a checkpoint is due after every other one: neither matters."""
+    whole, model, scratch = pruned(), pruned(), tmp_path / "scratch"
+    before = copy.deepcopy(model)
+    expected = run(whole, tmp_path / "whole")
+
+    def tell(share: float, message: str) -> None:
+        if message.startswith(f"step {step}/"):
+            raise _Told(message)
+
+    with pytest.raises(_Told, match=f"step {step}/6"):
+        run(model, scratch, progress=tell)
+    assert same(model, before), "the model is as it was"
+    assert (scratch / f"checkpoint-{step}" / MARKER).exists()
+    told: list[str] = []
+    resumed = pruned()
+    assert run(resumed, scratch, progress=lambda share, message: told.append(message)) == expected
+    assert told[0].startswith(f"step {step + 1}/6")
+    assert same(resumed, whole)
 
 
 def test_scratch_of_another_run_is_not_taken(tmp_path: Path) -> None:
