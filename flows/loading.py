@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,9 @@ def _read(name_or_path: str, overrides: Sequence[str], shipped: dict[str, Path],
 
 
 def _find(name_or_path: str, shipped: dict[str, Path], noun: str) -> Path:
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
-        return path
+    path = os.path.expanduser(name_or_path)
+    if os.path.isfile(path):  # unlike Path.is_file it also takes what no path can be
+        return Path(path)
     if name_or_path in shipped:
         return shipped[name_or_path]
     hint = near(name_or_path, shipped)
@@ -110,9 +111,44 @@ _SpecLoader.yaml_implicit_resolvers = {
 }
 
 
+#: values of a spec, aliases written out; a night's largest has some hundred
+_MOST_VALUES = 100_000
+_DEEPEST = 50
+
+
+def _parsed(text: str) -> Any:
+    """The plain values of a YAML text. Raises YAMLError also for what its constructors stumble over."""
+    try:
+        raw = yaml.load(text, Loader=_SpecLoader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    except (
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:  # !!int x, 2020-99-99, a number of 5000 digits
+        raise yaml.YAMLError(f"a value is not what its form or tag says ({str(error).partition(';')[0]})") from error
+    _size(raw, 0)
+    return raw
+
+
+def _size(value: Any, depth: int) -> int:
+    """How many values there are, aliases written out. Raises YAMLError for too many, or for one that holds itself."""
+    if depth > _DEEPEST:
+        raise yaml.YAMLError("it is nested too deeply, or an alias stands inside what it stands for")
+    inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    size = 1
+    for entry in inner:
+        size += _size(entry, depth + 1)
+        if size > _MOST_VALUES:
+            raise yaml.YAMLError(f"it holds more than {_MOST_VALUES} values, aliases written out")
+    return size
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_SpecLoader)
+        raw = _parsed(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -131,9 +167,10 @@ def _apply_(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise SpecError(f"--set {override!r} is not of the form a.b.c=value, e.g. --set steps.0.sparsity=0.5")
     try:
-        value = yaml.load(text, Loader=_SpecLoader)
+        value = _parsed(text)
     except yaml.YAMLError as error:
-        raise SpecError(f"--set {override!r}: the value is not valid YAML") from error
+        reason = getattr(error, "problem", None) or error
+        raise SpecError(f"--set {override!r}: the value is not valid YAML: {reason}") from error
     place: Any = raw
     for key in keys[:-1]:
         if isinstance(place, dict) and place.get(key) is None:
