@@ -19,13 +19,13 @@ def shield_server() -> None:
     """Start Prefect's temporary server, where there is no other, so that Ctrl-C in the terminal does not reach it.
 
     A terminal interrupts all of its processes, and stages that finish need the server as much as the record does.
+    Raises PrefectUnusable if there is none that answers and none can be started.
     """
-    from prefect.client.orchestration import get_client
+    from flows.prefect_access import reach_prefect
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a new process inherits what is blocked
     try:
-        with get_client(sync_client=True):
-            pass
+        reach_prefect()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 from flows.errors import SpecError
 from flows.loading import is_night, load_night, load_spec
+from flows.prefect_access import check_prefect
 from flows.servers import prefect_server
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ log = logging.getLogger("slimline")
 
 #: a flow run gets this long to end after it was told to
 _GRACE = 20.0
+#: Prefect refuses them in the name of a deployment
+_NOT_IN_NAMES = "/%&<>"
+_LONGEST_INTERVAL = 366 * 86_400.0
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Timetable:
     def __post_init__(self) -> None:
         if self.cron is not None and self.interval is not None:
             raise SpecError("--cron and --interval: give one of them")
-        if self.interval is not None and self.interval < 1:
-            raise SpecError(f"--interval {self.interval:g} is less than a second; give seconds")
+        if self.interval is not None and not 1 <= self.interval <= _LONGEST_INTERVAL:
+            raise SpecError(f"--interval {self.interval:g} is not between a second and a year; give seconds")
         if self.timezone not in zoneinfo.available_timezones():
             raise SpecError(f"--timezone {self.timezone!r} is no time zone; give one such as UTC or Europe/Berlin")
         if self.cron is not None:
@@ -79,6 +83,8 @@ def serve_specs(
     """
     if name is not None and len(specs) > 1:
         raise SpecError(f"--name {name!r} is one name for {len(specs)} specs; leave it out and each has its spec's")
+    if name is not None and (not name.strip() or set(name) & set(_NOT_IN_NAMES)):
+        raise SpecError(f"--name {name!r} is none for Prefect; give one without {' '.join(_NOT_IN_NAMES)}")
     for spec in specs:
         load = load_night if is_night(spec) else load_spec
         load(spec, overrides)
@@ -125,7 +131,7 @@ def _deployment(
 ) -> RunnerDeployment:
     from flows.deployments import nightly, run
 
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     flow = nightly if is_night(spec) else run
     deployment = flow.to_deployment(
         name=name or path.stem,
@@ -144,6 +150,7 @@ def _deployment(
 @contextmanager
 def _server(port: int) -> Iterator[str]:
     """The URL of the API of the server that is configured, or of one that is started for as long as the block lasts."""
+    check_prefect()
     from prefect.context import refresh_global_settings_context
     from prefect.settings import PREFECT_API_URL
 

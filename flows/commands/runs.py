@@ -15,6 +15,7 @@ from flows.commands.app import AsJson, Overrides, Refresh, Runner, SpecName, app
 from flows.errors import StagesFailed
 from flows.interrupt import shield_server, take_interrupts
 from flows.orphans import end_orphaned_servers
+from flows.prefect_access import import_prefect
 from flows.runners import check_runner, runner_called, runner_named
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def run_spec(
     check_runner(chosen, settings)
     take_interrupts()
     end_orphaned_servers(os.environ["PREFECT_LOCAL_STORAGE_PATH"])
+    import_prefect()
     from flows.compress import compress
 
     shield_server()
@@ -76,6 +78,7 @@ def run_spec(
 def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:
     """Show every stage of a spec with its key, and whether it is cached; nothing is run."""
     prepared()
+    import_prefect()
     from flows.compress import open_workplace
     from flows.loading import load_spec
     from flows.outline import outline
