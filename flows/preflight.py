@@ -11,17 +11,19 @@ from evaluation.suite import ModelFacts, TextNeed
 from flows.errors import SpecError
 from flows.spec import RunSpec
 from flows.story import Stage, Story
-from infra.errors import SettingsInvalid, SourceMissing, SourceUnreadable
+from infra.disk import why_unwritable
+from infra.errors import ResultsUnusable, SettingsInvalid, SourceMissing, SourceUnreadable
 from infra.models import ModelCard, describe
 from infra.settings import Settings
 from infra.sources import Sources, TextData
+from infra.tracking_store import check_store
 from pruning.errors import PruningError
 from pruning.families import FAMILIES
 from tasks.devices import BALANCED, device_names
 from tasks.disk_needs import Forecast, Need, check_room
 from tasks.evaluate import MISSING
 from tasks.leasing import check_lease
-from tasks.requests import CalibrateRequest, EvaluateRequest, ProfileRequest, Request
+from tasks.requests import CalibrateRequest, EvaluateRequest, ProfileRequest, RecoverRequest, Request
 from tasks.sharing import sharing_of
 from tasks.stage import Workplace, importing
 
@@ -33,6 +35,12 @@ def check(story: Story, workplace: Workplace) -> None:
     model, windows longer than the model's context, texts without the columns, too little disk."""
     store, settings = workplace.store, workplace.settings
     store.preflight()
+    check_store(settings.tracking_uri)
+    if reason := why_unwritable(settings.results_root):
+        raise ResultsUnusable(
+            f"results cannot be written in {settings.results_root} ({reason}); make it writable, or set "
+            "SLIMLINE_RESULTS_DB or SLIMLINE_RESULTS_FOLDER to another place"
+        )
     sharing = sharing_of(settings)
     missing = [stage for stage in story.stages if not store.has(stage.ref)]
     if not missing:
@@ -48,6 +56,8 @@ def check(story: Story, workplace: Workplace) -> None:
     for request in (stage.request for stage in missing):
         if isinstance(request, CalibrateRequest):
             _check_columns(request.data, request.data.columns, workplace.sources)
+        if isinstance(request, RecoverRequest):
+            request.module.check_model(request.typed_config, card.hidden_size)
     _check_disk([stage.request for stage in missing], workplace)
 
 
