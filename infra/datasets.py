@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import pyarrow
 from datasets import Dataset, VerificationMode
 
 from infra.errors import InfraError, SourceInvalid, SourceMissing, SourceUnreadable
 from infra.registry import near
 from infra.sources import Located, named_by_content
 
+# A compressed file that is cut short is an EOFError, an empty one a StopIteration.
+_DAMAGED = (ValueError, OSError, EOFError, StopIteration, zlib.error, pyarrow.ArrowException)
+_UNREADABLE = (*_DAMAGED, datasets.exceptions.DatasetGenerationError)
 _BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -103,9 +108,9 @@ def _load_files(located: Located, pattern: str, split: str, home: Path, streamin
             streaming=streaming,
             **options,
         )
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+    except _UNREADABLE as error:
         raise SourceInvalid(
-            f"{located.repo_id}: {pattern} cannot be read as {builder}: {error.__cause__ or error}"
+            f"{located.repo_id}: {pattern} cannot be read as {builder}: {_reason(error.__cause__ or error)}"
         ) from error
 
 
@@ -172,13 +177,17 @@ def _explained(located: Located, config: str | None, split: str, home: Path) -> 
         if "scripts are no longer supported" not in str(error):
             raise
         raise _only_a_script(located) from error
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
+    except _UNREADABLE as error:
         scripts = [] if located.folder is None else list(located.folder.glob("*.py"))
         if scripts and "data files found" in str(error):
             raise _only_a_script(located) from error
         if words := _diagnosis(located, config, split, home):
             raise SourceInvalid(words) from error
-        raise SourceUnreadable(f"{located.repo_id}: {error}") from error
+        raise SourceUnreadable(f"{located.repo_id}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return "a file is empty" if isinstance(error, StopIteration) else str(error)
 
 
 def _only_a_script(located: Located) -> SourceInvalid:
@@ -197,7 +206,7 @@ def _diagnosis(located: Located, config: str | None, split: str, home: Path) -> 
         if config is not None and config not in configs:
             return f"{where} has no config {config!r}{near(config, configs)}; it has {', '.join(configs)}"
         names = datasets.get_dataset_split_names(path, config, revision=located.revision)
-    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError):
+    except _UNREADABLE:
         return None
     asked = split.partition("[")[0]
     return None if asked in names else f"{where} has no split {asked!r}{near(asked, names)}; it has {', '.join(names)}"

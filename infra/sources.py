@@ -190,9 +190,10 @@ def sources_from(mirror: str | Sequence[str] | None, settings: Settings) -> Sour
     asked = settings.mirror if mirror is None else mirror
     entries = asked.split(os.pathsep) if isinstance(asked, str) else list(asked or (HUB_WORD,))
     entries = [entry for entry in entries if entry] or [HUB_WORD]
-    folders = tuple(Path(entry).expanduser().absolute() for entry in entries if entry not in (OFFLINE_WORD, HUB_WORD))
+    named = (entry for entry in entries if entry not in (OFFLINE_WORD, HUB_WORD))
+    folders = tuple(Path(os.path.expanduser(entry)).absolute() for entry in named)
     for folder in folders:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # unlike Path.is_dir it also takes what no path can be
             raise SourceMissing(
                 f"mirror folder {folder} does not exist; a mirror is a folder, or one of the words 'offline' and 'hub'"
             )
