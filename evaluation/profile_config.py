@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from evaluation.bounds import Amount, Count, Real, Seed
 from evaluation.errors import EvaluationError
 from evaluation.naming import near_names
 
@@ -26,14 +27,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "slimgpt_table4": {"batch_size": 1, "prompt_len": 12, "new_tokens": 512, "warmup": 10, "runs": 50},
 }
 
-_Count = Annotated[int, Field(ge=1)]
-
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-Axis = Annotated[tuple[_Count, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Axis = Annotated[tuple[Count, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 """One number, or several to be measured each."""
 
 
@@ -65,10 +64,10 @@ class ProfileConfig(BaseModel):
     """Tokens generated: the first follows from the prompt's forward pass, each other one from a step of its own. An
     end-of-sequence token does not stop it."""
 
-    warmup: int = Field(default=2, ge=0)
+    warmup: Amount = 2
     """Runs before the timed ones."""
 
-    runs: int = Field(default=5, ge=1)
+    runs: Count = 5
     """Timed runs."""
 
     attn_implementation: Literal["eager", "sdpa"] | None = None
@@ -77,13 +76,13 @@ class ProfileConfig(BaseModel):
     compile: bool = False
     """Compile the forward pass with torch.compile; the warm-up runs take the time that this costs."""
 
-    ratio_precision: float = Field(default=0.01, gt=0, lt=1)
+    ratio_precision: Real = Field(default=0.01, gt=0, lt=1)
     """The models take turns until the standard error of each ratio is this share of it, ..."""
 
-    ratio_seconds: float = Field(default=60.0, ge=0)
+    ratio_seconds: Real = Field(default=60.0, ge=0)
     """... or until so many seconds are over, at each grid point; but at least `runs` rounds."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Draws the prompt."""
 
     @model_validator(mode="before")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from evaluation.bounds import Count, Seed
 from evaluation.errors import EvaluationError
 from evaluation.suite import SuiteConfig
 
@@ -48,17 +49,17 @@ class WindowSelection(SuiteConfig):
     EOS); a BOS that the tokenizer adds (bos: tokenizer) is predicted as well, as in lm-eval. Each later window predicts
     as many tokens as it is long, from one token of context before them. lm-eval's loglikelihood_rolling."""
 
-    stride: int | None = Field(default=None, ge=1)
+    stride: Count | None = None
     """Windows begin so many tokens after one another and overlap; each predicts only what none before it has, with the
     rest as context. None: no overlap, and (unless `rolling`) the first token of a window is not predicted.
 
     With keep_last_partial this is the sliding window of the transformers documentation ("Perplexity of fixed-length
     models"), but for its weights: that recipe gives each later window's mean the weight of one token too few."""
 
-    max_windows: int | None = Field(default=None, ge=1)
+    max_windows: Count | None = None
     """Measure only so many windows, drawn by `window_seed`; None measures all, in order."""
 
-    window_seed: int | None = 0
+    window_seed: Seed | None = 0
     """The windows measured are the first `max_windows` of torch.randperm(number of windows, seed); None: the first of
     the text."""
 
@@ -84,7 +85,7 @@ class WindowProtocol(WindowSelection):
     float32 model; the papers' is `WindowProtocol(window=128)`.
     """
 
-    window: int = Field(ge=2)
+    window: Count = Field(ge=2)
     """Tokens the model is given at once, BOS included. Each but the first is predicted, or with `rolling` each and the
     one after the last."""
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import NoReturn
 
 from flows.commands import comparing, looking, nights, retrying, runs, serving, store
 from flows.commands.app import app
+from flows.conditions import mendable
 from flows.environment import log_to_terminal
-from flows.errors import USER_ERRORS, StagesFailed
+from flows.errors import StagesFailed
+from flows.messages import one_line
 from flows.night_outcome import NightFailed
 from infra.secrets import redacted
 
@@ -27,22 +30,22 @@ def main() -> None:
     log_to_terminal(verbose=verbose)
     try:
         app()
-    except USER_ERRORS as error:
-        _fail(error, 2, verbose)
     except StagesFailed as error:
-        _fail(error, 2 if error.by_user else 1, verbose)
+        _fail(str(error), 2 if error.by_user else 1, verbose)
     except NightFailed as error:
-        _fail(error, _GATE if not error.result.failures else 2 if error.by_user else 1, verbose)
-    except Exception as error:  # the last resort: an unforeseen error still gets one line and a way to see more
+        _fail(str(error), _GATE if not error.result.failures else 2 if error.by_user else 1, verbose)
+    except Exception as error:
         log.debug("traceback", exc_info=True)
-        _fail(error, 1, verbose)
+        words = mendable(error)
+        if words is not None:
+            _fail(words, 2, verbose)
+        # the last resort: an unforeseen error still gets one line and a way to see more
+        _fail(f"{type(error).__name__}: {error}", 1, verbose)
 
 
-def _fail(error: Exception, code: int, verbose: bool) -> None:
-    unforeseen = code == 1 and not isinstance(error, StagesFailed | NightFailed)
-    text = f"{type(error).__name__}: {error}" if unforeseen else str(error)
+def _fail(text: str, code: int, verbose: bool) -> NoReturn:
     hint = "" if code != 1 or verbose else " (--verbose shows the traceback)"
-    print(f"slimline: {redacted(text)}{hint}", file=sys.stderr)
+    print(f"slimline: {one_line(redacted(text))}{hint}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -15,7 +15,8 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.branches import ends
-from flows.errors import USER_ERRORS, SpecError, StagesFailed
+from flows.conditions import mendable
+from flows.errors import SpecError, StagesFailed
 from flows.outcome import RunResult, StageOutcome
 from flows.preflight import check
 from flows.report import table_rows
@@ -159,8 +160,9 @@ def _outcome(stage: Stage, future: PrefectFuture[Made]) -> StageOutcome:
         log.warning("%s: skipped, a stage before it failed", stage.name)
         return StageOutcome(**common, status="skipped", seconds=None, message="a stage before it failed")
     error = state.result(raise_on_failure=False)
-    by_user = isinstance(error, USER_ERRORS)
-    message = redacted(str(error) if by_user else f"{type(error).__name__}: {error}")
+    words = mendable(error)
+    by_user = words is not None
+    message = redacted(words or f"{type(error).__name__}: {error}")
     log.error("%s: failed: %s", stage.name, message)
     return StageOutcome(**common, status="failed", seconds=None, message=message, by_user=by_user)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flows.exposures import exposures
+from flows.prefect_access import check_prefect
 from infra.artifacts import ArtifactStore
 from infra.offline_repository import WHEELS, installed
 from infra.provenance import git_revision, versions
@@ -41,6 +42,7 @@ def examine(settings: Settings, specs: Sequence[str] = ()) -> Iterator[Finding]:
     yield _asked("offline default", _offline)
     yield _asked("artifact store", lambda: _store(settings))
     yield _asked("results (DuckDB)", lambda: _results(settings))
+    yield _asked("server (Prefect)", lambda: check_prefect(patience=2.0))
     yield _asked("tracking (MLflow)", Tracker(settings.tracking_uri).check)
     warnings = list(exposures(settings, specs))
     yield from (Finding("security", warning, "warn") for warning in warnings)

@@ -10,6 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from flows.messages import one_line
 from infra.secrets import keep_secrets_out_of_logs
 from infra.settings import PREFIX, Settings, absolute_mirror, load_settings
 
@@ -81,11 +82,19 @@ def _silence_interpreter_exit() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
+class _OneLine(logging.Formatter):
+    """Of a message, that is: a traceback has its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
+
+
 def log_to_terminal(*, verbose: bool) -> None:
     """One line per stage on standard error; libraries only when they warn."""
     keep_secrets_out_of_logs()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
     ours = logging.getLogger("slimline")
     ours.handlers, ours.propagate = [handler], False
     ours.setLevel(logging.DEBUG if verbose else logging.INFO)

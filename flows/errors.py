@@ -2,6 +2,7 @@
 
 ValueError
 ├── flows.errors.SpecError            a spec, an override or a command-line value
+├── flows.errors.PrefectUnusable      Prefect's settings, its server, its database
 ├── pruning.errors.PruningError       a model, a calibration set, numbers
 ├── evaluation.errors.EvaluationError a suite, a task, a protocol
 └── infra.errors.InfraError           data and model sources, stores, disks
@@ -24,6 +25,10 @@ class SpecError(ValueError):
     """A spec, an override or a command-line value that cannot be used."""
 
 
+class PrefectUnusable(ValueError):
+    """Prefect's settings cannot be read, its server cannot be used, or one cannot be started."""
+
+
 class StagesFailed(RuntimeError):
     """Some stages of a run failed; the message names each with its reason.
 
@@ -40,4 +45,4 @@ class StagesFailed(RuntimeError):
         return partial(StagesFailed, result=self.result, by_user=self.by_user), self.args
 
 
-USER_ERRORS: tuple[type[Exception], ...] = (SpecError, PruningError, EvaluationError, InfraError)
+USER_ERRORS: tuple[type[Exception], ...] = (SpecError, PrefectUnusable, PruningError, EvaluationError, InfraError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,9 @@ def _read(name_or_path: str, overrides: Sequence[str], shipped: dict[str, Path],
 
 
 def _find(name_or_path: str, shipped: dict[str, Path], noun: str) -> Path:
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
-        return path
+    path = os.path.expanduser(name_or_path)
+    if os.path.isfile(path):  # unlike Path.is_file it also takes what no path can be
+        return Path(path)
     if name_or_path in shipped:
         return shipped[name_or_path]
     hint = near(name_or_path, shipped)

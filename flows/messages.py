@@ -1,4 +1,4 @@
-"""Pydantic's errors as one sentence: where, what, and the nearest key that exists."""
+"""Errors as one sentence: pydantic's (where, what, the nearest key that exists), and any that a terminal shows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pydantic import BaseModel, ValidationError
 from infra.registry import near
 
 #: what pydantic adds to the place of an error in a union: nothing that the user wrote
-_TAG = re.compile(r"prune|recover|str|literal\[.*|`?tuple\[.*|\[key\]")
+_TAG = re.compile(r"prune|recover|str|int|function-.*|literal\[.*|`?tuple\[.*|\[key\]")
+
+#: of a word, which may be a path, and of a whole sentence
+_LONGEST_WORD, _LONGEST = 300, 1500
 
 
 def first_problem(
@@ -32,8 +35,28 @@ def first_problem(
         return f"{where}: {message}" if where else message
     if problem["type"] == "missing":
         return f"{where} is missing"
+    if problem["type"] == "string_pattern_mismatch":  # all patterns of a spec are those of names
+        message = "A name is made of letters, digits, '.', '_' and '-', and begins with a letter or digit"
     shown = repr(problem["input"])
     return f"{where} = {shown if len(shown) < 80 else shown[:77] + '...'}: {message[0].lower()}{message[1:]}"
+
+
+def one_line(text: str) -> str:
+    """A message as one line that a terminal can show: what a user, a file or a library put into it may be anything."""
+    text = "".join(sign if sign.isprintable() else _harmless(sign) for sign in text.strip())
+    text = re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: _shortened(word.group(), _LONGEST_WORD), text)
+    return _shortened(text, _LONGEST)
+
+
+def _harmless(sign: str) -> str:
+    return " " if sign.isspace() else sign.encode("unicode_escape").decode()
+
+
+def _shortened(text: str, longest: int) -> str:
+    """The text with its middle left out if it is too long: how it begins and how it ends tell most."""
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest * 2 // 3]} ... {text[-longest // 4 :]}"
 
 
 def _in_words(message: str) -> str:

@@ -20,7 +20,8 @@ from prefect.runtime import flow_run as running
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.compress import compress, open_workplace, stages_to_refresh, unknown_stage
-from flows.errors import USER_ERRORS, StagesFailed
+from flows.conditions import mendable
+from flows.errors import StagesFailed
 from flows.loading import load_night, parse_night
 from flows.night_figures import compare, pass_gates
 from flows.night_outcome import CellFailed, CellOutcome, NightFailed, NightResult
@@ -120,10 +121,9 @@ def run_cell(cell: Cell, refresh: tuple[str, ...], since: datetime | None, night
         return outcome(known or compress(cell.spec, refresh, since, night))
     except StagesFailed as error:
         raise CellFailed(outcome(error.result, str(error), error.by_user)) from error
-    except USER_ERRORS as error:
-        raise CellFailed(outcome(None, str(error), True)) from error
     except Exception as error:
-        raise CellFailed(outcome(None, f"{type(error).__name__}: {error}")) from error
+        words = mendable(error)
+        raise CellFailed(outcome(None, words or f"{type(error).__name__}: {error}", words is not None)) from error
 
 
 def _outcome(cell: Cell, future: PrefectFuture[CellOutcome]) -> CellOutcome:

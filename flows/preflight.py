@@ -11,10 +11,12 @@ from evaluation.suite import ModelFacts, TextNeed
 from flows.errors import SpecError
 from flows.spec import RunSpec
 from flows.story import Stage, Story
-from infra.errors import SettingsInvalid, SourceMissing, SourceUnreadable
+from infra.disk import why_unwritable
+from infra.errors import ResultsUnusable, SettingsInvalid, SourceMissing, SourceUnreadable
 from infra.models import ModelCard, describe
 from infra.settings import Settings
 from infra.sources import Sources, TextData
+from infra.tracking_store import check_store
 from pruning.errors import PruningError
 from pruning.families import FAMILIES
 from tasks.devices import BALANCED, device_names
@@ -36,6 +38,12 @@ def check(story: Story, workplace: Workplace) -> None:
     model, windows longer than the model's context, texts without the columns, too little disk."""
     store, settings = workplace.store, workplace.settings
     store.preflight()
+    check_store(settings.tracking_uri)
+    if reason := why_unwritable(settings.results_root):
+        raise ResultsUnusable(
+            f"results cannot be written in {settings.results_root} ({reason}); make it writable, or set "
+            "SLIMLINE_RESULTS_DB or SLIMLINE_RESULTS_FOLDER to another place"
+        )
     sharing = sharing_of(settings)
     missing = [stage for stage in story.stages if not store.has(stage.ref)]
     if not missing:
@@ -53,6 +61,7 @@ def check(story: Story, workplace: Workplace) -> None:
             _check_columns(request.data, request.data.columns, workplace.sources)
         elif isinstance(request, RecoverRequest):
             _check_columns(*record_data(request), workplace.sources)
+            request.module.check_model(request.typed_config, card.hidden_size)
     _check_disk([stage.request for stage in missing], workplace)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 from flows.errors import SpecError
 from flows.loading import is_night, load_night, load_spec
+from flows.prefect_access import check_prefect
 from flows.served import serve_until_told
 from flows.servers import prefect_server
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from prefect.schedules import Schedule
 
 log = logging.getLogger("slimline")
+
+#: Prefect refuses them in the name of a deployment
+_NOT_IN_NAMES = "/%&<>"
+_LONGEST_INTERVAL = 366 * 86_400.0
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,8 @@ class Timetable:
     def __post_init__(self) -> None:
         if self.cron is not None and self.interval is not None:
             raise SpecError("--cron and --interval: give one of them")
-        if self.interval is not None and self.interval < 1:
-            raise SpecError(f"--interval {self.interval:g} is less than a second; give seconds")
+        if self.interval is not None and not 1 <= self.interval <= _LONGEST_INTERVAL:
+            raise SpecError(f"--interval {self.interval:g} is not between a second and a year; give seconds")
         if self.timezone not in zoneinfo.available_timezones():
             raise SpecError(f"--timezone {self.timezone!r} is no time zone; give one such as UTC or Europe/Berlin")
         if self.cron is not None:
@@ -73,6 +78,8 @@ def serve_specs(
     """
     if name is not None and len(specs) > 1:
         raise SpecError(f"--name {name!r} is one name for {len(specs)} specs; leave it out and each has its spec's")
+    if name is not None and (not name.strip() or set(name) & set(_NOT_IN_NAMES)):
+        raise SpecError(f"--name {name!r} is none for Prefect; give one without {' '.join(_NOT_IN_NAMES)}")
     anchors = [_anchor(spec, overrides) for spec in specs]
     with _server(prefect_port) as url:
         from flows.automations import ensure_zombie_automation
@@ -102,7 +109,7 @@ def _deployment(
 ) -> RunnerDeployment:
     from flows.deployments import nightly, run
 
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     flow = nightly if is_night(spec) else run
     deployment = flow.to_deployment(
         name=name or path.stem,
@@ -139,6 +146,7 @@ def _refuse_foreign(deployment: RunnerDeployment) -> None:
 @contextmanager
 def _server(port: int) -> Iterator[str]:
     """The URL of the API of the server that is configured, or of one that is started for as long as the block lasts."""
+    check_prefect()
     from prefect.context import refresh_global_settings_context
     from prefect.settings import PREFECT_API_URL
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from evaluation.profile_config import ProfileConfig
 from flows.branches import DENSE, Derivation, derive
@@ -15,6 +15,7 @@ from flows.places import StartFolder
 from flows.refusals import refuse_unsafe
 from flows.steps import PruneStep, Step
 from infra import registry
+from pruning.bounds import Amount, Count, Seed
 from tasks.calibration_data import CalibrationData, expanded
 
 
@@ -35,11 +36,11 @@ class CalibrationSpec(SpecPart):
 
     data: Annotated[CalibrationData, BeforeValidator(expanded)]
     """A preset (c4, alpaca, stanford-alpaca, gpt4-alpaca, wikitext2), or a mapping that names a data set."""
-    num_samples: PositiveInt = 256
-    seq_len: int = Field(default=2048, ge=2)
-    num_heldout: NonNegativeInt = 4
+    num_samples: Count = 256
+    seq_len: Count = Field(default=2048, ge=2)
+    num_heldout: Amount = 4
     """Further windows that no statistic sees, for held-out errors and for choices made by measuring."""
-    seed: int = 0
+    seed: Seed = 0
     join: str = "\n\n"
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infra.baichuan import is_baichuan, llama_config
 from infra.errors import SourceInvalid
@@ -144,12 +144,19 @@ def card_of_config(
             f"config.json of {where} names no model_type, num_hidden_layers and hidden_size; slimline needs a "
             "decoder-only language model"
         )
-    return ModelCard(
-        model_type=config["model_type"], num_layers=layers, hidden_size=hidden,
-        num_parameters=num_parameters, bytes=size, dtype=dtype,
-        max_position_embeddings=config.get("max_position_embeddings"),
-        intermediate_size=next((config[key] for key in _FFN_KEYS if config.get(key)), None),
-    )  # fmt: skip
+    try:
+        return ModelCard(
+            model_type=config["model_type"], num_layers=layers, hidden_size=hidden,
+            num_parameters=num_parameters, bytes=size, dtype=dtype,
+            max_position_embeddings=config.get("max_position_embeddings"),
+            intermediate_size=next((config[key] for key in _FFN_KEYS if config.get(key)), None),
+        )  # fmt: skip
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise SourceInvalid(
+            f"config.json of {where} has {problem['loc'][0]} = {problem['input']!r}: {problem['msg'].lower()}; fetch "
+            "it again"
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

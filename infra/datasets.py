@@ -35,6 +35,7 @@ _FAILURES = (
     StopIteration,
     NotImplementedError,
     zlib.error,
+    pa.ArrowException,
     datasets.exceptions.DatasetsError,
 )
 

@@ -53,6 +53,16 @@ def check_writable(root: Path) -> None:
             raise _unwritable(root, error) from error
 
 
+def why_unwritable(folder: Path) -> str | None:
+    """Why nothing can be written in `folder` although it may be made first, None if nothing is known. Makes nothing."""
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        return f"{existing} is no folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{existing} cannot be written in"
+    return None
+
+
 def make_folder(folder: Path) -> Path:
     """Create `folder` with its parents and return it. Raises StoreUnwritable or DiskFull."""
     with full_disk_named(folder):

@@ -127,7 +127,7 @@ def _info(repo_id: str, repo_type: RepoType, revision: str | None, sizes: bool =
     except (
         Exception
     ) as error:  # its HTTP library changed from requests to httpx to httpx2: their errors have no common name
-        raise Unreachable(f"the hub did not answer ({type(error).__name__}: {error})") from error
+        raise Unreachable(f"the hub did not answer ({error or type(error).__name__})") from error
 
 
 def _cached_commit(repo_id: str, repo_type: RepoType, revision: str | None) -> str | None:

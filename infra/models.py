@@ -102,7 +102,7 @@ def import_model(
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder; no network, and no foreign code but what the spec trusted.
 
-    Raises SourceInvalid if there is none that loads, or none without code that is not trusted.
+    Raises SourceInvalid if there is none that loads and works, or none without code that is not trusted.
     """
     from transformers import AutoTokenizer
 
@@ -111,17 +111,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusted
         )
+        # a wrong value in its configuration may show only now
+        tokenizer.decode(tokenizer("A few words.")["input_ids"])
     except Exception as error:  # a dozen types, down to those of the Rust tokenizer
         code = foreign_code.tokenizer_code(folder)
         if code is not None and not trusted:
             raise SourceInvalid(
-                f"the tokenizer in {folder} is code of its own ({foreign_code.code_file(code)}), which is not run "
-                "unless the spec trusts this model: read that file and set model.trust_remote_code to true, or take a "
-                "copy of the model with a stock tokenizer"
+                f"the tokenizer in {folder} is code of its own ({foreign_code.code_file(code)}), which is "
+                "not run unless the spec trusts this model: read that file and set model.trust_remote_code to true, or "
+                "take a copy of the model with a stock tokenizer"
             ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceInvalid(
-            f"{folder} has no tokenizer that loads ({reason}); put tokenizer.json or tokenizer.model beside the model"
+            f"{folder} has no tokenizer that loads and works ({reason}); put a good tokenizer.json or "
+            "tokenizer.model beside the model"
         ) from error
     return tokenizer
 

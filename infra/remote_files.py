@@ -100,8 +100,8 @@ class RemoteFiles:
             self.remove(trial)
         except Exception as error:  # every driver has its own
             raise RemoteUnusable(
-                f"SLIMLINE_REMOTE={self.url} cannot be written ({type(error).__name__}: {error}); check the bucket, "
-                "its rights and the credentials in their usual place, or unset it"
+                f"SLIMLINE_REMOTE={self.url} cannot be written ({str(error) or type(error).__name__}); check the "
+                "bucket, its rights and the credentials in their usual place, or unset it"
             ) from error
         if (first, second) != (True, False):
             raise RemoteUnusable(

@@ -131,7 +131,7 @@ class RemoteStore:
         except ArtifactMissing:
             raise
         except Exception as error:  # every driver has its own
-            reason = str(error) if isinstance(error, InfraError) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, InfraError) else str(error) or type(error).__name__
             log.warning("%s could not be %s at %s: %s", ref.key, what, self._files.url, reason)
 
 

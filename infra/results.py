@@ -22,7 +22,7 @@ from infra.result_rows import (
     RunRow,
     StageRow,
 )
-from infra.settings import Settings
+from infra.settings import Settings, beside
 
 R = TypeVar("R", bound=Row)
 
@@ -36,9 +36,8 @@ class ResultsStore:
     """
 
     def __init__(self, path: Path, folder: Path | None = None, *, timeout_seconds: float = 1.0) -> None:
-        beside = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}.files")
         self.path = path
-        self.files = ResultFiles(folder or beside)
+        self.files = ResultFiles(folder or beside(path))
         self._index = ResultIndex(path, self.files, timeout_seconds)
 
     @classmethod

@@ -18,6 +18,9 @@ PREFIX = "SLIMLINE_"
 OFFLINE_WORD = "offline"
 HUB_WORD = "hub"
 
+#: of what is counted in memory, rows and GiB; and of the processes of one machine
+_LARGEST, _MOST_PROCESSES = 2**31 - 1, 1024
+
 log = logging.getLogger(__name__)
 
 
@@ -35,26 +38,26 @@ class Settings(BaseSettings):
     results_db: Path | None = None
     results_folder: Path | None = None
     """Folder of the results' files, perhaps one that machines share; by default beside the DuckDB file, their index."""
-    eval_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    eval_batch_size: Annotated[int, Field(ge=1, le=_LARGEST)] | Literal["auto"] = "auto"
     """Most rows of a forward pass when measuring; "auto" is as many as keep the device busy."""
-    eval_processes: int = Field(default=1, ge=1)
+    eval_processes: int = Field(default=1, ge=1, le=_MOST_PROCESSES)
     """Processes that share the rows of one suite; on CUDA each has a device of its own."""
-    walk_batch_size: int = Field(default=8, ge=1)
-    walk_processes: int = Field(default=1, ge=1)
+    walk_batch_size: int = Field(default=8, ge=1, le=_LARGEST)
+    walk_processes: int = Field(default=1, ge=1, le=_MOST_PROCESSES)
     """Processes that share the calibration samples of a capture or a pruning; on CUDA each has a device of its own."""
-    activation_budget_gib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    disk_budget_gib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    activation_budget_gib: float | None = Field(default=None, gt=0, le=_LARGEST, allow_inf_nan=False)
+    disk_budget_gib: float | None = Field(default=None, gt=0, le=_LARGEST, allow_inf_nan=False)
     """Size that the artifact store may reach; by default the free disk is the only limit."""
     device_lease: Literal["host", "server"] = "host"
     """Who must agree that an accelerator is free: all processes of the host, or also those of Prefect's server."""
     runner: Literal["threads", "dask", "ray"] = "threads"
     runner_address: str | None = None
     """Scheduler of a Dask or Ray cluster that runs already."""
-    runner_workers: int | None = Field(default=None, ge=1)
+    runner_workers: int | None = Field(default=None, ge=1, le=_MOST_PROCESSES)
     """Size of the cluster that slimline starts; by default one process per device, two on a CPU."""
     retries: int = Field(default=3, ge=0, le=20)
     """How often a stage is tried again after network and out-of-memory errors."""
-    retry_delay: float = Field(default=10, gt=0, allow_inf_nan=False)
+    retry_delay: float = Field(default=10, gt=0, le=86_400, allow_inf_nan=False)
     """Seconds before the first of them; each further pause is twice as long."""
     remote: str | None = None
     """Object store behind the artifact store: any fsspec URL with exclusive creation, e.g. s3://bucket/prefix."""
@@ -63,7 +66,17 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         # Prefect runs tasks in other processes with other working directories: a relative folder would split the store.
-        return None if path is None else path.expanduser().absolute()
+        try:
+            return None if path is None else path.expanduser().absolute()
+        except RuntimeError as error:  # ~nobody/x
+            raise ValueError(f"{error}".lower()) from error
+
+    @field_validator("results_db")
+    @classmethod
+    def _named(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.name:
+            raise ValueError("it is the root folder; give the path of a file")
+        return path
 
     @property
     def store_root(self) -> Path:
@@ -74,6 +87,11 @@ class Settings(BaseSettings):
     def results_path(self) -> Path:
         """The DuckDB file over all results."""
         return self.results_db or self.home / "results.duckdb"
+
+    @property
+    def results_root(self) -> Path:
+        """The folder of the results' files."""
+        return self.results_folder or beside(self.results_path)
 
     @property
     def tracking_uri(self) -> str:
@@ -103,6 +121,13 @@ def absolute_mirror(mirror: str) -> str:
     return os.pathsep.join(folders.get(entry, entry) for entry in mirror_entries(mirror))
 
 
+def beside(results_path: Path) -> Path:
+    """Where the results' files are if nothing is said: beside their index, with its name less the suffix."""
+    if results_path.suffix:
+        return results_path.with_suffix("")
+    return results_path.with_name(f"{results_path.name}.files")
+
+
 def load_settings() -> Settings:
     """Settings from the environment. Raises SettingsInvalid; warns of SLIMLINE_* variables that nobody reads."""
     _warn_of_unknown()
@@ -112,7 +137,8 @@ def load_settings() -> Settings:
         problem = error.errors()[0]
         variable = PREFIX + str(problem["loc"][0]).upper()
         raise SettingsInvalid(
-            f"environment variable {variable}={problem['input']!r} cannot be used: {problem['msg']}; change or unset it"
+            f"environment variable {variable}={problem['input']!r} cannot be used: "
+            f"{problem['msg'].removeprefix('Value error, ')}; change or unset it"
         ) from error
 
 

@@ -222,7 +222,7 @@ def sources_from(mirror: str | Sequence[str] | None, settings: Settings, *, star
     from_here = Path(start or "") if mirror is not None else Path()
     folders = tuple((from_here / os.path.expanduser(entry)).absolute() for entry in mirror_folders(asked or ()))
     for folder in folders:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # unlike Path.is_dir it also takes what no path can be
             raise SourceMissing(
                 f"mirror folder {folder} does not exist; a mirror is a folder, or one of the words 'offline' and 'hub'"
             )

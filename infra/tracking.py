@@ -24,6 +24,7 @@ from infra import mlflow_rules as rules
 from infra.errors import TrackingUnusable
 from infra.locks import flocked
 from infra.secrets import redacted
+from infra.tracking_store import check_store, database_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -79,6 +80,7 @@ class Tracker:
 
     def __init__(self, uri: str, experiment: str = "slimline") -> None:
         self.uri = uri
+        self._database = database_of(uri)
         self.experiment = experiment
 
     def record(
@@ -116,6 +118,7 @@ class Tracker:
 
     def check(self) -> str:
         """What is at the tracking URI, in words. Raises TrackingUnusable."""
+        check_store(self.uri)
         if self._database is not None and not self._database.exists():
             return f"{self.uri} will be made by the first run"
         with self._errors_named("(none yet)"), flocked(self._lock_file()):
@@ -139,11 +142,6 @@ class Tracker:
         # Last, since it says that all of the above is there: a record that was killed in the middle is done again.
         client.set_tag(run_id, CONTENT_TAG, record.digest())
         return run_id
-
-    @property
-    def _database(self) -> Path | None:
-        """The sqlite file, if `uri` names one."""
-        return Path(self.uri.removeprefix(_SQLITE).split("?")[0]).absolute() if self.uri.startswith(_SQLITE) else None
 
     def _lock_file(self) -> Path:
         if self._database is not None:

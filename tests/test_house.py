@@ -38,7 +38,7 @@ ONLY_IMPORTER = {
 HEAVY = ("torch", "transformers", "datasets", "mlflow", "lm_eval", "peft", "duckdb")
 PLUGINS = {
     "pruning.methods": ("needs_statistics", "order_config", "prune"),
-    "pruning.recovery": ("recover", "scratch_bytes"),
+    "pruning.recovery": ("check_model", "recover", "scratch_bytes"),
     "evaluation.suites": ("needs", "check", "check_model", "evaluate"),
 }
 FILES = [path for room in ROOMS for path in sorted((PROJECT / room).rglob("*.py"))]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from evaluation.bounds import Count
 from evaluation.errors import EvaluationError
 from evaluation.report import EvalReport, Metric
 from evaluation.suite import Means, Progress, SuiteData, SuiteResult
@@ -35,7 +36,7 @@ _SHOWN_TOKENS = 24
 class Config(perplexity.Config):
     """The data and the windows, as of the suite perplexity; nothing is counted per word or byte."""
 
-    windows: tuple[Annotated[int, Field(ge=2)] | Literal["max"], ...] = Field(default=(2048,), min_length=1)
+    windows: tuple[Annotated[Count, Field(ge=2)] | Literal["max"], ...] = Field(default=(2048,), min_length=1)
     """Metrics "kl@<window>", "kl_p99@<window>", "top1_agreement@<window>" and "ppl_ratio@<window>" for each."""
 
 

@@ -14,10 +14,11 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, JsonValue
 
+from evaluation.bounds import Count
 from evaluation.chat_template import check_chat_template
 from evaluation.errors import EvaluationError
 from evaluation.longbench_tasks import CONTINUED, KNOWN, TASKS, Category, Language, task_name, tasks_by_category
@@ -51,14 +52,14 @@ class Config(SuiteConfig):
     """Instead of categories and languages: single tasks by lm-eval's names, such as longbench_qasper. Their report has
     a row for each and no averages."""
 
-    limit: int | None = Field(default=None, ge=1)
+    limit: Count | None = None
     """Ask only for the first so many documents of each task."""
 
     truncation: Literal["middle", "left"] = "middle"
     """middle: a longer prompt keeps its two ends, as LongBench's authors do. left: it keeps its end, which is what
     lm-eval does."""
 
-    max_length: int | None = Field(default=None, ge=2)
+    max_length: Annotated[Count, Field(ge=2)] | None = None
     """Tokens, as the originals mean it. middle: of the prompt before it is put into the chat template, as in pred.py
     (31500 for models that read 32k, 3500 for 4k). left: of prompt and answer together, as in lm-eval. None: as much as
     the model's context holds beside the answer."""

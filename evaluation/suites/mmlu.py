@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from evaluation.bounds import Amount, Count
 from evaluation.chat_template import check_chat_template
 from evaluation.errors import EvaluationError
 from evaluation.naming import near_names, refuse_twice
@@ -28,10 +29,10 @@ class Config(SuiteConfig):
     subjects: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Such as "anatomy" or "high_school_physics"; None for all 57."""
 
-    num_fewshot: int = Field(default=5, ge=0, le=5)
+    num_fewshot: Amount = Field(default=5, le=5)
     """Examples before each question: the first of the subject's dev split, which has five."""
 
-    limit: int | None = Field(default=None, ge=1)
+    limit: Count | None = None
     """Score only the first so many questions of each subject."""
 
     chat_template: bool = False

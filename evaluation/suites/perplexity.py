@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from evaluation.bounds import Count
 from evaluation.report import EvalReport, Metric
 from evaluation.suite import DataNeed, Means, ModelFacts, Progress, SuiteData, SuiteResult, TextNeed
 from evaluation.text_presets import expanded
@@ -47,7 +48,7 @@ class Config(WindowSelection):
     revision: str | None = Field(default=None, exclude_if=lambda revision: revision is None)
     """Branch, tag or commit on the hub."""
 
-    windows: tuple[Annotated[int, Field(ge=2)] | Literal["max"], ...] = Field(default=(128, 2048), min_length=1)
+    windows: tuple[Annotated[Count, Field(ge=2)] | Literal["max"], ...] = Field(default=(128, 2048), min_length=1)
     """One metric "ppl@<window>" for each; tokens, BOS included. "max" is the model's max_position_embeddings, and the
     metric has the number."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from evaluation.answer_length import max_gen_toks
+from evaluation.bounds import Amount, Count, Seed
 from evaluation.chat_template import check_chat_template
 from evaluation.errors import EvaluationError
 from evaluation.naming import refuse_twice
@@ -42,11 +43,11 @@ class Config(SuiteConfig):
     tasks: tuple[str, ...] = Field(default=PAPER_TASKS, min_length=1)
     """lm-eval's names of single tasks."""
 
-    num_fewshot: int = Field(default=0, ge=0)
-    limit: int | None = Field(default=None, ge=1)
+    num_fewshot: Amount = 0
+    limit: Count | None = None
     """Score only the first so many documents of each task."""
 
-    seed: int = 1234
+    seed: Seed = 1234
     """Draws the few-shot examples; lm-eval's default."""
 
     chat_template: bool = False

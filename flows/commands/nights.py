@@ -11,8 +11,8 @@ import typer
 from flows.commands.app import AsJson, Overrides, Refresh, Runner, SpecName, app, prepared
 from flows.errors import SpecError
 from flows.interrupt import interruptible_command
+from flows.prefect_access import reach_prefect
 from flows.runners import check_runner, runner_called
-from flows.servers import ensure_prefect_server
 from infra.settings import load_settings
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def run_night(
     chosen = runner_called(runner or settings.runner)
     check_runner(chosen, settings)
     with interruptible_command():
-        ensure_prefect_server()
+        reach_prefect()
         from flows.night_outcome import NightFailed
         from flows.nightly import on_runner
 

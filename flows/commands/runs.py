@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.app import AsJson, Overrides, Refresh, Runner, SpecName, app, prepared
 from flows.errors import StagesFailed
 from flows.interrupt import interruptible_command
+from flows.prefect_access import import_prefect, reach_prefect
 from flows.runners import check_runner, runner_called, runner_named
-from flows.servers import ensure_prefect_server
 
 if TYPE_CHECKING:
     from flows.outcome import RunResult
@@ -53,9 +53,10 @@ def run_spec(
     chosen = runner_called(runner or settings.runner)
     check_runner(chosen, settings)
     with interruptible_command():
+        import_prefect()
         from flows.compress import compress
 
-        ensure_prefect_server()
+        reach_prefect()
         ready = time.monotonic()
         try:
             result = compress.with_options(task_runner=runner_named(chosen, settings))(spec, tuple(refresh))
@@ -70,6 +71,7 @@ def run_spec(
 def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:
     """Show every stage of a spec with its key, and whether it is cached; nothing is run."""
     prepared()
+    import_prefect()
     from flows.compress import open_workplace
     from flows.loading import load_spec
     from flows.outline import outline

@@ -9,17 +9,21 @@ import typer
 from flows.commands.app import Overrides, app, prepared
 from flows.errors import SpecError
 from flows.interrupt import until_told
+from flows.prefect_access import check_prefect, import_prefect
+from flows.prefect_database import check_database
 
-PrefectPort = Annotated[int, typer.Option(help="Port of Prefect's pages.")]
+PrefectPort = Annotated[int, typer.Option(min=1, max=65535, help="Port of Prefect's pages.")]
 
 
 @app.command()
 def ui(
     prefect_port: PrefectPort = 4200,
-    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's pages.")] = 5000,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow's pages.")] = 5000,
 ) -> None:
     """Open Prefect's and MLflow's pages on this machine; Ctrl-C or SIGTERM ends them."""
     settings = prepared()
+    import_prefect()
+    check_database()
     from flows.servers import serve_pages
 
     with until_told():
@@ -43,6 +47,7 @@ def serve(
 ) -> None:
     """Run nights and specs on a schedule. Starts a Prefect server on this machine unless PREFECT_API_URL names one."""
     prepared()
+    import_prefect()
     from flows.serving import Timetable, serve_specs
 
     timetable = Timetable(cron, interval, timezone)
@@ -53,11 +58,12 @@ def serve(
 @app.command()
 def automations(
     after: Annotated[
-        float, typer.Option(metavar="SECONDS", min=60, help="How long a flow run may give no sign of life.")
+        float, typer.Option(metavar="SECONDS", min=60, max=86_400, help="How long a flow run may give no sign of life.")
     ] = 300,
 ) -> None:
     """Have the Prefect server mark flow runs as crashed whose process was killed (slimline serve does this too)."""
     prepared()
+    check_prefect()
     from prefect.settings import PREFECT_API_URL
 
     if not PREFECT_API_URL.value():

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
+from pruning.bounds import Amount, Count, Real
 from pruning.errors import PruningError
 
 if TYPE_CHECKING:
@@ -38,13 +39,13 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sparsity: float = Field(gt=0, lt=1)
+    sparsity: Real = Field(gt=0, lt=1)
     """Share of all decoder-layer parameters to remove."""
     curve: Literal["log_increase", "linear_increase", "uniform", "log_decrease", "linear_decrease"] = "log_increase"
     """Incremental Pruning Ratio over depth (section 3.4)."""
-    start_over_end: float = Field(default=0.25, gt=0, le=1)
+    start_over_end: Real = Field(default=0.25, gt=0, le=1)
     """First layer's ratio over the last one's; 0.25 is the paper's 0.0625 / 0.25 at 20 %."""
-    end_points: tuple[float, float] | None = None
+    end_points: tuple[Real, Real] | None = None
     """Ratios of the first and of the last layer, taken as they are (the paper at 20 %: 0.0625, 0.25); default: solved
     so that the sparsity is met."""
     split: Literal["auto", "equal", "half", "third", "ffn", "attention"] | None = None
@@ -59,14 +60,14 @@ class Config(BaseModel):
     every sparsity)."""
     grouped_cholesky: bool = True
     """False: the "-GCD" ablation (section 3.2)."""
-    group_size: PositiveInt | None = None
+    group_size: Count | None = None
     """FFN channels removed per round; default: half of what is to go, at most 1024, at least 8 (dynamic group size,
     section 3.2). A number: the "-DGS" ablation."""
-    dampening_frac: float = Field(default=0.01, gt=0)
+    dampening_frac: Real = Field(default=0.01, gt=0)
     """Added to the diagonal of each Hessian, as a share of its mean."""
-    protect_first: NonNegativeInt = 0
+    protect_first: Amount = 0
     """Layers at the start that are left whole."""
-    protect_last: NonNegativeInt = 0
+    protect_last: Amount = 0
     """Layers at the end that are left whole."""
 
 

@@ -1,4 +1,5 @@
-"""Training a pruned model back to health. The file name is the recovery's name; each has VERSION, Config, recover."""
+"""Training a pruned model back to health. The file name is the recovery's name; each has VERSION, Config, check_model,
+scratch_bytes and recover."""
 
 from __future__ import annotations
 

@@ -11,17 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pruning.bounds import Amount, Count, Real, Seed
 from pruning.errors import PruningError
 from pruning.recovery import RecordData, RecoveryReport
 
@@ -50,23 +42,23 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: RecordData = RecordData()
-    num_examples: PositiveInt | None = None
+    num_examples: Count | None = None
     targets: tuple[Target, ...] = Field(("q", "k", "v", "o", "gate", "up", "down"), min_length=1)
-    rank: PositiveInt = 8
-    alpha: PositiveFloat = 16.0
-    dropout: float = Field(0.05, ge=0, lt=1)
-    epochs: PositiveFloat = 1.0
-    max_steps: PositiveInt | None = None
-    learning_rate: PositiveFloat = 1e-4
+    rank: Count = 8
+    alpha: Real = Field(16.0, gt=0)
+    dropout: Real = Field(0.05, ge=0, lt=1)
+    epochs: Real = Field(1.0, gt=0, le=1e6)
+    max_steps: Count | None = None
+    learning_rate: Real = Field(1e-4, gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: NonNegativeInt = 10
-    weight_decay: NonNegativeFloat = 0.0
-    batch_size: PositiveInt = 64
-    micro_batch_size: PositiveInt = 4
-    max_length: PositiveInt = 256
+    warmup_steps: Amount = 10
+    weight_decay: Real = Field(0.0, ge=0)
+    batch_size: Count = 64
+    micro_batch_size: Count = 4
+    max_length: Count = 256
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    save_steps: PositiveInt | None = None
-    seed: NonNegativeInt = 0
+    save_steps: Count | None = None
+    seed: Seed = Field(0, ge=0, lt=2**32)  # what numpy takes
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Config:
@@ -75,6 +67,15 @@ class Config(BaseModel):
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self
+
+
+def check_model(config: Config, hidden_size: int) -> None:
+    """Raise PruningError for adapters that are larger than what they adapt."""
+    if config.rank > hidden_size:
+        raise PruningError(
+            f"rank {config.rank} is more than the {hidden_size} that the model's layers are wide, where nothing is "
+            "left to learn; lower it"
+        )
 
 
 def scratch_bytes(config: Config, num_layers: int, hidden_size: int, intermediate_size: int) -> int:

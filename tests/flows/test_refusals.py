@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -106,15 +107,37 @@ def test_training_records_that_cannot_be_read_are_known_before_any_pruning(
     assert filled == []
 
 
-def test_results_that_cannot_be_written_leave_the_stages_done(smoke_copy: Home, filled: list[str]) -> None:
-    """The figures could not be recorded; nothing of the work is lost."""
-    from infra.errors import ResultsUnusable
+def test_a_tokenizer_that_loads_and_does_not_work(smoke_copy: Home, offline_root: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(offline_root / "slimline/tiny-random-llama", model)
+    config = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": "long"}), encoding="utf-8")
+    message, result = failed(smoke_copy, f"model.id={model}")
+    assert message.startswith(f"import-model: {model} has no tokenizer that loads and works (")
+    assert [stage.status for stage in result.stages] == ["failed", "skipped", "skipped"]
 
-    results = smoke_copy.results.files.folder
-    good = results.rename(results.with_name("good"))
-    results.write_text("no folder")
+
+def test_results_that_cannot_be_written_leave_the_stages_done(
+    smoke_copy: Home, filled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures could not be recorded; nothing of the work is lost. If it is known before, nothing is begun."""
+    from infra.errors import ResultsUnusable
+    from tasks import stage
+
+    results, good = smoke_copy.results.files.folder, smoke_copy.results.files.folder.with_name("good")
+    make = stage._make
+
+    def overtaken(request: object, stage_name: str, *rest: object) -> None:
+        results.rename(good)
+        results.write_text("no folder")
+        make(request, stage_name, *rest)
+
+    monkeypatch.setattr(stage, "_make", overtaken)
     with pytest.raises(ResultsUnusable):
         smoke_copy.run("smoke", [*ONLY_PRUNE, "steps.0.sparsity=0.3"])
+    monkeypatch.setattr(stage, "_make", make)
+    with pytest.raises(ResultsUnusable, match="set SLIMLINE_RESULTS_DB or SLIMLINE_RESULTS_FOLDER to another place"):
+        smoke_copy.run("smoke", [*ONLY_PRUNE, "steps.0.sparsity=0.4"])
     assert filled == ["prune:slimgpt-30"]
     results.unlink()
     good.rename(results)

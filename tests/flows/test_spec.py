@@ -246,6 +246,18 @@ def test_set_has_a_form(override: str) -> None:
         ("steps.2={}", "'2' is not an entry of a list of 2"),
         ("steps.0.sparsity.x=1", "there is nothing under 'x', its parent is a plain value"),
         ("steps.0.sparsity={a: ]", "the value is not valid YAML"),
+        ("steps.0.sparsity=!!int x", "the value is not valid YAML"),
+        ("steps.0.sparsity=!!float ''", "the value is not valid YAML"),
+        ("steps.0.sparsity=!!timestamp x", "the value is not valid YAML"),
+        ("steps.0.sparsity=2026-99-99", "the value is not valid YAML"),
+        (f"steps.0.sparsity={'9' * 5000}", "the value is not valid YAML"),
+        (f"steps.0.sparsity={'[' * 3000}{']' * 3000}", "it is nested too deeply"),
+        ("steps.0.sparsity=&a [*a]", "an alias stands inside what it stands for"),
+        (
+            "evals=[&a [1,1,1,1,1,1,1,1], &b [*a,*a,*a,*a,*a,*a,*a,*a], &c [*b,*b,*b,*b,*b,*b,*b,*b],"
+            " &d [*c,*c,*c,*c,*c,*c,*c,*c], &e [*d,*d,*d,*d,*d,*d,*d,*d], [*e,*e,*e,*e,*e,*e,*e,*e]]",
+            "it holds more than 100000 values, aliases written out",
+        ),
     ],
 )
 def test_set_into_nowhere_is_refused(override: str, sentence: str) -> None:
@@ -337,3 +349,37 @@ def test_on_is_a_key_and_no_boolean(tmp_path: Path) -> None:
     assert spec.profile is not None
     assert spec.profile.on == "all"
     assert parse_spec(yaml.safe_load(dump_spec(spec)), source="dump") == spec
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("calibration.num_samples=true", "num_samples: true is no number"),
+        ("calibration.num_samples=2147483648", "less than or equal to 2147483647"),
+        ("calibration.seq_len=1", "greater than or equal to 2"),
+        (f"calibration.seed={2**63}", f"less than or equal to {2**63 - 1}"),
+        ("steps.0.dampening_frac=.inf", "dampening_frac = inf: input should be a finite number"),
+        ("steps.0.end_points=[.nan, 0.2]", "end_points.0 = nan: input should be a finite number"),
+        ("steps.0.protect_first=-1", "protect_first = -1"),
+        ("steps.1.learning_rate=.inf", "learning_rate = inf: input should be a finite number"),
+        ("steps.1.learning_rate=.nan", "learning_rate = nan"),
+        ("steps.1.alpha=.inf", "alpha = inf: input should be a finite number"),
+        ("steps.1.epochs=1.0e+30", "epochs = 1e+30"),
+        ("steps.1.weight_decay=.inf", "weight_decay = inf"),
+        ("steps.1.rank=true", "rank: true is no number"),
+        (f"steps.1.seed={2**32}", "seed = 4294967296"),
+        (f"steps.1.batch_size={10**30}", "batch_size = 1"),
+        ("evals.0.windows=[1]", "evals.0: perplexity: windows.0 = 1: input should be greater than or equal to 2"),
+        ("evals.0.windows=[true]", "evals.0: perplexity: windows.0: true is no number"),
+        ("evals.0.max_windows=0", "max_windows = 0"),
+        (f"evals.0.window_seed={2**64}", "window_seed = 18446744073709551616"),
+        ("evals.1.limit=0", "limit = 0"),
+        ("evals.1.num_fewshot=-1", "num_fewshot = -1"),
+        ("profile.settings.ratio_seconds=.inf", "ratio_seconds = inf"),
+        ("profile.settings.ratio_precision=0", "ratio_precision = 0"),
+        ("profile.settings.batch_size=[true]", "batch_size.0: true is no number"),
+        ("name=a b", "name = 'a b': a name is made of letters, digits, '.', '_' and '-'"),
+    ],
+)
+def test_numbers_and_names_that_nothing_can_be_done_with(override: str, words: str) -> None:
+    assert words in refused(override)

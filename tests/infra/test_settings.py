@@ -97,3 +97,25 @@ import sys, infra.settings, infra.keys, infra.registry, infra.artifacts, infra.p
 print({"torch", "transformers", "mlflow", "datasets", "lm_eval", "peft", "duckdb", "prefect"} & set(sys.modules))
 """
     assert finish(start(code)) == "set()"
+
+
+@pytest.mark.parametrize(
+    "variable, value",
+    [
+        ("EVAL_BATCH_SIZE", str(10**30)),
+        ("WALK_BATCH_SIZE", "0"),
+        ("EVAL_PROCESSES", "1000000"),
+        ("WALK_PROCESSES", "1000000"),
+        ("RUNNER_WORKERS", "1000000"),
+        ("ACTIVATION_BUDGET_GIB", "1e308"),
+        ("DISK_BUDGET_GIB", "nan"),
+        ("RETRY_DELAY", "1e30"),
+        ("RETRIES", "-1"),
+        ("RESULTS_DB", "/"),
+        ("HOME", "~no-such-user-here/x"),
+    ],
+)
+def test_what_no_machine_can_do_is_refused(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"SLIMLINE_{variable}", value)
+    with pytest.raises(SettingsInvalid, match=rf"SLIMLINE_{variable}=.* cannot be used: .*; change or unset it"):
+        load_settings()
