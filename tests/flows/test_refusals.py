@@ -41,7 +41,7 @@ def test_files_of_a_model_are_named_where_they_are_not_where_they_were_copied_to
     model = Path(shutil.copytree(offline_root / "slimline/tiny-random-llama", tmp_path / "model"))
     (model / "tokenizer.json").write_text("{broken", encoding="utf-8")
     message, _ = failed(smoke_copy, f"model.id={model}")
-    assert message.startswith(f"import-model: {model} has no tokenizer that loads (")
+    assert message.startswith(f"import-model: {model} has no tokenizer that loads and works (")
     assert str(smoke_copy.folder) not in message
 
 

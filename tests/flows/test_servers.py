@@ -32,13 +32,13 @@ time.sleep(60)
 _STARTER = """
 import sys, time
 from flows.interrupt import until_told
-from flows.servers import _end, _start
+from flows.servers import end, start
 with until_told():
-    server = _start([sys.executable, *sys.argv[1:]], {}, told="SIGTERM")
+    server = start([sys.executable, *sys.argv[1:]], {}, told="SIGTERM")
     try:
         time.sleep(60)
     finally:
-        _end(server)
+        end(server)
 """
 
 
