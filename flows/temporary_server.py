@@ -7,32 +7,51 @@ import atexit
 import http.client
 import os
 import re
+import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO
+from pathlib import Path
 
+import prefect
 from prefect.server.api.server import SubprocessASGIServer
-from prefect.settings import (
-    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
-    PREFECT_SERVER_LOGGING_LEVEL,
-    temporary_settings,
-)
+from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, get_current_settings
 
 from flows.errors import PrefectUnusable
 from infra.secrets import redacted
 
-_CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 #: of what a server said before it ended, in characters
 _LAST_WORDS = 400
+#: seconds that a server which ends gets to end once more
+_PATIENCE = 60.0
+#: as we start servers they are silent (flows/environment.py)
+_OUTSPOKEN = {"PREFECT_SERVER_LOGGING_LEVEL": "ERROR", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR"}
 
 
 def start_temporary_server() -> None:
     """Start the server that Prefect's clients use where no URL names one, unless it runs. Raises PrefectUnusable."""
     _Server().start()
+
+
+def last_words() -> str:
+    """Why Prefect's server ends before it is ready, in its words: asked of one that is started for that."""
+    app = [
+        "--app-dir",
+        str(Path(str(prefect.__file__)).parents[1]),
+        "--factory",
+        "prefect.server.api.server:create_app",
+    ]
+    command = [sys.executable, "-m", "uvicorn", *app, "--host", "127.0.0.1", "--port", "0", "--log-level", "error"]
+    settings = get_current_settings().to_environment_variables(exclude_unset=True)
+    environment = os.environ | settings | {"PREFECT__SERVER_EPHEMERAL": "1"} | _OUTSPOKEN
+    try:
+        ended = subprocess.run(command, env=environment, capture_output=True, timeout=_PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        return "the next one did come up"
+    lines = [line for line in ended.stderr.decode(errors="replace").splitlines() if line.strip()]
+    exceptions = [found.group(1) for line in lines if (found := re.fullmatch(r"[a-zA-Z_][\w.]*: (.+)", line))]
+    words = exceptions[-1] if exceptions else lines[-1] if lines else f"exit code {ended.returncode}"
+    return redacted(words[:_LAST_WORDS])
 
 
 class _Server(SubprocessASGIServer):
@@ -42,39 +61,24 @@ class _Server(SubprocessASGIServer):
         """Return when it answers. Raises PrefectUnusable with its last words if it ended, or after the time-out."""
         if self.running:
             return
-        patience = timeout or PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
-        atexit.register(self.stop)
         self.port = self.find_available_port()
-        self.server_process = self._run_uvicorn_command()
-        if not self._comes_up(patience):
-            # once more, perhaps its port was taken; this time it may speak
-            self.port = self.find_available_port()
-            with tempfile.TemporaryFile() as said:
-                with _outspoken(said):
-                    self.server_process = self._run_uvicorn_command()
-                if not self._comes_up(patience):
-                    raise PrefectUnusable(
-                        f"Prefect's temporary server ended before it was ready ({_last_words(said)}); mend that, or "
-                        "set PREFECT_API_URL to a server that runs"
-                    )
-        self.running = True
-
-    def _comes_up(self, patience: float) -> bool:
-        """Whether it answers; False if it ended. Raises PrefectUnusable if it does neither."""
-        process = self.server_process
-        assert process is not None, "it was started"
+        self.server_process = process = self._run_uvicorn_command()
+        atexit.register(self.stop)
+        patience = timeout or PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
         deadline = time.monotonic() + patience
-        while process.poll() is None:
-            if _answers(f"{self.api_url}/health"):
-                return True
+        while not _answers(f"{self.api_url}/health"):
+            if process.poll() is not None:
+                raise PrefectUnusable(
+                    f"Prefect's temporary server ended before it was ready ({last_words()}); mend that and run "
+                    "again, or set PREFECT_API_URL to a server that runs"
+                )
             if time.monotonic() > deadline:
-                self.stop()
                 raise PrefectUnusable(
                     f"Prefect's temporary server was not ready in {patience:.0f} s; if this machine is that busy set "
                     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS to more, or PREFECT_API_URL to a server that runs"
                 )
             time.sleep(0.1)
-        return False
+        self.running = True
 
 
 def _answers(url: str) -> bool:
@@ -84,33 +88,3 @@ def _answers(url: str) -> bool:
             return bool(answer.status == 200)
     except (OSError, http.client.HTTPException):
         return False
-
-
-@contextmanager
-def _outspoken(file: IO[bytes]) -> Iterator[None]:
-    """A server that is started in this block says its errors, into the file; we have it silent (flows/environment.py).
-
-    Its logging reads the environment, and Prefect hands it the settings of this process.
-    """
-    sys.stderr.flush()
-    before, level = os.dup(2), os.environ.get(_CONSOLE_LEVEL)
-    os.dup2(file.fileno(), 2)
-    os.environ[_CONSOLE_LEVEL] = "ERROR"
-    try:
-        with temporary_settings({PREFECT_SERVER_LOGGING_LEVEL: "ERROR"}):
-            yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
-        os.environ.pop(_CONSOLE_LEVEL)
-        if level is not None:
-            os.environ[_CONSOLE_LEVEL] = level
-
-
-def _last_words(file: IO[bytes]) -> str:
-    """What ended the server: its last exception without the name of the class, or else its last line."""
-    file.seek(0)
-    lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    exceptions = [found.group(1) for line in lines if (found := re.fullmatch(r"[a-zA-Z_][\w.]*: (.+)", line))]
-    words = exceptions[-1] if exceptions else lines[-1] if lines else "it said nothing"
-    return redacted(words[:_LAST_WORDS])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
@@ -52,13 +50,11 @@ def test_the_temporary_server_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -
     """It is started by the first client; what it is told in a terminal is also told to us."""
     children = []
 
-    @contextmanager
-    def client(sync_client: bool) -> Iterator[None]:
+    def start() -> None:
         children.append(subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(1)"],
                                          stdout=subprocess.PIPE))  # fmt: skip
-        yield
 
-    monkeypatch.setattr("prefect.client.orchestration.get_client", client)
+    monkeypatch.setattr("flows.prefect_access.reach_prefect", start)
     shield_server()
     (server,) = children
     assert server.stdout.read(2) == b"up"
