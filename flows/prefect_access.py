@@ -8,6 +8,7 @@ import ssl
 import sys
 import time
 import tomllib
+import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -17,8 +18,7 @@ from pydantic import ValidationError
 
 from flows.errors import PrefectUnusable
 from flows.prefect_database import check_database
-from infra.disk import check_writable
-from infra.errors import InfraError
+from infra.disk import why_unwritable
 from infra.secrets import redacted
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def import_prefect() -> None:
         ) from error
     said = _Held(sys.stderr)
     try:
-        with redirect_stderr(cast("TextIO", said)):
+        with redirect_stderr(cast("TextIO", said)), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Failed to create the Prefect home")  # check_database says it
             import prefect.main  # noqa: F401 (the settings, the profile, the logging)
         said.let_go()
     except Exception as error:
@@ -103,14 +104,12 @@ class _Held:
 def _check_storage() -> None:
     from prefect.settings import PREFECT_LOCAL_STORAGE_PATH
 
-    folder = Path(str(PREFECT_LOCAL_STORAGE_PATH.value()))
-    try:
-        check_writable(folder)
-    except InfraError as error:
+    folder = Path(str(PREFECT_LOCAL_STORAGE_PATH.value())).absolute()
+    if reason := why_unwritable(folder):
         raise PrefectUnusable(
-            f"Prefect cannot keep its results in {folder} ({error.__cause__ or error}); set {_STORAGE} to another "
-            "folder"
-        ) from error
+            f"Prefect cannot keep its results in {folder} ({reason}); make it writable, or set SLIMLINE_HOME, below "
+            f"which that is by default, or {_STORAGE} to another folder"
+        )
 
 
 def _check_server(url: str) -> str:

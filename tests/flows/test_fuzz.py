@@ -29,7 +29,7 @@ def scratch(smoke: tuple[Home, RunResult], tmp_path_factory: pytest.TempPathFact
         yield folder
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "runs"])
+@pytest.mark.parametrize("kind", ["values", "variables", "specs", "models", "data"])
 def test_planning_answers_in_one_sentence(kind: str, scratch: Path, offline_root: Path) -> None:
     @FEW
     @given(st.data())
@@ -39,11 +39,12 @@ def test_planning_answers_in_one_sentence(kind: str, scratch: Path, offline_root
     thrown()
 
 
-def test_a_run_answers_in_one_sentence(scratch: Path, offline_root: Path) -> None:
-    @settings(FEW, max_examples=6)
+@pytest.mark.parametrize("kind", ["runs", "numbers"])
+def test_a_run_answers_in_one_sentence(kind: str, scratch: Path, offline_root: Path) -> None:
+    @settings(FEW, max_examples=5)
     @given(st.data())
     def thrown(data: Any) -> None:
-        answer_of("runs", data, scratch, offline_root)
+        answer_of(kind, data, scratch, offline_root)
 
     thrown()
 

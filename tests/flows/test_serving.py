@@ -21,7 +21,9 @@ SMOKE = str(Path(__file__).parents[2] / "flows/specs/smoke.yaml")
     [
         ({"cron": "0 2 * *"}, "--cron '0 2 * *' is no cron expression"),
         ({"cron": "0 2 * * *", "interval": 60}, "give one of them"),
-        ({"interval": 0}, "less than a second"),
+        ({"interval": 0}, "--interval 0 is not between a second and a year"),
+        ({"interval": float("nan")}, "--interval nan is not"),
+        ({"interval": 1e30}, "is not between a second and a year"),
         ({"cron": "0 2 * * *", "timezone": "Mars"}, "--timezone 'Mars' is no time zone"),
     ],
 )

@@ -24,6 +24,68 @@ _STEPS = (
     "steps=[{recovery: lora, data: {dataset: slimline/instructions}, num_examples: 4, max_steps: 1, batch_size: 2,"
     " micro_batch_size: 2, dtype: float32}]",
 )
+_LARGE = str(2**31 - 1)
+_SMALL, _HUGE = "5e-324", "1e308"
+#: what planning lets through and only the stages can say something about, by the place in a spec of one stage
+_NUMBERS: dict[str, dict[str, tuple[str, ...]]] = {
+    _STEPS[0]: {
+        "steps.0.sparsity": (_SMALL, "0.0001", "0.94", "0.999999"),
+        "steps.0.start_over_end": (_SMALL, "1"),
+        "steps.0.end_points": ("[0, 0]", "[0.9, 0.1]", "[0, 1e308]", "[0.1, 0.3]"),
+        "steps.0.dampening_frac": (_SMALL, _HUGE, "1e30"),
+        "steps.0.group_size": ("1", _LARGE),
+        "steps.0.protect_first": ("3", "4", _LARGE),
+        "steps.0.split": ("ffn", "attention", "auto"),
+        "steps.0.name": ("a" * 128, "a" * 5000, "'0'", "x..y"),
+        "calibration.num_samples": ("1", "3000", _LARGE),
+        "calibration.num_heldout": ("0", _LARGE),
+        "calibration.seq_len": ("2", "512"),
+        "calibration.seed": (str(2**63 - 1), str(-(2**63))),
+        "calibration.join": ("''", '"\\0"', "a" * 5000, "🙂"),
+    },
+    _STEPS[1]: {
+        "steps.0.rank": ("1", "32", "64", _LARGE),
+        "steps.0.alpha": (_SMALL, _HUGE),
+        "steps.0.learning_rate": (_SMALL, "1e30", _HUGE),
+        "steps.0.weight_decay": ("1e30", _HUGE),
+        "steps.0.dropout": ("0.999999",),
+        "steps.0.warmup_steps": ("0", _LARGE),
+        "steps.0.max_length": ("1", "2", _LARGE),
+        "steps.0.num_examples": ("1", _LARGE),
+        "steps.0.batch_size": (_LARGE, "4"),
+        "steps.0.micro_batch_size": ("1",),
+        "steps.0.save_steps": ("1", _LARGE),
+        "steps.0.seed": (str(2**32 - 1),),
+        "steps.0.targets": ("[q]", "[q, q]", "[gate, up, down]"),
+    },
+    "evals=[{suite: perplexity, dataset: slimline/wikipedia, config: null, windows: [64], max_windows: 2}]": {
+        "evals.0.windows": ("[2]", "[2, 3]", "[max]"),
+        "evals.0.stride": ("1", "63"),
+        "evals.0.max_windows": ("1", _LARGE),
+        "evals.0.window_seed": (str(2**63 - 1), str(-(2**63)), "null"),
+        "evals.0.split": ("'test[:0]'", "'test[5:2]'", "'test[:1]'", "'test['", "test+test", "'test[:1%]'"),
+        "evals.0.join": ("''", '"\\0"'),
+        "evals.0.bos": ("none", "per_window", "tokenizer"),
+        "evals.0.rolling": ("true",),
+        "evals.0.documents": ("separate",),
+        "evals.0.normalise": ("[word, byte]", "[word, word]"),
+    },
+    "evals=[{suite: zero_shot, tasks: [piqa], limit: 2}]": {
+        "evals.0.num_fewshot": ("1", "30", "1000000", _LARGE),
+        "evals.0.limit": ("1", _LARGE),
+        "evals.0.seed": (str(2**63 - 1), str(-(2**63))),
+        "evals.0.chat_template": ("true",),
+        "evals.0.tasks": ("[lambada_openai]", "[wikitext]", "[mmlu]", "[gsm8k]"),
+    },
+    "profile={prompt_len: 2, new_tokens: 1, warmup: 0, runs: 1, ratio_seconds: 0}": {
+        "profile.settings.prompt_len": ("1", "500", "[1, 2]"),
+        "profile.settings.new_tokens": ("2", "510"),
+        "profile.settings.batch_size": ("3", _LARGE),
+        "profile.settings.ratio_precision": (_SMALL, "0.9999"),
+        "profile.settings.seed": (str(2**63 - 1), str(-(2**63))),
+        "profile.settings.attn_implementation": ("eager",),
+    },
+}
 _READERS = ("calibration.data.dataset", "evals.0.dataset", "steps.1.data.dataset")
 #: not thrown: what would make folders outside the scratch folder, or look for hours
 _OUTSIDE = ("home", "results_db", "results_folder", "remote")
@@ -82,6 +144,17 @@ def odd_runs(draw: Draw, scratch: Path, tiny: Path) -> Case:
     return Case(("run", "smoke", *_set(*_CHEAP, steps, override)), f"{said} ({steps[8:15]})")
 
 
+def odd_numbers(draw: Draw, scratch: Path, tiny: Path) -> Case:
+    """A run of one stage, with one or two numbers that make no sense or hardly any."""
+    stage = draw(st.sampled_from(sorted(_NUMBERS)))
+    places = _NUMBERS[stage]
+    chosen = draw(st.lists(st.sampled_from(sorted(places)), min_size=1, max_size=2, unique=True))
+    overrides = [f"{place}={draw(st.sampled_from(places[place]))}" for place in chosen]
+    base = () if stage.startswith("steps") else ("steps=[]", "calibration=null")
+    cheap = [part for part in _CHEAP if not (base and part.startswith("calibration"))]
+    return Case(("run", "smoke", *_set(*cheap, *base, stage, *overrides)), "; ".join(overrides)[:300])
+
+
 KINDS: dict[str, Callable[[Draw, Path, Path], Case]] = {
     "values": odd_values,
     "variables": odd_variables,
@@ -89,6 +162,7 @@ KINDS: dict[str, Callable[[Draw, Path, Path], Case]] = {
     "models": odd_models,
     "data": odd_data,
     "runs": odd_runs,
+    "numbers": odd_numbers,
 }
 
 
