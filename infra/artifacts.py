@@ -36,7 +36,7 @@ from infra.shared_locks import check_locks
 
 __all__ = ["MANIFEST", "ArtifactRef", "ArtifactStore", "FileEntry", "Kind", "Manifest"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("slimline")
 
 # Prefect decodes a cached reference about twice per hit: a broken folder is worth one warning, not one per look.
 _warned: set[Path] = set()

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from infra.errors import InfraError, SourceInvalid, SourceUnreadable
 from infra.registry import near
 
-log = logging.getLogger("slimline")  # which users see
+log = logging.getLogger("slimline")
 
 MOST_FILES = 100
 """So many files the early look opens, each as far as its first piece: ten megabytes of JSON, 10,000 rows of CSV or of

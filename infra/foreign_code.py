@@ -31,7 +31,7 @@ _HOW_NOT_WHAT = (
     "experts_implementation",
 )
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("slimline")
 
 
 class TrustedCode(BaseModel):

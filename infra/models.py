@@ -40,7 +40,7 @@ Progress = Callable[[float, str], None]
 #: from a tensor's name and the tensor to what is stored instead
 Unpack = Callable[[str, "torch.Tensor"], "dict[str, torch.Tensor]"]
 
-log = logging.getLogger("slimline")  # which users see
+log = logging.getLogger("slimline")
 
 _PROBES = ("The capital of France is Paris.", "if a  ==  12:\n    return 345", "你好，世界。", "Ａ１ é ﬁ 🙂")
 

@@ -25,7 +25,7 @@ from infra.offline_questions import QUESTIONS, build_questions
 from infra.offline_repository import INSTALL, WHEELS, installed
 from infra.offline_text import build_news, build_wikipedia
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("slimline")
 
 _STAMP = ".recipe.json"  # hidden: no part of the content
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from infra.remote_files import RemoteFiles
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("slimline")
 
 
 @dataclass(frozen=True)

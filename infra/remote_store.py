@@ -24,7 +24,7 @@ from infra.manifests import ArtifactRef, Manifest
 from infra.remote_files import RemoteFiles, open_files
 from infra.remote_locks import PACE, Pace, remotely_locked
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("slimline")
 
 _ENTRY = "entry.json"
 _TIME = "%Y%m%dT%H%M%S"

@@ -29,7 +29,7 @@ from infra.disk import full_disk_named, sync_folder, write_durably
 from infra.errors import ResultsUnusable
 from infra.result_rows import FORMAT, KINDS, ColumnType, Kind, Row, columns
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("slimline")
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 # File systems allow names of 255 bytes, specs names of any length.

@@ -28,7 +28,7 @@ from infra.result_tables import FIRST_FORMAT, forget, in_utc, insert, make_table
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("slimline")
 
 _FIRST_PAUSE_SECONDS = 0.02
 _LONGEST_PAUSE_SECONDS = 0.2

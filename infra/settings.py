@@ -21,7 +21,7 @@ HUB_WORD = "hub"
 #: of what is counted in memory, rows and GiB; and of the processes of one machine
 _LARGEST, _MOST_PROCESSES = 2**31 - 1, 1024
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("slimline")
 
 
 class Settings(BaseSettings):

@@ -37,7 +37,7 @@ CHANGED_PARAMS_TAG = "slimline.changed_params"
 _SQLITE = "sqlite:///"
 _MLFLOW_STATUS = {"completed": "FINISHED", "failed": "FAILED"}
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("slimline")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from infra.errors import SourceInvalid
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger("slimline")  # which users see
+log = logging.getLogger("slimline")
 
 _SPECIAL_MAPS = ("tokenizer_config.json", "special_tokens_map.json")
 _CONFIGS = ("config.json", "generation_config.json")

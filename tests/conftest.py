@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -45,6 +46,16 @@ def _home_of_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A test that forgets to say where it lives gets an empty home."""
     if "SLIMLINE_HOME" not in os.environ:
         monkeypatch.setenv("SLIMLINE_HOME", str(tmp_path / "nobody"))
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """The command line, called in this process, takes our log to the terminal; the next test may want to read it."""
+    log = logging.getLogger("slimline")
+    handlers, propagate, level = log.handlers[:], log.propagate, log.level
+    yield
+    log.handlers, log.propagate = handlers, propagate
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

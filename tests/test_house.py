@@ -111,6 +111,12 @@ def test_names_say_something() -> None:
     assert [name for name in classes if name.endswith(("Manager", "Handler"))] == []
 
 
+def test_one_logger_which_users_see() -> None:
+    """A logger of another name has no handler on the command line: what it says is lost."""
+    others = [name_of(path) for path in FILES if "getLogger(__name__)" in path.read_text(encoding="utf-8")]
+    assert others == []
+
+
 def test_no_path_of_this_machine_is_in_a_tracked_file() -> None:
     if not (PROJECT / ".git").exists():
         pytest.skip("not a checkout: git does not say which files are tracked")
