@@ -131,7 +131,7 @@ def test_a_point_given_twice_is_logged_once(tracker: Tracker) -> None:
 
 def test_params_keep_their_first_value_and_say_so(tracker: Tracker, caplog: pytest.LogCaptureFixture) -> None:
     record(tracker, params={"device": "cpu", "seed": "1"})
-    with caplog.at_level(logging.WARNING, "infra.tracking"):
+    with caplog.at_level(logging.WARNING, "slimline"):
         record(tracker, params={"device": "cuda", "seed": "1", "new": "x"})
     assert only_run(tracker).data.params == {"device": "cpu", "seed": "1", "new": "x"}
     assert only_run(tracker).data.tags[CHANGED_PARAMS_TAG] == '{"device": "cuda"}'
