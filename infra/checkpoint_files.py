@@ -160,17 +160,27 @@ def card_of_config(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands. Raises SourceInvalid if it is missing or no JSON object."""
+    """config.json as it stands. Raises SourceInvalid if it is missing or `parsed_config` refuses it."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        content = (folder / "config.json").read_bytes()
     except FileNotFoundError:
         raise SourceInvalid(
             f"{folder} holds no config.json; a model folder needs config, tokenizer and safetensors, or one GGUF file"
         ) from None
-    except ValueError as error:
-        raise SourceInvalid(f"{folder}/config.json is not JSON ({error}); fetch it again") from error
+    return parsed_config(content, f"{folder}/config.json")
+
+
+def parsed_config(content: bytes, where: str) -> dict[str, Any]:
+    """The values of a config.json. Raises SourceInvalid if it is no JSON object, or names its classes wrongly."""
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise SourceInvalid(f"{where} is not JSON ({error}); fetch it again") from error
     if not isinstance(config, dict):
-        raise SourceInvalid(f"{folder}/config.json is not a JSON object; fetch it again")
+        raise SourceInvalid(f"{where} is not a JSON object; fetch it again")
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise SourceInvalid(f"{where} has architectures = {named!r}, and not a list of names; fetch it again")
     return config
 
 

@@ -20,6 +20,7 @@ from infra.checkpoint_files import (
     gguf_file,
     is_left_behind,
     is_plain,
+    parsed_config,
     read_config,
     tensor_header,
     weight_files,
@@ -62,7 +63,7 @@ def describe(located: Located) -> ModelCard:
         raise SourceInvalid(
             f"the hub's {located.repo_id} has no config.json; download its GGUF file and give its path as the model"
         )
-    values = json.loads(config.read_bytes())
+    values = parsed_config(config.read_bytes(), f"config.json of the hub's {located.repo_id}")
     _refuse_quantised(values, located.repo_id)
     return card_of_config(values, located.repo_id, num_parameters=None, size=sum(weights.values()), dtype=None)
 

@@ -164,6 +164,8 @@ class Sources:
         return TextColumns(located, data.config, data.split, data.data_files, tuple(columns), self.home)
 
     def _find(self, repo_id: str, repo_type: RepoType, revision: str | None) -> Located:
+        if not repo_id.strip():  # as a path it would be the current folder
+            raise SourceMissing(f"the {repo_type} is {repo_id!r}; give an id (owner/name) or a path")
         memo = self.home / "cache" / "fingerprints.json"
         path = Path(self.start or "", os.path.expanduser(repo_id))
         if os.path.exists(path):  # unlike Path.exists it also takes what no path can be

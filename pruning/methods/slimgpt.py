@@ -63,7 +63,7 @@ class Config(BaseModel):
     group_size: Count | None = None
     """FFN channels removed per round; default: half of what is to go, at most 1024, at least 8 (dynamic group size,
     section 3.2). A number: the "-DGS" ablation."""
-    dampening_frac: Real = Field(default=0.01, gt=0)
+    dampening_frac: Real = Field(default=0.01, gt=0, le=1e6)
     """Added to the diagonal of each Hessian, as a share of its mean."""
     protect_first: Amount = 0
     """Layers at the start that are left whole."""

@@ -25,14 +25,14 @@ _STEPS = (
     " micro_batch_size: 2, dtype: float32}]",
 )
 _LARGE = str(2**31 - 1)
-_SMALL, _HUGE = "5e-324", "1e308"
+_SMALL, _HUGE = "5.0e-324", "1.0e+308"
 #: what planning lets through and only the stages can say something about, by the place in a spec of one stage
 _NUMBERS: dict[str, dict[str, tuple[str, ...]]] = {
     _STEPS[0]: {
         "steps.0.sparsity": (_SMALL, "0.0001", "0.94", "0.999999"),
         "steps.0.start_over_end": (_SMALL, "1"),
-        "steps.0.end_points": ("[0, 0]", "[0.9, 0.1]", "[0, 1e308]", "[0.1, 0.3]"),
-        "steps.0.dampening_frac": (_SMALL, _HUGE, "1e30"),
+        "steps.0.end_points": ("[0, 0]", "[0.9, 0.1]", "[0, 1.0e+308]", "[0.1, 0.3]"),
+        "steps.0.dampening_frac": (_SMALL, "1.0e+6", _HUGE),
         "steps.0.group_size": ("1", _LARGE),
         "steps.0.protect_first": ("3", "4", _LARGE),
         "steps.0.split": ("ffn", "attention", "auto"),
@@ -46,8 +46,8 @@ _NUMBERS: dict[str, dict[str, tuple[str, ...]]] = {
     _STEPS[1]: {
         "steps.0.rank": ("1", "32", "64", _LARGE),
         "steps.0.alpha": (_SMALL, _HUGE),
-        "steps.0.learning_rate": (_SMALL, "1e30", _HUGE),
-        "steps.0.weight_decay": ("1e30", _HUGE),
+        "steps.0.learning_rate": (_SMALL, "1.0e+30", _HUGE),
+        "steps.0.weight_decay": ("1.0e+30", _HUGE),
         "steps.0.dropout": ("0.999999",),
         "steps.0.warmup_steps": ("0", _LARGE),
         "steps.0.max_length": ("1", "2", _LARGE),

@@ -210,6 +210,21 @@ def test_a_quantisation_that_is_none_is_left_out(nothing: object, tiny: Path, ou
     assert load_checkpoint(out).num_parameters() == describe(at(tiny)).num_parameters
 
 
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("architectures", 1595, "architectures = 1595, and not a list of names"),
+        ("architectures", [None], "architectures = .*, and not a list of names"),
+        ("max_position_embeddings", "long", "max_position_embeddings = 'long'"),
+        ("model_type", [], r"model_type = \[\]"),
+    ],
+)
+def test_config_with_a_value_that_nobody_expects(tiny: Path, name: str, value: object, words: str) -> None:
+    edit_config(tiny, **{name: value})
+    with pytest.raises(SourceInvalid, match=words):
+        describe(at(tiny))
+
+
 def test_config_that_is_no_decoder(tiny: Path) -> None:
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps({"model_type": "vit", "hidden_size": config["hidden_size"]}))

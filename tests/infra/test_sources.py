@@ -150,3 +150,10 @@ def test_cached_hub_repository_needs_no_network(tmp_path: Path) -> None:
     put(repo / "refs", main=COMMIT)
     code = "from infra.hub import resolve; print(resolve('owner/name', 'model', None))"
     assert python(code, tmp_path, CLOSED_PORT).stdout.strip() == COMMIT
+
+
+@pytest.mark.parametrize("nothing", ["", " "])
+def test_an_id_that_is_empty_is_not_the_current_folder(nothing: str, offline: Sources) -> None:
+    for kind in ("model", "dataset"):
+        with pytest.raises(SourceMissing, match=rf"the {kind} is '{nothing}'; give an id"):
+            offline.find(nothing, kind)  # type: ignore[arg-type]
