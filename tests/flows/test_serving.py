@@ -61,7 +61,8 @@ def test_a_schedule_fires_and_a_retry_runs_what_failed(
 ) -> None:
     home = Home(smoke_copy.folder)  # it has no server: one must be started
     mirror = mirror_of(offline_root, tmp_path / "mirror")
-    overrides = [f"mirror={mirror}", "evals.1.limit=5"]
+    # a suite that is measured, beside the one that cannot be: for that alone nothing would begin
+    overrides = [f"mirror={mirror}", "evals.0.windows=[32]", "evals.1.limit=5"]
     good = spoil(mirror / "baber/piqa", home)
     port, log = free_port(), tmp_path / "serve.log"
     api = Api(f"http://127.0.0.1:{port}/api")

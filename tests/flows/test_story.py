@@ -19,6 +19,7 @@ from flows.loading import load_spec
 from flows.story import Story, tell
 from infra.settings import Settings
 from infra.sources import Sources
+from tasks.requests import IMPORT_VERSION
 from tests.flows.home import PROJECT
 
 REPOSITORIES = ("tiny-random-llama", "news", "wikipedia", "instructions")
@@ -78,7 +79,7 @@ def test_stages_come_after_what_they_read(mirror: Path) -> None:
 def test_keys_say_what_and_which_version(mirror: Path) -> None:
     story = keys(told(mirror))
     version = pruning.methods.slimgpt.VERSION
-    assert story["import-model"].startswith("import-model-v1-")
+    assert story["import-model"].startswith(f"import-model-v{IMPORT_VERSION}-")
     assert story["prune:slimgpt-20"].startswith(f"prune-slimgpt-v{version}-")
     assert story["evaluate:zero_shot:dense"].startswith("evaluate-zero-shot-v")
 
