@@ -79,17 +79,14 @@ def load_checkpoint(
 
 
 @contextmanager
-def checkpoint_on_disk(folder: Path, dtype: torch.dtype | None = None) -> Iterator[PreTrainedModel]:
+def checkpoint_on_disk(stored: StoredTensors, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
     """The model of a checkpoint folder as `load_checkpoint` would give it, on the CPU, but with its weights left in the
     files: each is read when a forward comes to it and dropped again. It lasts as long as the block.
 
-    In memory: the largest single weight. Raises PruningError as `load_checkpoint` does.
+    In memory: the largest single weight. Raises PruningError for a file that cannot be read.
     """
-    stored = stored_tensors(folder)
     with tempfile.TemporaryDirectory() as nothing, _without_notice():  # safetensors are read where they lie
-        yield _from_pretrained(
-            stored, dtype=dtype or stored.dtype, device_map=_weights_on_disk(stored), offload_folder=nothing
-        )
+        yield _from_pretrained(stored, dtype=dtype, device_map=_weights_on_disk(stored), offload_folder=nothing)
 
 
 @contextmanager

@@ -42,10 +42,10 @@ def check_pruned(folder: Path, source: Path, plan: PruningPlan) -> None:
     the folder does not load or gives other logits.
     """
     written = _clean(folder)
-    with checkpoint_on_disk(source, torch.float32) as model:
+    with checkpoint_on_disk(stored_tensors(source), torch.float32) as model:
         _mask_(model, plan, written)
         expected = _logits(model)
-    _compare(folder, expected, torch.float32, f"{source} masked")
+    _compare(written, expected, torch.float32, f"{source} masked")
 
 
 @torch.no_grad()
@@ -63,8 +63,7 @@ def check_saved(folder: Path, model: PreTrainedModel) -> None:
             "the trained model's outputs are NaN or infinite, so training has diverged: lower learning_rate, or train "
             "in bfloat16 or float32 instead of float16"
         )
-    _clean(folder)
-    _compare(folder, expected, model.dtype, "the model that was saved")
+    _compare(_clean(folder), expected, model.dtype, "the model that was saved")
 
 
 def _clean(folder: Path) -> StoredTensors:
@@ -75,8 +74,9 @@ def _clean(folder: Path) -> StoredTensors:
     return stored
 
 
-def _compare(folder: Path, expected: Tensor, dtype: torch.dtype, what: str) -> None:
-    with _failing_as_ours(folder), checkpoint_on_disk(folder, dtype) as model:
+def _compare(written: StoredTensors, expected: Tensor, dtype: torch.dtype, what: str) -> None:
+    folder = written.folder
+    with _failing_as_ours(folder), checkpoint_on_disk(written, dtype) as model:
         found = _logits(model)
     difference = float((found - expected).norm() / expected.norm())
     if not difference <= _TOLERANCE.get(dtype, _TOLERANCE_HALF):  # also for NaN
