@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from pruning.errors import PruningError
 from pruning.families import shapes
+from pruning.meta_model import NothingDrawn
 from pruning.modeling import config_shapes
 from pruning.plan import PruningPlan, describe_shapes
 from pruning.stored_tensors import StoredTensors, stored_tensors
@@ -85,8 +86,11 @@ def checkpoint_on_disk(stored: StoredTensors, dtype: torch.dtype) -> Iterator[Pr
 
     In memory: the largest single weight. Raises PruningError for a file that cannot be read.
     """
-    with tempfile.TemporaryDirectory() as nothing, _without_notice():  # safetensors are read where they lie
-        yield _from_pretrained(stored, dtype=dtype, device_map=_weights_on_disk(stored), offload_folder=nothing)
+    with tempfile.TemporaryDirectory() as nothing:  # safetensors are read where they lie
+        with _without_notice(), NothingDrawn():
+            options = {"device_map": _weights_on_disk(stored), "offload_folder": nothing}
+            model = _from_pretrained(stored, dtype=dtype, **options)
+        yield model
 
 
 @contextmanager

@@ -18,14 +18,23 @@ def meta_model(model_class: Any, config: Any) -> PreTrainedModel:
     return model
 
 
-class _EmptyOnMeta(TorchFunctionMode):
-    """`torch.empty` makes meta tensors: that is how modules make their weights, and nothing else is touched.
-
-    Unlike patches of nn.Module this holds for the calling thread only.
-    """
+class NothingDrawn(TorchFunctionMode):
+    """Random values for meta tensors are not drawn: they would be nothing, and take most of the time that a model
+    without weights takes. Like every mode of its kind it holds for the calling thread only."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
+        kwargs = kwargs or {}
+        if func is torch.nn.init.normal_:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
         return func(*args, **kwargs)
+
+
+class _EmptyOnMeta(NothingDrawn):
+    """`torch.empty` makes meta tensors: that is how modules make their weights; nothing else is touched."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.empty:
+            kwargs = dict(kwargs or {}) | {"device": "meta"}
+        return super().__torch_function__(func, types, args, kwargs)
