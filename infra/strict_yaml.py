@@ -101,17 +101,23 @@ def load_yaml(content: bytes | str) -> Any:
     text = content if isinstance(content, str) else _decoded(content)
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.reader.ReaderError as error:
+    except (yaml.YAMLError, RecursionError) as error:
+        invalid = _invalid(error, text)
+    # outside: hundreds of frames of a deep document would hang on it, and Dask pickles the traces of causes too
+    raise invalid
+
+
+def _invalid(error: yaml.YAMLError | RecursionError, text: str) -> YamlInvalid:
+    if isinstance(error, RecursionError):
+        return YamlInvalid("it has too many levels of brackets", None)
+    if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, int(error.position)) + 1
-        raise YamlInvalid(f"the character {chr(error.character)!r} cannot be in it", line) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        words = str(getattr(error, "problem", None) or error)
-        if words.startswith("but "):  # the second half of a sentence
-            words = f"{getattr(error, 'context', '')}, {words}"
-        raise YamlInvalid(words, mark.line + 1 if mark else None) from error
-    except RecursionError as error:
-        raise YamlInvalid("it has too many levels of brackets", None) from error
+        return YamlInvalid(f"the character {chr(error.character)!r} cannot be in it", line)
+    mark = getattr(error, "problem_mark", None)
+    words = str(getattr(error, "problem", None) or error)
+    if words.startswith("but "):  # the second half of a sentence
+        words = f"{getattr(error, 'context', '')}, {words}"
+    return YamlInvalid(words, mark.line + 1 if mark else None)
 
 
 def _decoded(content: bytes) -> str:

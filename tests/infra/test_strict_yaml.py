@@ -117,5 +117,13 @@ def test_a_trap_is_one_sentence(text: str, problem: str, line: int) -> None:
     assert (str(again), again.line) == (str(caught.value), line)
 
 
+def test_dask_can_hand_on_what_a_deep_document_raised() -> None:
+    tblib = pytest.importorskip("tblib.pickling_support")  # Dask installs it: traces and causes are pickled too
+    with pytest.raises(YamlInvalid) as caught:
+        load_yaml("[" * 5000)
+    tblib.install(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
 def test_anchors_in_reason_are_read() -> None:
     assert len(load_yaml(laughs(4))["a3"]) == 10
