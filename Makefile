@@ -35,7 +35,7 @@ bench: $(STAMP)  ## benchmarks into build/bench.md, some in `make bench PARTS="s
 
 chaos: $(STAMP)  ## faults done to a small night into build/chaos.md, some in `make chaos FAULTS="kill full_disk"`; half an hour
 	$(BIN)/python -m tests.chaos $(FAULTS)
-	$(BIN)/python -m pytest tests/flows/long_deployments.py
+	$(BIN)/python -m pytest tests/flows/serve/long_deployments.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

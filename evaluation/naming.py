@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from evaluation.errors import EvaluationError
 
 
-def near_names(name: str, known: Iterable[str], most: int = 3) -> str:
+def names_alike(name: str, known: Iterable[str], most: int = 3) -> str:
     """The clause "did you mean 'x' or 'y'?" for the known names most like `name`, the likest first; "" if none is."""
-    near = difflib.get_close_matches(name, tuple(known), n=most)
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+    alike = difflib.get_close_matches(name, tuple(known), n=most)
+    return f"did you mean {' or '.join(map(repr, alike))}?" if alike else ""
 
 
 def refuse_twice(field: str, names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ imports torch: a run can be planned without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -17,29 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from evaluation.crew import Crew
     from evaluation.report import EvalReport
     from evaluation.samples import Sample
-
-Progress = Callable[[float, str], None]
-"""Called with the share done in [0, 1] and a short message."""
-
-
-def silent(share: float, message: str) -> None:
-    """The progress of those who do not want to know."""
-
-
-@dataclass(frozen=True)
-class Means:
-    """How to measure, never what: nothing here changes a figure.
-
-    batch_size: most rows of a forward pass; None for as many as memory takes. crew: further copies of the model, in
-    other processes, that take a part of the rows.
-    """
-
-    batch_size: int | None = None
-    progress: Progress = silent
-    crew: Crew | None = None
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@ import logging
 import sys
 from typing import NoReturn
 
-from flows.commands import comparing, looking, nights, retrying, runs, serving, store
+from flows.commands import compare, nights, results, retry, runs, serve, store
 from flows.commands.app import app
-from flows.conditions import mendable
-from flows.environment import log_to_terminal
-from flows.errors import StagesFailed
-from flows.messages import one_line
-from flows.night_outcome import NightFailed
+from flows.night.outcome import NightFailed
+from flows.run.outcome import StagesFailed
+from flows.runtime.conditions import mendable
+from flows.runtime.environment import log_to_terminal
+from flows.spec.validation import one_line
 from infra.secrets import redacted
 
-__all__ = ["app", "comparing", "looking", "main", "nights", "retrying", "runs", "serving", "store"]
+__all__ = ["app", "compare", "main", "nights", "results", "retry", "runs", "serve", "store"]
 
 log = logging.getLogger("slimline")
 

@@ -25,11 +25,13 @@ def load(package: str, name: str, noun: str) -> ModuleType:
     """Import the module `name` of `package`. Raises UnknownName, worded with `noun` ("method", "suite")."""
     known = available(package)
     if name not in known:
-        raise UnknownName(f"unknown {noun} {name!r}{near(name, known) or ';'} available: {', '.join(known) or 'none'}")
+        raise UnknownName(
+            f"unknown {noun} {name!r}{did_you_mean(name, known) or ';'} available: {', '.join(known) or 'none'}"
+        )
     return importlib.import_module(f"{package}.{name}")
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The clause "; did you mean 'x'?" for the known name most like `name`, or "" if none is close."""
     folded = {_fold(candidate): candidate for candidate in known}
     match = difflib.get_close_matches(_fold(name), folded, n=1, cutoff=0.6)

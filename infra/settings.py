@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra.errors import SettingsInvalid
-from infra.registry import near
+from infra.registry import did_you_mean
 
 PREFIX = "SLIMLINE_"
 OFFLINE_WORD = "offline"
@@ -147,4 +147,6 @@ def _warn_of_unknown() -> None:
     for variable in sorted(os.environ):
         # A warning, not an error: the same environment may serve a newer slimline or somebody's own scripts.
         if variable.startswith(PREFIX) and variable not in known:
-            log.warning("environment variable %s is not a setting and is ignored%s", variable, near(variable, known))
+            log.warning(
+                "environment variable %s is not a setting and is ignored%s", variable, did_you_mean(variable, known)
+            )

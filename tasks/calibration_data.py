@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from infra.registry import near
-from infra.sources import Sources, TextData
+from infra.registry import did_you_mean
+from infra.sources.find import Sources, TextData
 from pruning.instructions import InstructionColumns, text_of
 
 #: what a short name stands for; written out in full in a dumped spec, in cache keys and in every protocol
@@ -33,7 +33,7 @@ class Template(InstructionColumns):
 def _template(value: Any) -> Any:
     name = value.get("name", "alpaca") if isinstance(value, dict) else value
     if isinstance(name, str) and name != "alpaca":
-        raise ValueError(f"unknown template {name!r}{near(name, ['alpaca'])}; available: alpaca")
+        raise ValueError(f"unknown template {name!r}{did_you_mean(name, ['alpaca'])}; available: alpaca")
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -78,8 +78,8 @@ def expanded(value: Any) -> Any:
         return value
     if value not in PRESETS:
         raise ValueError(
-            f"unknown calibration set {value!r}{near(value, PRESETS)}; available: {', '.join(PRESETS)}, or a mapping "
-            "that names a dataset"
+            f"unknown calibration set {value!r}{did_you_mean(value, PRESETS)}; available: {', '.join(PRESETS)}, or "
+            "a mapping that names a dataset"
         )
     return PRESETS[value]
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from infra import registry
-from infra.artifacts import ArtifactRef, Kind
+from infra.artifacts.store import ArtifactRef, Kind
 from infra.keys import stage_key
 from tasks.calibration_data import CalibrationData, Template
 

@@ -29,11 +29,11 @@ FOREIGN = {
     "infra": {"prefect"},
 }
 ONLY_IMPORTER = {
-    "mlflow": "infra/tracking.py",
-    "duckdb": "infra/result_index.py",
-    "lm_eval": "evaluation/harness.py",
+    "mlflow": "infra/tracking/tracker.py",
+    "duckdb": "infra/results/index.py",
+    "lm_eval": "evaluation/harness/run_tasks.py",
     "peft": "pruning/recovery/lora.py",
-    "datasets": "infra/datasets.py",
+    "datasets": "infra/sources/datasets.py",
 }
 HEAVY = ("torch", "transformers", "datasets", "mlflow", "lm_eval", "peft", "duckdb")
 PLUGINS = {
@@ -90,7 +90,7 @@ def test_mathematics_does_not_read_the_environment() -> None:
 def test_one_file_imports_the_library(library: str) -> None:
     importers = {name_of(path) for path in FILES if library in {module.partition(".")[0] for module in imports(path)}}
     # which files of a folder are a split is asked where rows are read and where lm-eval is told what to read
-    also = {"evaluation/local_folder.py"} if library == "datasets" else set()
+    also = {"evaluation/harness/local_dataset.py"} if library == "datasets" else set()
     assert importers == {ONLY_IMPORTER[library]} | also
 
 
@@ -142,10 +142,10 @@ def loaded_after(code: str) -> set[str]:
 
 def test_planning_imports_nothing_heavy() -> None:
     loaded = loaded_after(
-        "import flows.story, flows.preflight, flows.loading\n"
-        "for name in flows.loading.shipped_specs():\n"
-        "    spec = flows.loading.load_spec(name)\n"
-        "    assert flows.loading.dump_spec(spec)\n"
+        "import flows.run.stages, flows.run.preflight, flows.spec.load\n"
+        "for name in flows.spec.load.shipped_specs():\n"
+        "    spec = flows.spec.load.load_spec(name)\n"
+        "    assert flows.spec.load.dump_spec(spec)\n"
     )
     assert not loaded & set(HEAVY)
 

@@ -16,7 +16,7 @@ RUNNERS = {"eval", "exec", "compile", "__import__", "execfile"}
 #: what a loader may be made from; the second is the first in C, where there is one
 SAFE_LOADERS = {"yaml.SafeLoader", "getattr(yaml, 'CSafeLoader', yaml.SafeLoader)"}
 #: the one file that may let a library run a model's code, and for which value
-TRUSTING = {"infra/models.py": {"False", "trusted"}}
+TRUSTING = {"infra/models/import_model.py": {"False", "trusted"}}
 
 
 def calls(path: Path) -> Iterator[tuple[ast.Call, str]]:

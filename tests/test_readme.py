@@ -11,7 +11,7 @@ import yaml
 from typer.main import get_command
 
 from flows.__main__ import app
-from flows.loading import load_night, load_spec, parse_night, parse_spec, shipped_specs
+from flows.spec.load import load_night, load_spec, parse_night, parse_spec, shipped_specs
 from infra.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parents[1]

@@ -10,22 +10,23 @@ from pydantic import Field
 
 from evaluation.bounds import Count
 from evaluation.errors import EvaluationError
+from evaluation.inference.options import EvalOptions, Progress
+from evaluation.language_modeling.protocol import WindowProtocol, WindowSelection, window_lengths
 from evaluation.report import EvalReport, Metric
-from evaluation.suite import Means, Progress, SuiteData, SuiteResult
+from evaluation.suite import SuiteData, SuiteResult
 from evaluation.suites import perplexity
 from evaluation.suites.perplexity import check_model, needs, task_name
-from evaluation.windows import WindowProtocol, WindowSelection, window_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from evaluation.agreement import Agreement
+    from evaluation.language_modeling.divergence import Agreement
     from evaluation.samples import Sample
 
 __all__ = ["COMPARES", "IMPORTS", "VERSION", "Config", "check", "check_model", "evaluate", "needs", "task_name"]
 
 VERSION = 2
-IMPORTS = ("evaluation.agreement",)
+IMPORTS = ("evaluation.language_modeling.divergence",)
 
 COMPARES = True
 """`evaluate` takes the dense model as `reference`: both are in memory at once."""
@@ -54,7 +55,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     data: SuiteData,
     config: Config,
-    means: Means = Means(),
+    options: EvalOptions = EvalOptions(),
     *,
     reference: PreTrainedModel,
 ) -> SuiteResult:
@@ -65,13 +66,13 @@ def evaluate(
     tokens at which both would take the same next one. ppl_ratio@W: perplexity over that of the dense model; its samples
     are differences of mean negative log-likelihoods, in nats.
 
-    Both models are run here, by turns: a crew has copies of one model only. See `evaluation.agreement` and
-    `evaluation.window_cutting` for the errors raised.
+    Both models are run here, by turns: a crew has copies of one model only. For the errors raised
+    see `evaluation.language_modeling.divergence` and `evaluation.language_modeling.windows`.
     """
-    from evaluation.agreement import agreements, check_comparable
-    from evaluation.perplexity import longest_context
-    from evaluation.text_streams import adds_bos
-    from evaluation.window_cutting import select_windows, windows_of
+    from evaluation.language_modeling.divergence import agreements, check_comparable
+    from evaluation.language_modeling.perplexity import longest_context
+    from evaluation.language_modeling.token_streams import adds_bos
+    from evaluation.language_modeling.windows import select_windows, windows_of
 
     check(config)
     check_comparable(model, reference)
@@ -82,7 +83,7 @@ def evaluate(
     for done, window in enumerate(lengths):
         protocol = _protocol(config, window)
         windows = select_windows(windows_of(tokenizer, texts, protocol), protocol)
-        part = replace(means, progress=_part(means.progress, done, len(lengths)))
+        part = replace(options, progress=_part(options.progress, done, len(lengths)))
         found = agreements(model, reference, windows, part)
         metrics += _metrics(config, window, found)
         samples += [_sample(config, window, each, tokenizer) for each in found]
@@ -97,7 +98,12 @@ def evaluate(
 
 
 def _metrics(config: Config, window: int, found: Sequence[Agreement]) -> list[Metric]:
-    from evaluation.agreement import divergence, divergence_quantile, perplexity_ratio, top1_agreement
+    from evaluation.language_modeling.divergence import (
+        divergence,
+        divergence_quantile,
+        perplexity_ratio,
+        top1_agreement,
+    )
 
     figures = {
         "kl": divergence(found),

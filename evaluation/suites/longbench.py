@@ -19,22 +19,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from evaluation.bounds import Count
-from evaluation.chat_template import check_chat_template
 from evaluation.errors import EvaluationError
-from evaluation.longbench_tasks import CONTINUED, KNOWN, TASKS, Category, Language, task_name, tasks_by_category
-from evaluation.naming import near_names, refuse_twice
+from evaluation.harness.stock_tasks import StockTask, stock_task
+from evaluation.inference.chat_template import check_chat_template
+from evaluation.inference.options import EvalOptions, Progress
+from evaluation.naming import names_alike, refuse_twice
 from evaluation.report import Average, EvalReport, Metric
-from evaluation.stock_tasks import StockTask, stock_task
-from evaluation.suite import DataNeed, Means, ModelFacts, Progress, SuiteConfig, SuiteData, SuiteResult
+from evaluation.suite import DataNeed, ModelFacts, SuiteConfig, SuiteData, SuiteResult
+from evaluation.suites._longbench_tasks import CONTINUED, KNOWN, TASKS, Category, Language, task_name, tasks_by_category
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from evaluation.harness import TaskRun
+    from evaluation.harness.run_tasks import TaskRun
     from evaluation.samples import Sample
 
 VERSION = 1
-IMPORTS = ("evaluation.harness",)
+IMPORTS = ("evaluation.harness.run_tasks",)
 
 _PACKAGES = ("jieba", "fuzzywuzzy", "rouge")
 
@@ -83,7 +84,7 @@ def check(config: Config) -> None:
     for name in config.tasks or ():
         if name not in KNOWN:
             whole = task_name(name)
-            hint = f"did you mean '{whole}'?" if whole in KNOWN else near_names(name, KNOWN)
+            hint = f"did you mean '{whole}'?" if whole in KNOWN else names_alike(name, KNOWN)
             raise EvaluationError(f"LongBench has no task '{name}'; {hint or 'it has ' + ', '.join(KNOWN)}")
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise EvaluationError(
@@ -127,7 +128,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     data: SuiteData,
     config: Config,
-    means: Means = Means(),
+    options: EvalOptions = EvalOptions(),
 ) -> SuiteResult:
     """Score the tasks: metric "score" of each, in [0, 1], then of each category and "average".
 
@@ -136,14 +137,14 @@ def evaluate(
     check(config)
     context = getattr(model.config, "max_position_embeddings", None)
     check_model(config, ModelFacts(context, tokenizer.chat_template is not None))
-    from evaluation.harness import run_tasks
+    from evaluation.harness.run_tasks import run_tasks
 
     metrics: dict[str, Metric] = {}
     samples: dict[str, list[Sample]] = {name: [] for name in _names(config)}
     protocols: list[dict[str, Any]] = []
-    for run, progress in _runs(config, means.progress):
+    for run, progress in _runs(config, options.progress):
         with _quiet_metrics():
-            found, asked, protocol = run_tasks(model, tokenizer, data, run, replace(means, progress=progress))
+            found, asked, protocol = run_tasks(model, tokenizer, data, run, replace(options, progress=progress))
         metrics |= {metric.task: metric for metric in found if metric.metric == "score"}
         for sample in asked:
             samples[sample.task].append(replace(sample, scores={"score": sample.scores["score"]}))
@@ -159,7 +160,7 @@ def evaluate(
 
 def _runs(config: Config, progress: Progress) -> Iterator[tuple[TaskRun, Progress]]:
     """The tasks that are put into the chat template, then the others: lm-eval does it for all or for none."""
-    from evaluation.harness import TaskRun
+    from evaluation.harness.run_tasks import TaskRun
 
     middle = config.truncation == "middle"
     names = _names(config)
@@ -251,9 +252,9 @@ def _by_category(config: Config) -> dict[str, tuple[str, ...]]:
 @contextlib.contextmanager
 def _quiet_metrics() -> Iterator[None]:
     """Without what the metrics' packages say on stderr: jieba of its dictionary, fuzzywuzzy of a faster library."""
-    from evaluation.global_state import Turns, hushed
+    from evaluation.inference.global_state import ExclusiveGlobals, hushed
 
-    with Turns(()), warnings.catch_warnings():
+    with ExclusiveGlobals(()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in ("jieba", "fuzzywuzzy.fuzz"):
             importlib.import_module(name)

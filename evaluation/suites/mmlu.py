@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from evaluation.bounds import Amount, Count
-from evaluation.chat_template import check_chat_template
 from evaluation.errors import EvaluationError
-from evaluation.naming import near_names, refuse_twice
+from evaluation.harness.stock_tasks import StockTask, mmlu_tasks
+from evaluation.inference.chat_template import check_chat_template
+from evaluation.inference.options import EvalOptions
+from evaluation.naming import names_alike, refuse_twice
 from evaluation.report import Average, EvalReport, Metric
-from evaluation.stock_tasks import StockTask, mmlu_tasks
-from evaluation.suite import DataNeed, Means, ModelFacts, SuiteConfig, SuiteData, SuiteResult
+from evaluation.suite import DataNeed, ModelFacts, SuiteConfig, SuiteData, SuiteResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VERSION = 2
-IMPORTS = ("evaluation.harness",)
+IMPORTS = ("evaluation.harness.run_tasks",)
 
 
 class Config(SuiteConfig):
@@ -53,7 +54,7 @@ def check(config: Config) -> None:
     known = [_subject(task) for task in mmlu_tasks() if not task.is_group]
     for name in config.subjects or ():
         if name not in known:
-            hint = near_names(name, known) or f"there are {', '.join(sorted(known))}"
+            hint = names_alike(name, known) or f"there are {', '.join(sorted(known))}"
             raise EvaluationError(f"MMLU has no subject '{name}'; {hint}")
     refuse_twice("subjects", config.subjects or ())
 
@@ -74,7 +75,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     data: SuiteData,
     config: Config,
-    means: Means = Means(),
+    options: EvalOptions = EvalOptions(),
 ) -> SuiteResult:
     """Score the subjects, tasks "mmlu_<subject>".
 
@@ -84,7 +85,7 @@ def evaluate(
     errors.
     """
     check(config)
-    from evaluation.harness import TaskRun, run_tasks
+    from evaluation.harness.run_tasks import TaskRun, run_tasks
 
     run = TaskRun(
         names=_names(config),
@@ -94,7 +95,7 @@ def evaluate(
         chat_template=config.chat_template,
         fewshot_as_multiturn=config.fewshot_as_multiturn,
     )
-    metrics, samples, protocol = run_tasks(model, tokenizer, data, run, means)
+    metrics, samples, protocol = run_tasks(model, tokenizer, data, run, options)
     averages = [
         Average(task=task, metric="acc", parts=tuple((name, "acc") for name in names), weighted_by="items")
         for task, names in _averaged(config).items()

@@ -9,19 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from evaluation.bounds import Count
+from evaluation.inference.options import EvalOptions, Progress
+from evaluation.language_modeling.presets import expanded
+from evaluation.language_modeling.protocol import (
+    WindowProtocol,
+    WindowSelection,
+    check_consistent,
+    refuse_twice,
+    window_lengths,
+)
 from evaluation.report import EvalReport, Metric
-from evaluation.suite import DataNeed, Means, ModelFacts, Progress, SuiteData, SuiteResult, TextNeed
-from evaluation.text_presets import expanded
-from evaluation.windows import WindowProtocol, WindowSelection, check_consistent, refuse_twice, window_lengths
+from evaluation.suite import DataNeed, ModelFacts, SuiteData, SuiteResult, TextNeed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from evaluation.perplexity import Perplexity, Scored
+    from evaluation.language_modeling.perplexity import Perplexity, Scored
     from evaluation.samples import Sample
 
 VERSION = 3
-IMPORTS = ("evaluation.perplexity",)
+IMPORTS = ("evaluation.language_modeling.perplexity",)
 
 _SHOWN_TOKENS = 24
 """So much of a window is kept with its sample, to be recognised by."""
@@ -85,16 +92,16 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     data: SuiteData,
     config: Config,
-    means: Means = Means(),
+    options: EvalOptions = EvalOptions(),
 ) -> SuiteResult:
-    """Measure every window length; one sample for each window. See `evaluation.perplexity` for the errors raised.
+    """Measure every window length; one sample for each window. Errors: as `evaluation.language_modeling.perplexity`.
 
     A sample's score is the window's mean negative log-likelihood in nats per predicted token, its weight their number.
     Words and bytes of a window are the same for every model with that tokenizer, so what is per word or byte has no
     score of its own: it differs between two models as ppl@W does.
     """
-    from evaluation.perplexity import longest_context, score_windows, summary
-    from evaluation.text_streams import adds_bos
+    from evaluation.language_modeling.perplexity import longest_context, score_windows, summary
+    from evaluation.language_modeling.token_streams import adds_bos
 
     # All lengths first: a window that cannot fit must not cost the time of the ones before it.
     lengths = window_lengths(config.windows, longest_context(model))
@@ -105,7 +112,7 @@ def evaluate(
     amounts: dict[str, JsonValue] = {}
     for done, window in enumerate(lengths):
         protocol = _protocol(config, window)
-        share = replace(means, progress=_part(means.progress, done, len(lengths)))
+        share = replace(options, progress=_part(options.progress, done, len(lengths)))
         scored = score_windows(model, tokenizer, texts, protocol, share)
         result = summary(scored, protocol)
         metrics += _metrics(config, window, result)

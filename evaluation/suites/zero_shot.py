@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from evaluation.answer_length import max_gen_toks
 from evaluation.bounds import Amount, Count, Seed
-from evaluation.chat_template import check_chat_template
 from evaluation.errors import EvaluationError
+from evaluation.harness.stock_tasks import PAPER_TASKS, StockTask, stock_task
+from evaluation.inference.answer_length import max_gen_toks
+from evaluation.inference.chat_template import check_chat_template
+from evaluation.inference.options import EvalOptions
 from evaluation.naming import refuse_twice
 from evaluation.report import Average, EvalReport, Metric
-from evaluation.stock_tasks import PAPER_TASKS, StockTask, stock_task
-from evaluation.suite import DataNeed, Means, ModelFacts, SuiteConfig, SuiteData, SuiteResult
+from evaluation.suite import DataNeed, ModelFacts, SuiteConfig, SuiteData, SuiteResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VERSION = 2
-IMPORTS = ("evaluation.harness",)
+IMPORTS = ("evaluation.harness.run_tasks",)
 
 AVERAGE_RECIPE = {
     "boolq": "acc",
@@ -97,14 +98,14 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     data: SuiteData,
     config: Config,
-    means: Means = Means(),
+    options: EvalOptions = EvalOptions(),
 ) -> SuiteResult:
     """Score the tasks; with all seven of the papers a row "average" follows, which has no samples of its own. See
     `harness.run_tasks` for the errors."""
     check(config)
     context = getattr(model.config, "max_position_embeddings", None)
     check_model(config, ModelFacts(context, tokenizer.chat_template is not None))
-    from evaluation.harness import TaskRun, run_tasks
+    from evaluation.harness.run_tasks import TaskRun, run_tasks
 
     run = TaskRun(
         names=config.tasks,
@@ -115,7 +116,7 @@ def evaluate(
         chat_template=config.chat_template,
         fewshot_as_multiturn=config.fewshot_as_multiturn,
     )
-    metrics, samples, protocol = run_tasks(model, tokenizer, data, run, means)
+    metrics, samples, protocol = run_tasks(model, tokenizer, data, run, options)
     averages: tuple[Average, ...] = ()
     if set(PAPER_TASKS) <= set(config.tasks):
         metrics += (paper_average(metrics),)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.environment import prepare_environment
+from flows.runtime.environment import prepare_environment
 from infra.settings import load_settings
 
 if TYPE_CHECKING:

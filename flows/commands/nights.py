@@ -10,13 +10,14 @@ import typer
 
 from flows.commands.app import AsJson, Overrides, Refresh, Runner, SpecName, app, prepared
 from flows.errors import SpecError
-from flows.interrupt import interruptible_command
-from flows.prefect_access import reach_prefect
-from flows.runners import check_runner, runner_called
+from flows.runtime.interrupts import interruptible_command
+from flows.runtime.prefect_access import reach_prefect
+from flows.runtime.task_runners import check_runner, runner_called
+from infra.registry import did_you_mean
 from infra.settings import load_settings
 
 if TYPE_CHECKING:
-    from flows.night_outcome import NightResult
+    from flows.night.outcome import NightResult
 
 
 @app.command()
@@ -32,7 +33,7 @@ def nightly(
     Exit codes: 0 good; 3 a gate does not hold; 1 or 2 a cell failed (2: all for reasons that you can mend).
     """
     prepared()
-    from flows.loading import load_night
+    from flows.spec.load import load_night
 
     load_night(spec, set_)
     run_night(spec, set_, refresh=refresh, runner=runner, as_json=as_json)
@@ -45,8 +46,7 @@ def nights(
 ) -> None:
     """List the nights, and print the page of the newest: what ran, what failed, what got better or worse."""
     settings = prepared()
-    from infra.registry import near
-    from infra.results import ResultsStore
+    from infra.results.store import ResultsStore
 
     store = ResultsStore.of(settings)
     every = store.nights()
@@ -55,7 +55,7 @@ def nights(
     found = [row for row in every if name in (None, row.name, row.night_id)]
     if not found:
         names = sorted({row.name for row in every})
-        raise SpecError(f"no night {name!r}{near(str(name), names)}; there are: {', '.join(names)}")
+        raise SpecError(f"no night {name!r}{did_you_mean(str(name), names)}; there are: {', '.join(names)}")
     for row in found:
         good = "good" if row.status == "completed" and row.gates_passed else "not good"
         counts = f"{row.num_stages} stages, {row.num_run} run, {row.num_cached} cached, {row.num_failed} failed"
@@ -89,8 +89,8 @@ def run_night(
     check_runner(chosen, settings)
     with interruptible_command():
         reach_prefect()
-        from flows.night_outcome import NightFailed
-        from flows.nightly import on_runner
+        from flows.night.nightly import on_runner
+        from flows.night.outcome import NightFailed
 
         try:
             result = on_runner(chosen, settings)(spec, overrides, refresh)
@@ -101,7 +101,7 @@ def run_night(
 
 
 def _print(result: NightResult, as_json: bool) -> None:
-    from flows.night_report import terminal
+    from flows.night.summary import terminal
 
     print(terminal(result))
     if as_json:

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.app import AsJson, Overrides, Refresh, Runner, SpecName, app, prepared
-from flows.errors import StagesFailed
-from flows.interrupt import interruptible_command
-from flows.prefect_access import import_prefect, reach_prefect
-from flows.runners import check_runner, runner_called, runner_named
+from flows.run.outcome import StagesFailed
+from flows.runtime.interrupts import interruptible_command
+from flows.runtime.prefect_access import import_prefect, reach_prefect
+from flows.runtime.task_runners import check_runner, runner_called, runner_named
 
 if TYPE_CHECKING:
-    from flows.outcome import RunResult
-    from flows.spec import RunSpec
+    from flows.run.outcome import RunResult
+    from flows.spec.run import RunSpec
     from infra.settings import Settings
 
 log = logging.getLogger("slimline")
@@ -32,7 +32,7 @@ def run(
 ) -> None:
     """Run a spec: what is in the store already is not run again."""
     settings = prepared()
-    from flows.loading import load_spec
+    from flows.spec.load import load_spec
 
     run_spec(load_spec(spec, set_), settings, refresh=refresh, runner=runner, as_json=as_json)
 
@@ -54,7 +54,7 @@ def run_spec(
     check_runner(chosen, settings)
     with interruptible_command():
         import_prefect()
-        from flows.compress import compress
+        from flows.run.compress import compress
 
         reach_prefect()
         ready = time.monotonic()
@@ -72,34 +72,34 @@ def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:
     """Show every stage of a spec with its key, and whether it is cached; nothing is run."""
     prepared()
     import_prefect()
-    from flows.compress import open_workplace
-    from flows.loading import load_spec
-    from flows.outline import outline
-    from flows.preflight import check
-    from flows.story import tell
+    from flows.run.compress import open_run_context
+    from flows.run.outline import outline
+    from flows.run.preflight import check
+    from flows.run.stages import build_stages
+    from flows.spec.load import load_spec
 
     loaded = load_spec(spec, set_)
-    workplace = open_workplace(loaded)
-    story = tell(loaded, workplace.sources, workplace.settings.device)
-    check(story, workplace)
+    run_context = open_run_context(loaded)
+    graph = build_stages(loaded, run_context.sources, run_context.settings.device)
+    check(graph, run_context)
     stages = [
-        {"name": stage.name, "key": stage.ref.key, "cached": workplace.store.has(stage.ref)} for stage in story.stages
+        {"name": stage.name, "key": stage.ref.key, "cached": run_context.store.has(stage.ref)} for stage in graph.stages
     ]
     cached = {entry["key"] for entry in stages if entry["cached"]}
-    lines = [("  " * depth + stage.name, stage.ref.key) for depth, stage in outline(story)]
+    lines = [("  " * depth + stage.name, stage.ref.key) for depth, stage in outline(graph)]
     width = max(len(name) for name, _ in lines)
     for name, key in lines:
         print(f"{'cached' if key in cached else 'to run':7} {name:{width}}  {key}")
     print(f"{'to run':7} {'record':{width}}  (never cached)")
-    for name, first in story.twins.items():
+    for name, first in graph.twins.items():
         print(f"{'same':7} {name} is {first} under another name")
     if as_json:
-        print(json.dumps({"run_key": story.run_key, "stages": stages}))
+        print(json.dumps({"run_key": graph.run_key, "stages": stages}))
 
 
 def print_result(result: RunResult, settings: Settings, as_json: bool) -> None:
     """The table, where the checkpoints are, and on request everything as one line of JSON."""
-    from flows.report import aligned, table_rows
+    from flows.records.tables import aligned, table_rows
 
     print(aligned(table_rows(result.metrics)))
     print(f"\nrun {result.run_key}")
@@ -111,7 +111,7 @@ def print_result(result: RunResult, settings: Settings, as_json: bool) -> None:
 
 
 def _as_json(result: RunResult) -> dict[str, Any]:
-    from flows.report import plain
+    from flows.records.tables import plain
 
     shown = {"name", "key", "status", "seconds", "message"}
     stages = [stage.model_dump(include=shown) | {"cached": stage.cached} for stage in result.stages]

@@ -19,7 +19,7 @@ from flows.commands.app import AsJson, app, prepared
 from flows.errors import SpecError
 
 if TYPE_CHECKING:
-    from infra.garbage import Clearing
+    from infra.artifacts.garbage import Clearing
 
 Runs = Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Run keys or spec names; default: all.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Run key or spec name (its newest run).")]
@@ -33,8 +33,8 @@ def verify(
 ) -> None:
     """Read every artifact and compare it with the hashes of when it was written; exit code 2 if one is broken."""
     settings = prepared()
-    from flows.verification import take_out, verified
-    from infra.artifacts import ArtifactStore
+    from flows.records.verify import take_out, verified
+    from infra.artifacts.store import ArtifactStore
 
     store = ArtifactStore(settings.store_root)
     with _progress("verify") as (total, read):
@@ -66,10 +66,10 @@ def gc(
 ) -> None:
     """List, or delete, what no kept run needs; without --keep-last every recorded run is kept."""
     settings = prepared()
-    from flows.keeping import check_kept, kept_artifacts
-    from infra.artifacts import ArtifactStore
-    from infra.garbage import clear, survey
-    from infra.results import ResultsStore
+    from flows.records.retention import check_kept, kept_artifacts
+    from infra.artifacts.garbage import clear, survey
+    from infra.artifacts.store import ArtifactStore
+    from infra.results.store import ResultsStore
 
     results, store, age = ResultsStore.of(settings), ArtifactStore(settings.store_root), _age(older_than)
     check_kept(results, keep_last=keep_last, keep=keep, delete=delete)
@@ -92,11 +92,11 @@ def export(
 ) -> None:
     """Write a recorded run with all its artifacts into one file, for `slimline import` on another machine."""
     settings = prepared()
-    from flows.finding import find_run
-    from flows.keeping import finished_artifacts
-    from infra.artifacts import ArtifactStore
-    from infra.bundles import contents_of, write_bundle
-    from infra.results import ResultsStore
+    from flows.records.lookup import find_run
+    from flows.records.retention import finished_artifacts
+    from infra.artifacts.bundle_writer import contents_of, write_bundle
+    from infra.artifacts.store import ArtifactStore
+    from infra.results.store import ResultsStore
 
     if not file.absolute().parent.is_dir() or file.is_dir():
         raise SpecError(f"{file} cannot be written: give a file in a folder that exists")
@@ -119,9 +119,9 @@ def import_(
 ) -> None:
     """Take in an exported run; every hash is checked first, and what is here already stays as it is."""
     settings = prepared()
-    from infra.artifacts import ArtifactStore
-    from infra.results import ResultsStore
-    from infra.unbundling import look_through, take_in
+    from infra.artifacts.bundle_reader import look_through, take_in
+    from infra.artifacts.store import ArtifactStore
+    from infra.results.store import ResultsStore
 
     store, results = ArtifactStore(settings.store_root), ResultsStore.of(settings)
     store.preflight()
@@ -137,7 +137,7 @@ def import_(
 
 
 def _print_clearing(clearing: Clearing, delete: bool) -> None:
-    from infra.garbage import by_size
+    from infra.artifacts.garbage import by_size
 
     shown = [each for each in by_size(clearing.garbage) if each.what != "lock"]
     width = max((len(each.what) for each in shown), default=0)

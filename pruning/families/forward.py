@@ -55,3 +55,9 @@ def _without(module: nn.Module, linear_name: str) -> Iterator[None]:
         yield
     finally:
         setattr(module, linear_name, linear)
+
+
+def output_name(family: ModelFamily, layer: int, kind: SubLayerKind) -> str:
+    """Dotted name of a sub-layer's output linear: "model.layers.3.mlp.down_proj"."""
+    block, leaf = (family.attention_name, family.o_name) if kind == "attention" else (family.mlp_name, family.down_name)
+    return ".".join(part for part in (family.layers_path, str(layer), block, leaf) if part)

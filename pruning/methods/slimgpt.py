@@ -18,13 +18,13 @@ from pruning.errors import PruningError
 if TYPE_CHECKING:
     from torch import nn
 
+    from pruning.allocation.schedule import HeadUnit
     from pruning.calibration import CalibrationSet
-    from pruning.decoder import Decoder
-    from pruning.ledger import Ledger
-    from pruning.pruned import Pruned
-    from pruning.schedule import HeadUnit
-    from pruning.sequential import WalkOptions
-    from pruning.splits import Candidate
+    from pruning.checkpoints.decoder import Decoder
+    from pruning.layerwise.split_search import Candidate
+    from pruning.walk.pruned import Pruned
+    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.state import WalkState
 
 VERSION = 2
 
@@ -103,9 +103,9 @@ def order(
     progress: Callable[[float, str], None] = lambda share, message: None,
 ) -> None:
     """Write the greedy order of every linear of the dense model into `folder`: one serves every sparsity."""
-    from pruning.layerwise import Solver
-    from pruning.orders import trace_orders
-    from pruning.statistics import Statistics
+    from pruning.layerwise.orders import trace_orders
+    from pruning.obs.groups import Solver
+    from pruning.obs.hessian import Statistics
 
     solver = Solver(config.dampening_frac, config.grouped_cholesky, config.group_size, "kv_group")
     count = decoder.num_layers
@@ -127,7 +127,7 @@ def prune(
     statistics: Path | None = None,
     orders: Path | None = None,
     options: WalkOptions,
-    ledger: Ledger,
+    walk_state: WalkState,
     progress: Callable[[float, str], None] = lambda share, message: None,
 ) -> Pruned:
     """Prune; the compensated weights are in the ledger, the decoder stays as it was.
@@ -136,9 +136,9 @@ def prune(
     the same statistics, to save the search. Raises PruningError when statistics and config disagree, the sparsity
     cannot be reached, a Hessian cannot be inverted, or auto has no held-out windows to judge by.
     """
-    from pruning.orders import Orders
-    from pruning.splits import Job, prune_best_split, prune_split
-    from pruning.statistics import Statistics
+    from pruning.layerwise.orders import Orders
+    from pruning.layerwise.split_search import Job, prune_best_split, prune_split
+    from pruning.obs.hessian import Statistics
 
     _check_statistics(statistics, config)
     _check_head_unit(decoder.skeleton, config)
@@ -146,8 +146,8 @@ def prune(
     job = Job(decoder, calibration, captured, Orders(orders) if orders else None, options)
     candidates = _candidates(decoder.skeleton, config)
     if len(candidates) > 1:
-        return prune_best_split(job, candidates, ledger, progress)
-    return prune_split(job, candidates[0], ledger, progress)
+        return prune_best_split(job, candidates, walk_state, progress)
+    return prune_split(job, candidates[0], walk_state, progress)
 
 
 def _check_statistics(statistics: Path | None, config: Config) -> None:
@@ -182,9 +182,9 @@ def _candidates(model: nn.Module, config: Config) -> list[Candidate]:
 
 
 def _candidate(config: Config, split: str, head_unit: HeadUnit) -> Candidate:
-    from pruning.layerwise import Solver
-    from pruning.schedule import Allocation
-    from pruning.splits import Candidate
+    from pruning.allocation.schedule import Allocation
+    from pruning.layerwise.split_search import Candidate
+    from pruning.obs.groups import Solver
 
     allocation = Allocation(
         sparsity=config.sparsity,

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 import yaml
 
-from evaluation.local_folder import LocalFolder
+from evaluation.harness.local_dataset import LocalFolder
+from evaluation.harness.stock_tasks import StockTask, mmlu_tasks, stock_task
 from evaluation.report import Metric
-from evaluation.stock_tasks import StockTask, mmlu_tasks, stock_task
 from evaluation.suite import SuiteConfig
 from evaluation.suites import longbench, mmlu, zero_shot
-from infra.models import load_tokenizer
-from pruning.checkpoint import load_checkpoint, save_checkpoint
+from infra.models.import_model import load_tokenizer
+from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
 from pruning.methods import slimgpt
 from tests.bench.materials import Materials
 from tests.bench.options import Options, Windows

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from unittest import mock
 
-from evaluation import scoring, shared_prefix
+from evaluation.inference import loglikelihood as scoring
+from evaluation.inference import shared_prefix
+from evaluation.inference.shared_prefix import Group
 from evaluation.samples import Sample
-from evaluation.shared_prefix import Group
 from evaluation.suites import mmlu
 from tests.bench.materials import Materials
 from tests.bench.options import Options

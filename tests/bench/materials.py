@@ -12,16 +12,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation.errors import EvaluationError
-from evaluation.perplexity import perplexity
-from evaluation.suite import Means, SuiteConfig, SuiteResult
-from evaluation.windows import WindowProtocol
+from evaluation.inference.options import EvalOptions
+from evaluation.language_modeling.perplexity import perplexity
+from evaluation.language_modeling.protocol import WindowProtocol
+from evaluation.suite import SuiteConfig, SuiteResult
 from infra.errors import SourceInvalid, SourceMissing
-from infra.models import import_model, load_tokenizer
+from infra.models.import_model import import_model, load_tokenizer
 from infra.settings import OFFLINE_WORD, load_settings
-from infra.sources import Sources, TextData, sources_from
+from infra.sources.find import Sources, TextData, sources_from
 from pruning.calibration import CalibrationSet, sample_windows
-from pruning.checkpoint import load_checkpoint
-from tasks.evaluate import SuiteSources
+from pruning.checkpoints.save_load import load_checkpoint
+from tasks.stages.evaluate import SuiteSources
 from tests.bench.options import Options, Windows
 from tests.bench.report import Skipped
 from tests.bench.timing import bar, seconds
@@ -88,7 +89,7 @@ class Materials:
         try:
             with bar(title) as progress:
                 return seconds(
-                    lambda: suite.evaluate(model, tokenizer, self._suite_data, config, Means(progress=progress)),
+                    lambda: suite.evaluate(model, tokenizer, self._suite_data, config, EvalOptions(progress=progress)),
                     model.device.type,
                 )
         except (EvaluationError, SourceMissing, SourceInvalid) as error:

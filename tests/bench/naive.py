@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning import obs
 from pruning.families import ModelFamily, family_of
+from pruning.obs import elimination as obs
 
 Kind = Literal["attention", "mlp"]
 Batch = tuple[Tensor, dict[str, Any]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 
-from flows.night_outcome import NightResult
+from flows.night.outcome import NightResult
 from tests.bench.materials import Materials
 from tests.bench.options import Options
 from tests.bench.report import Figures, Result, protocol

@@ -7,9 +7,9 @@ from typing import get_args
 
 from transformers import PreTrainedModel
 
+from pruning.allocation.schedule import Curve
 from pruning.errors import PruningError
 from pruning.methods import slimgpt
-from pruning.schedule import Curve
 from tests.bench.materials import Materials
 from tests.bench.options import Options, Windows
 from tests.bench.report import Figures, Result, Value, protocol

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from evaluation.profile_config import ProfileConfig
-from evaluation.profile_report import Comparison
-from evaluation.profiler import profile
-from pruning.checkpoint import load_checkpoint, save_checkpoint
+from evaluation.profile.config import ProfileConfig
+from evaluation.profile.profiler import profile
+from evaluation.profile.report import Comparison
+from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
+from pruning.checkpoints.surgery import shrink_
 from pruning.families import family_of, shapes
 from pruning.plan import LayerPlan, PruningPlan
-from pruning.surgery import shrink_
 from tests.bench.materials import Materials
 from tests.bench.options import Options
 from tests.bench.report import Figures, Result, protocol

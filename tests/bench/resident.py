@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from pruning.calibration import CalibrationSet
-from pruning.decoder import ResidentDecoder
-from pruning.ledger import MemoryLedger
+from pruning.checkpoints.decoder import ResidentDecoder
+from pruning.checkpoints.surgery import shrink_
 from pruning.methods import slimgpt
-from pruning.pruned import Pruned
-from pruning.sequential import WalkOptions
-from pruning.surgery import shrink_
+from pruning.walk.pruned import Pruned
+from pruning.walk.sequential import WalkOptions
+from pruning.walk.state import MemoryLedger
 from tests.bench.options import Options
 from tests.bench.timing import bar, seconds
 
@@ -24,7 +24,7 @@ class Pruning:
     """One pruning of a model that is itself unchanged."""
 
     pruned: Pruned
-    ledger: MemoryLedger
+    walk_state: MemoryLedger
     seconds: float
 
     @property
@@ -35,7 +35,7 @@ class Pruning:
     def smaller(self, model: PreTrainedModel) -> PreTrainedModel:
         """A pruned copy of the model."""
         result = copy.deepcopy(model)
-        self.ledger.apply_(result)
+        self.walk_state.apply_(result)
         shrink_(result, self.pruned.plan)
         return result
 
@@ -45,12 +45,12 @@ def prune(
 ) -> Pruning:
     """slimgpt.prune over a resident model, timed from the call to its return."""
     walk = WalkOptions(torch.device(options.device), batch_size=options.batch_size)
-    ledger = MemoryLedger()
+    walk_state = MemoryLedger()
     with bar(title) as progress:
         pruned, took = seconds(
             lambda: slimgpt.prune(
-                ResidentDecoder(model), calibration, config, options=walk, ledger=ledger, progress=progress
+                ResidentDecoder(model), calibration, config, options=walk, walk_state=walk_state, progress=progress
             ),
             options.device,
         )
-    return Pruning(pruned, ledger, took)
+    return Pruning(pruned, walk_state, took)

@@ -17,13 +17,11 @@ from typing import Any
 
 import torch
 
-import pruning.splits
-import pruning.statistics  # noqa: F401  (methods import them when they are called: that, too, belongs before the clock)
-from pruning import streaming
-from pruning.load_check import check_pruned
+from pruning.checkpoints.load_check import check_pruned
+from pruning.layerwise import streaming
 from pruning.methods import slimgpt
 from pruning.modeling import class_of
-from pruning.sequential import WalkOptions
+from pruning.walk.sequential import WalkOptions
 from tests.bench.options import Windows
 from tests.bench.random_tokens import random_calibration
 
@@ -64,7 +62,7 @@ def main() -> None:
     calibration = random_calibration(job.vocab, Windows(job.count, job.length))
     start = time.perf_counter()
 
-    def tell(share: float, message: str) -> None:
+    def build_stages(share: float, message: str) -> None:
         sys.stdout.write(f"{share:.6f} {time.perf_counter() - start:.3f} {message}\n")
         sys.stdout.flush()
 
@@ -77,7 +75,7 @@ def main() -> None:
         check["check_gib"] = high_water_gib() - before
 
     streaming.check_pruned = timed_check
-    tell(0.0, "start")
+    build_stages(0.0, "start")
     streaming.prune_checkpoint(
         Path(job.source),
         Path(job.out),
@@ -86,7 +84,7 @@ def main() -> None:
         slimgpt.Config(sparsity=job.sparsity, split="equal"),
         options=WalkOptions(torch.device(job.device), batch_size=job.batch_size),
         work=Path(job.work),
-        progress=tell,
+        progress=build_stages,
     )
     measured = {
         "libraries_gib": libraries,

@@ -55,7 +55,7 @@ def test_the_largest_difference_is_found(stderr: float | None, theirs: float | s
 
 
 def test_the_clock_gives_the_works_own_results_and_counts_the_tokens() -> None:
-    from evaluation.scoring import gather_rows, score_rows
+    from evaluation.inference.loglikelihood import gather_rows, score_rows
 
     model = tiny_model("llama")
     rows, _ = gather_rows([([3, 4, 5], [6]), ([3], [7, 8])], 512)

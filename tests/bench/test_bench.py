@@ -11,11 +11,11 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
+from pruning.allocation.schedule import HeadUnit
 from pruning.calibration import CalibrationSet
-from pruning.checkpoint import load_checkpoint, save_checkpoint
+from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
 from pruning.families import family_of
 from pruning.methods import slimgpt
-from pruning.schedule import HeadUnit
 from tests.bench import report
 from tests.bench.__main__ import PARTS, main, run_parts
 from tests.bench.against_naive import differences, removals

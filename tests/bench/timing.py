@@ -19,10 +19,10 @@ from pruning.families import family_of
 log = logging.getLogger("slimline.bench")
 
 Progress = Callable[[float, str], None]
-Made = TypeVar("Made")
+StageResult = TypeVar("Made")
 
 
-def seconds(work: Callable[[], Made], device: str) -> tuple[Made, float]:
+def seconds(work: Callable[[], StageResult], device: str) -> tuple[StageResult, float]:
     """What `work` returns and the wall time it took, with everything that was queued on the device."""
     _wait(device)
     start = time.perf_counter()
@@ -53,13 +53,13 @@ def bar(title: str) -> Iterator[Progress]:
     drawn = tqdm(total=100, desc=title, file=sys.stderr, disable=None, leave=False, bar_format=form)
     start = time.perf_counter()
 
-    def tell(share: float, message: str) -> None:
+    def build_stages(share: float, message: str) -> None:
         drawn.set_postfix_str(message, refresh=False)
         drawn.n = min(100.0, 100 * share)
         drawn.refresh()
 
     try:
-        yield tell
+        yield build_stages
     finally:
         drawn.close()
     log.info("%s: %.1f s", title, time.perf_counter() - start)

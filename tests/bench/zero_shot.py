@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 from transformers import PreTrainedModel
 
-from evaluation import scoring
-from evaluation.scoring import Row, Score
+from evaluation.inference import loglikelihood as scoring
+from evaluation.inference.loglikelihood import Row, Score
 from evaluation.suites import zero_shot
 from tests.bench.materials import Materials
 from tests.bench.options import Options

@@ -52,7 +52,9 @@ def blank_mlflow(path: Path) -> None:
 Flat = dict[str, int | str]
 
 
-def disturb(scene: Scene, faults: dict[str, int], seed: int, tell: Callable[[Flat], None] = lambda _: None) -> Flat:
+def disturb(
+    scene: Scene, faults: dict[str, int], seed: int, build_stages: Callable[[Flat], None] = lambda _: None
+) -> Flat:
     """Every fault so many times. Returns the figures, which `tell` hears after every fault too."""
     survivals: list[tuple[str, Survival]] = []
     skipped: dict[str, str] = {}
@@ -68,7 +70,7 @@ def disturb(scene: Scene, faults: dict[str, int], seed: int, tell: Callable[[Fla
                 survival = Survival(fault, (f"{type(error).__name__}: {error}",))
             survivals.append((fault, survival))
             sys.stderr.write(f"{time.strftime('%H:%M:%S')} {_line(survival)}\n")
-            tell(figures(survivals, skipped))
+            build_stages(figures(survivals, skipped))
             shutil.rmtree(scene.folder / name, ignore_errors=True)
     return figures(survivals, skipped)
 

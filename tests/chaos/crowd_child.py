@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from flows.environment import log_to_terminal, prepare_environment
+from flows.runtime.environment import log_to_terminal, prepare_environment
 from infra.settings import load_settings
 
 
@@ -13,8 +13,8 @@ def main(number: str, runs: str) -> None:
     """Runs called crowd-NUMBER-0 and so on; their stages are those of the other processes."""
     prepare_environment(load_settings())
     log_to_terminal(verbose=False)
-    from flows.compress import compress
-    from flows.loading import load_spec
+    from flows.run.compress import compress
+    from flows.spec.load import load_spec
 
     text = "suite: perplexity, dataset: slimline/wikipedia, config: null, max_windows: 1"
     bare = ["steps=[]", "calibration=null", "profile=null"]

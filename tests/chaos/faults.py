@@ -16,7 +16,7 @@ from pathlib import Path
 
 import duckdb
 
-from infra.artifacts import MANIFEST, ArtifactRef
+from infra.artifacts.store import MANIFEST, ArtifactRef
 from tests.chaos.scene import Scene, Survival, again, finished, half_made, judged, keys_run, port_free, prefect_server
 from tests.flows.home import PROJECT, Home
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import httpx
 
-from infra.artifacts import MANIFEST, ArtifactRef
-from infra.result_rows import MetricRow
+from infra.artifacts.store import MANIFEST, ArtifactRef
+from infra.results.rows import MetricRow
 from tests.flows.home import Home
 
 #: says how many seconds each layer took

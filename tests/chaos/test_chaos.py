@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.artifacts import MANIFEST
+from infra.artifacts.store import MANIFEST
 from tests.chaos.__main__ import Flat, disturb, figures, stage, table
 from tests.chaos.faults import FAULTS
 from tests.chaos.scene import Scene, Survival, finished, judged

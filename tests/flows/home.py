@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flows.loading import load_spec
-from flows.night_outcome import NightResult
-from flows.outcome import RunResult
-from infra.artifacts import ArtifactRef, ArtifactStore
-from infra.results import ResultsStore
+from flows.night.outcome import NightResult
+from flows.run.outcome import RunResult
+from flows.spec.load import load_spec
+from infra.artifacts.store import ArtifactRef, ArtifactStore
+from infra.results.store import ResultsStore
 from infra.settings import Settings
 
 PROJECT = Path(__file__).parents[2]
@@ -74,14 +74,14 @@ class Home:
 
     def run(self, spec: str, overrides: Sequence[str] = (), refresh: tuple[str, ...] = ()) -> RunResult:
         """Call the flow in this process."""
-        from flows.compress import compress
+        from flows.run.compress import compress
 
         with self.lived_in():
             return compress(load_spec(spec, overrides), refresh)
 
     def night(self, spec: str, overrides: Sequence[str] = (), refresh: Sequence[str] = ()) -> NightResult:
         """Run a night in this process."""
-        from flows.nightly import nightly
+        from flows.night.nightly import nightly
 
         with self.lived_in():
             return nightly(spec, list(overrides), list(refresh))

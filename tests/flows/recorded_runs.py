@@ -9,11 +9,11 @@ from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Any
 
-from evaluation.paired import is_exponential
 from evaluation.report import Average, EvalReport, Metric
 from evaluation.samples import Sample, write_samples
-from infra.artifacts import ArtifactRef
-from infra.result_rows import MetricRow, RunRow
+from evaluation.significance.paired import is_exponential
+from infra.artifacts.store import ArtifactRef
+from infra.results.rows import MetricRow, RunRow
 from tests.flows.home import Home
 
 NOON = datetime(2025, 6, 1, 12, tzinfo=UTC)

@@ -90,7 +90,7 @@ def fault(answer: Answer) -> str | None:
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    from flows.environment import _silence_interpreter_exit
+    from flows.runtime.environment import _silence_interpreter_exit
 
     logger = logging.getLogger("slimline")
     before = (logger.handlers, logger.propagate, logger.level, dict(os.environ), warnings.filters[:], sys.argv)

@@ -10,7 +10,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from flows.loading import shipped_specs
+from flows.spec.load import shipped_specs
 from infra.settings import PREFIX, Settings
 from tests.fuzz.files import broken_data, broken_model, broken_spec
 from tests.fuzz.values import EVERYTHING, places, values

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-from flows.loading import dump_spec, load_spec
+from flows.spec.load import dump_spec, load_spec
 
 #: one of everything that a spec may hold, so that each option is a place
 EVERYTHING = (

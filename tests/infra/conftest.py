@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra.settings import Settings
-from infra.sources import Sources, sources_from
+from infra.sources.find import Sources, sources_from
 
 
 @pytest.fixture(scope="session")

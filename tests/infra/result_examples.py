@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from infra.result_rows import LayerRow, MetricRow, NightCellRow, NightFigureRow, NightRow, PairRow, RunRow, StageRow
+from infra.results.rows import LayerRow, MetricRow, NightCellRow, NightFigureRow, NightRow, PairRow, RunRow, StageRow
 
 NOON = datetime(2025, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
 

@@ -209,13 +209,13 @@ def test_prefect_yaml_names_flows_that_take_its_parameters() -> None:
 
     content = yaml.safe_load((PROJECT / "prefect.yaml").read_text(encoding="utf-8"))
     assert content["pull"] == [], "the package is installed where a worker runs it"
-    source = (PROJECT / "flows/deployments.py").read_text(encoding="utf-8")
+    source = (PROJECT / "flows/serve/deployments.py").read_text(encoding="utf-8")
     for deployment in content["deployments"]:
         module, _, name = deployment["entrypoint"].rpartition(".")
-        assert module == "flows.deployments"
+        assert module == "flows.serve.deployments"
         assert name in source
     (nightly,) = [one for one in content["deployments"] if one["name"] == "nightly"]
     assert nightly["schedules"][0]["timezone"]
-    from flows.nightly import nightly as flow
+    from flows.night.nightly import nightly as flow
 
     assert set(nightly["parameters"]) == set(inspect.signature(flow.fn).parameters)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import InfraError, UnknownName
-from infra.registry import available, load, near
+from infra.registry import available, did_you_mean, load
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_an_error_inside_a_plug_in_is_not_hidden(package: str) -> None:
     ],
 )
 def test_near(name: str, clause: str) -> None:
-    assert near(name, ["slimgpt", "llm_pruner"]) == clause
+    assert did_you_mean(name, ["slimgpt", "llm_pruner"]) == clause
 
 
 def test_the_packages_of_this_project_are_readable() -> None:

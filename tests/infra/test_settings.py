@@ -93,7 +93,7 @@ def test_settings_are_frozen() -> None:
 
 def test_planning_modules_import_nothing_heavy() -> None:
     code = """
-import sys, infra.settings, infra.keys, infra.registry, infra.artifacts, infra.provenance, infra.tracking
+import sys, infra.settings, infra.keys, infra.registry, infra.artifacts.store, infra.provenance, infra.tracking.tracker
 print({"torch", "transformers", "mlflow", "datasets", "lm_eval", "peft", "duckdb", "prefect"} & set(sys.modules))
 """
     assert finish(start(code)) == "set()"

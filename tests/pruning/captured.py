@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning.calibration import CalibrationSet
-from pruning.decoder import ResidentDecoder
+from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.families import family_of
-from pruning.ledger import MemoryLedger
 from pruning.methods import slimgpt
-from pruning.pruned import Pruned
-from pruning.sequential import WalkOptions
+from pruning.walk.pruned import Pruned
+from pruning.walk.sequential import WalkOptions
+from pruning.walk.state import MemoryLedger
 from tests.tiny import random_ids
 
 CPU = WalkOptions(device=torch.device("cpu"), batch_size=3)
@@ -91,7 +91,7 @@ def prune_copy(
     progress: Callable[[float, str], None] = lambda share, message: None,
 ) -> tuple[PreTrainedModel, Pruned]:
     """A masked copy of the model and how it was pruned; the model itself must come out of it as it went in."""
-    before, modules, ledger = copy.deepcopy(model), dict(model.named_modules()), MemoryLedger()
+    before, modules, walk_state = copy.deepcopy(model), dict(model.named_modules()), MemoryLedger()
     try:
         pruned = method.prune(
             ResidentDecoder(model),
@@ -99,11 +99,11 @@ def prune_copy(
             config,
             statistics=statistics,
             options=options,
-            ledger=ledger,
+            walk_state=walk_state,
             progress=progress,
         )
     finally:
         assert same_weights(model, before)
         assert dict(model.named_modules()) == modules
-    ledger.apply_(before)
+    walk_state.apply_(before)
     return before, pruned

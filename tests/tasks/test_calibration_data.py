@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from infra.artifacts import ArtifactRef
+from infra.artifacts.store import ArtifactRef
 from infra.errors import SourceInvalid
 from infra.settings import Settings
-from infra.sources import Sources, sources_from
+from infra.sources.find import Sources, sources_from
 from pruning.calibration import CalibrationSet
 from pruning.instructions import InstructionColumns, prompt_of
-from tasks import calibrate
 from tasks.calibration_data import PRESETS, CalibrationData, Template, documents, expanded
+from tasks.execution.stage import RunContext, StageContext
 from tasks.requests import CalibrateRequest
-from tasks.stage import Bench, Workplace
+from tasks.stages import calibrate
 from tests.tiny import tiny_tokenizer
 
 RECORDS = [
@@ -208,9 +208,9 @@ def test_an_unknown_preset_is_named_with_the_nearest(name: str, near: str) -> No
 def fill(asked: CalibrationData, sources: Sources, tmp_path: Path, **changes: Any) -> CalibrationSet:
     """The calibration stage without Prefect."""
     checkpoint = ArtifactRef(kind="checkpoint", key="import-model-v1-0")
-    workplace = Workplace(Settings(home=tmp_path / "home", mirror=None), sources)
-    if not workplace.store.has(checkpoint):
-        with workplace.store.writing(checkpoint, request={}, versions={}) as written:
+    run_context = RunContext(Settings(home=tmp_path / "home", mirror=None), sources)
+    if not run_context.store.has(checkpoint):
+        with run_context.store.writing(checkpoint, request={}, versions={}) as written:
             tiny_tokenizer().save_pretrained(written)
     values = {"num_samples": 4, "seq_len": 8, "num_heldout": 1, "seed": 0, "join": "\n\n"} | changes
     request = CalibrateRequest(
@@ -227,7 +227,7 @@ def fill(asked: CalibrationData, sources: Sources, tmp_path: Path, **changes: An
     )
     folder = tmp_path / "windows"
     folder.mkdir(exist_ok=True)
-    calibrate.fill(request, Bench(workplace, folder, request.ref, None, lambda share, message: None))
+    calibrate.fill(request, StageContext(run_context, folder, request.ref, None, lambda share, message: None))
     return CalibrationSet.load(folder)
 
 

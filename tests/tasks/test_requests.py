@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from infra.artifacts import ArtifactRef
+from infra.artifacts.store import ArtifactRef
 from infra.keys import stage_key
 from tasks.calibration_data import CalibrationData, Template
 from tasks.requests import CalibrateRequest, EvaluateRequest, ImportRequest, ProfileRequest, PruneRequest, Request

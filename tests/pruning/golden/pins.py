@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from infra import registry
-from pruning.decoder import ResidentDecoder
-from pruning.statistics import capture_statistics
+from pruning.checkpoints.decoder import ResidentDecoder
+from pruning.layerwise.capture import capture_statistics
 from tests.pruning.captured import CPU, logits, prune_copy, windows
 from tests.tiny import random_ids, tiny_model
 

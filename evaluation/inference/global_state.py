@@ -1,0 +1,112 @@
+"""State that all threads of a process share (random generators, levels of logs, switches of libraries), lent to one
+thread at a time.
+
+Suites run side by side in threads. Who needs such state to be as it says takes a turn, which is short: no forward pass
+that draws nothing belongs in one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+_ONE_AT_A_TIME = threading.Lock()
+_COUNTING = threading.Lock()
+_inside: Counter[str] = Counter()
+_levels: dict[str, int] = {}
+
+
+@dataclass
+class Setting:
+    """Something global: how it is read and written, and its value during the turns of one owner."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+    own: Any
+
+
+def seeds(*, python: int, numpy: int, torch_cpu: int) -> list[Setting]:
+    """The generators of the CPU as `random.seed`, `numpy.random.seed` and `torch.manual_seed` leave them. Those of
+    other devices are not touched: another thread may draw from them."""
+    generator = torch.Generator().manual_seed(torch_cpu)
+    return [
+        Setting(random.getstate, random.setstate, random.Random(python).getstate()),
+        Setting(np.random.get_state, np.random.set_state, np.random.RandomState(numpy).get_state()),
+        Setting(torch.get_rng_state, torch.set_rng_state, generator.get_state()),
+    ]
+
+
+class ExclusiveGlobals:
+    """A context manager, a turn inside: the settings have the owner's values, and nobody else has a turn.
+
+    Outside they are everybody's, as they were. The owner's values last: a turn goes on with what the one before left.
+    """
+
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        self._settings = settings
+        self._before: list[Any] | None = None
+
+    def __enter__(self) -> Self:
+        _ONE_AT_A_TIME.acquire()
+        self._before = [setting.read() for setting in self._settings]
+        for setting in self._settings:
+            setting.write(setting.own)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is None:
+            return
+        for setting, before in zip(self._settings, self._before, strict=True):
+            setting.own = setting.read()
+            setting.write(before)
+        self._before = None
+        _ONE_AT_A_TIME.release()
+
+    @contextlib.contextmanager
+    def between(self) -> Iterator[None]:
+        """Ends the turn inside, and waits for the next one afterwards; after an error there is none."""
+        self.__exit__(None, None, None)
+        yield
+        self.__enter__()
+
+
+@contextlib.contextmanager
+def drawing(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
+    """A turn in which torch draws by the seed, on the CPU and on these CUDA devices; as before outside."""
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=devices, device_type="cuda"):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def hushed(name: str, level: int = logging.ERROR) -> Iterator[None]:
+    """Nothing below the level from the logger of that name while a thread is inside, however many are; as before after
+    the last one."""
+    logger = logging.getLogger(name)
+    with _COUNTING:
+        if not _inside[name]:
+            _levels[name] = logger.level
+            logger.setLevel(level)
+        _inside[name] += 1
+    try:
+        yield
+    finally:
+        with _COUNTING:
+            _inside[name] -= 1
+            if not _inside[name]:
+                logger.setLevel(_levels[name])

@@ -1,0 +1,103 @@
+"""`slimline results`, `slimline list`, `slimline doctor`: what there is, and whether this machine is ready."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from flows.commands.app import app, prepared
+
+
+class Noun(StrEnum):
+    """What `slimline list` can list."""
+
+    methods = "methods"
+    recoveries = "recoveries"
+    suites = "suites"
+    families = "families"
+    specs = "specs"
+    nights = "nights"
+
+
+class Form(StrEnum):
+    """How `slimline results` prints."""
+
+    table = "table"
+    markdown = "markdown"
+    json = "json"
+    csv = "csv"
+
+
+@app.command()
+def results(
+    form: Annotated[
+        Form, typer.Option("--format", help="table and markdown: chosen figures; json and csv: all.")
+    ] = Form.table,
+    run_key: Annotated[str | None, typer.Option("--run", help="Run key or spec name; default: the newest run.")] = None,
+) -> None:
+    """Print what a run measured, from the results store."""
+    settings = prepared()
+    from flows.records.lookup import find_run
+    from flows.records.tables import protocol_lines, render
+    from infra.results.store import ResultsStore
+
+    store = ResultsStore.of(settings)
+    newest = find_run(store, run_key)
+    metrics = store.metrics(newest.run_key)
+    if form is Form.table:
+        print(f"{newest.name} ({newest.run_key}, {newest.status}, {newest.finished_at:%Y-%m-%d %H:%M} UTC)")
+    print(render(metrics, form))
+    if form in (Form.table, Form.markdown):
+        print("\n" + "\n".join(protocol_lines(metrics, json.loads(newest.spec))))
+        if newest.message:
+            print(f"failed: {newest.message}")
+
+
+@app.command(name="list")
+def list_(noun: Annotated[Noun, typer.Argument(help="What to list.")]) -> None:
+    """List the names that a spec may use."""
+    from infra.registry import available
+
+    packages = {"methods": "pruning.methods", "recoveries": "pruning.recovery", "suites": "evaluation.suites"}
+    if noun.value in packages:
+        names = {name: _first_line(packages[noun.value], name) for name in available(packages[noun.value])}
+    elif noun is Noun.families:
+        from pruning.families import FAMILIES
+
+        names = {family.name: ", ".join(family.architectures) for family in FAMILIES}
+    elif noun is Noun.nights:
+        from flows.spec.load import load_night, shipped_nights
+
+        names = {name: load_night(name).description for name in shipped_nights()}
+    else:
+        from flows.spec.load import load_spec, shipped_specs
+
+        names = {name: load_spec(name).description for name in shipped_specs()}
+    for name, text in names.items():
+        print(f"{name:{max(map(len, names))}}  {text}")
+
+
+@app.command()
+def doctor(
+    spec: Annotated[list[str], typer.Option(help="A spec to look through for tokens and passwords; repeatable.")] = [],
+) -> None:
+    """Check versions, devices, sources, disk, stores, and what is open that should not be."""
+    settings = prepared()
+    from flows.commands.doctor import examine
+    from infra.secrets import redacted
+
+    findings = []
+    for finding in examine(settings, spec):
+        findings.append(finding)
+        print(f"{'BAD' if finding.level == 'bad' else finding.level:4} {finding.topic}: {redacted(finding.answer)}")
+    if any(finding.level == "bad" for finding in findings):
+        raise typer.Exit(2)
+
+
+def _first_line(package: str, name: str) -> str:
+    from infra.registry import load
+
+    return str(load(package, name, "module").__doc__).splitlines()[0]

@@ -1,0 +1,233 @@
+"""The nightly flow: every cell of a matrix as a run of its own, side by side, then one verdict on the whole night."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, cast
+from uuid import UUID
+
+from prefect import Flow, flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
+from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run as running
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from flows.night.outcome import CellFailed, CellOutcome, NightFailed, NightResult
+from flows.night.regressions import compare, pass_gates
+from flows.night.summary import headline, summary
+from flows.run.compress import compress, open_run_context, stages_to_refresh, unknown_stage
+from flows.run.outcome import RunResult, StagesFailed
+from flows.run.recorded import recorded_result
+from flows.run.stages import build_stages
+from flows.runtime.conditions import mendable
+from flows.runtime.task_runners import RunnerName, final_state, interruptible, runner_named
+from flows.spec.load import load_night, parse_night
+from flows.spec.night import Cell, NightSpec
+from flows.spec.run import RunSpec
+from infra.artifacts.store import ArtifactStore
+from infra.keys import slug
+from infra.provenance import git_revision, versions
+from infra.results.rows import NightCellRow, NightRow
+from infra.results.store import ResultsStore
+from infra.settings import Settings, load_settings
+from tasks.stages.pairs import Reports
+from tasks.stages.record_night import record_night
+
+log = logging.getLogger("slimline")
+
+#: cells at a time: what they wait for is a device, so this overlaps their bookkeeping and no more
+_CELLS_AT_ONCE = 4
+
+
+def _flow_run_name() -> str:
+    spec = running.parameters["spec"]
+    return spec["name"] if isinstance(spec, dict) else str(spec)
+
+
+@flow(
+    name="nightly",
+    flow_run_name=_flow_run_name,
+    task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_CELLS_AT_ONCE)),
+    persist_result=False,
+)
+def nightly(spec: str | dict[str, Any], overrides: Sequence[str] = (), refresh: Sequence[str] = ()) -> NightResult:
+    """Run a night and record it.
+
+    spec: name of a shipped night, a path, or the spec itself as plain data. A cell that fails leaves the others alone.
+    Raises NightFailed after everything is recorded if a cell failed or a gate does not hold; SpecError before any work.
+    """
+    night = load_night(spec, overrides) if isinstance(spec, str) else parse_night(spec, source="spec")
+    settings, started_at, clock = load_settings(), datetime.now(UTC), time.monotonic()
+    wanted = _refreshed(night, refresh)
+    outcomes = _run_cells(night, wanted)
+    result = _judged(night, outcomes, settings, time.monotonic() - clock)
+    text = summary(result, alpha=night.alpha, tolerance=night.tolerance)
+    create_markdown_artifact(text, key=f"slimline-night-{slug(night.name)}", description=headline(result))
+    record_night(_night_row(night, result, started_at), _cell_rows(result), result.figures, text, settings)
+    log.info("night %s: %s", night.name, headline(result))
+    if result.message is not None:
+        raise NightFailed(result)
+    return result
+
+
+def on_runner(name: RunnerName, settings: Settings) -> Flow[..., NightResult]:
+    """The flow with its cells in threads of this process, or as tasks of a cluster. Raises SpecError."""
+    if name == "threads" and settings.runner_workers is None:
+        return nightly
+    return nightly.with_options(task_runner=runner_named(name, settings))
+
+
+def _run_cells(night: NightSpec, wanted: Mapping[str, tuple[str, ...]]) -> tuple[CellOutcome, ...]:
+    """All cells, side by side. wanted: what each refreshes."""
+    this = _this_flow_run()
+    with interruptible() as submitted:
+        for cell in night.cells:
+            named = _run_cell.with_options(task_run_name=cell.name)
+            submitted.append(named.submit(cell, wanted[cell.name], this.created, this.id))
+        return tuple(_outcome(cell, future) for cell, future in zip(night.cells, submitted, strict=True))
+
+
+@task(name="cell", cache_policy=NO_CACHE, persist_result=False)
+def _run_cell(cell: Cell, refresh: tuple[str, ...], since: datetime | None, night: UUID) -> CellOutcome:
+    # a cluster gets a task's function by value, with what that names: let it be one thing that can be imported there
+    return run_cell(cell, refresh, since, night)
+
+
+def run_cell(cell: Cell, refresh: tuple[str, ...], since: datetime | None, night: UUID) -> CellOutcome:
+    """One cell as a sub-run, unless there is nothing to do. Raises CellFailed with everything that the cell came to."""
+    started = time.monotonic()
+
+    def outcome(result: RunResult | None, message: str | None = None, by_user: bool = False) -> CellOutcome:
+        return CellOutcome(
+            name=cell.name,
+            run_key=result.run_key if result else None,
+            seconds=time.monotonic() - started,
+            stages=result.stages if result else (),
+            metrics=result.metrics if result else (),
+            message=message,
+            by_user=by_user,
+        )
+
+    try:
+        known = None if refresh else recorded_result(cell.spec)
+        return outcome(known or compress(cell.spec, refresh, since, night))
+    except StagesFailed as error:
+        raise CellFailed(outcome(error.result, str(error), error.by_user)) from error
+    except Exception as error:
+        words = mendable(error)
+        raise CellFailed(outcome(None, words or f"{type(error).__name__}: {error}", words is not None)) from error
+
+
+def _outcome(cell: Cell, future: PrefectFuture[CellOutcome]) -> CellOutcome:
+    answer = final_state(future).result(raise_on_failure=False)
+    if isinstance(answer, CellOutcome):
+        return answer
+    if isinstance(answer, CellFailed):
+        log.error("%s: %s", cell.name, answer)
+        return answer.outcome
+    message = f"{type(answer).__name__}: {answer}"
+    return CellOutcome(name=cell.name, run_key=None, seconds=0.0, message=message)
+
+
+def _judged(night: NightSpec, cells: tuple[CellOutcome, ...], settings: Settings, seconds: float) -> NightResult:
+    """The cells' figures beside those of the last good night, and the gates' say."""
+    results, night_id = ResultsStore.of(settings), _night_id(night)
+    good = [
+        row.night_id
+        for row in results.nights(night.name)
+        if row.status == "completed" and row.gates_passed and row.night_id != night_id
+    ]
+    previous = good[-1] if good else None
+    before = results.night_figures(previous) if previous else ()
+    reports = Reports(ArtifactStore(settings.store_root))
+    figures = compare(night_id, cells, before, reports, alpha=night.alpha, tolerance=night.tolerance)
+    figures, gates = pass_gates(night.gates, figures)
+    return NightResult(
+        night_id=night_id,
+        name=night.name,
+        previous_night_id=previous,
+        cells=cells,
+        figures=figures,
+        gates=gates,
+        seconds=seconds,
+    )
+
+
+def _refreshed(night: NightSpec, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """For each cell those of the names that it has. Raises SpecError for one that no cell has."""
+    if not names:
+        return {cell.name: () for cell in night.cells}
+    known = {cell.name: _stage_names(cell.spec) for cell in night.cells}
+    everything = sorted({name for stages in known.values() for name in stages})
+    for name in names:
+        if not stages_to_refresh(everything, name):
+            raise unknown_stage(name, everything)
+    return {cell: tuple(name for name in names if stages_to_refresh(stages, name)) for cell, stages in known.items()}
+
+
+def _stage_names(spec: RunSpec) -> list[str]:
+    run_context = open_run_context(spec)
+    return [stage.name for stage in build_stages(spec, run_context.sources, run_context.settings.device).stages]
+
+
+def _night_row(night: NightSpec, result: NightResult, started_at: datetime) -> NightRow:
+    return NightRow(
+        night_id=result.night_id,
+        name=night.name,
+        spec=json.dumps(night.model_dump(mode="json")),
+        status=result.status,
+        gates_passed=result.gates_passed,
+        started_at=started_at,
+        finished_at=datetime.now(UTC),
+        prefect_run_id=_flow_run_id(),
+        slimline_version=versions().get("slimline", "unknown"),
+        git_revision=git_revision(),
+        previous_night_id=result.previous_night_id,
+        num_stages=len(result.stages),
+        num_run=result.count("completed"),
+        num_cached=result.count("cached"),
+        num_failed=result.count("failed"),
+        message=result.message,
+    )
+
+
+def _cell_rows(result: NightResult) -> tuple[NightCellRow, ...]:
+    return tuple(
+        NightCellRow(
+            night_id=result.night_id,
+            cell=cell.name,
+            run_key=cell.run_key,
+            status=cell.status,
+            seconds=cell.seconds,
+            num_run=cell.count("completed"),
+            num_cached=cell.count("cached"),
+            num_failed=cell.count("failed"),
+            num_skipped=cell.count("skipped"),
+            message=cell.message,
+        )
+        for cell in result.cells
+    )
+
+
+def _night_id(night: NightSpec) -> str:
+    """The same when Prefect retries the flow run: a night that goes on is one night."""
+    return f"night-{slug(night.name)}-{_flow_run_id().replace('-', '')[-12:]}"
+
+
+def _flow_run_id() -> str:
+    return str(_this_flow_run().id)
+
+
+def _this_flow_run() -> FlowRun:
+    """The night's. It was created when the night was begun, also in a retry: what was refreshed since is refreshed."""
+    context = FlowRunContext.get()
+    assert context is not None, "inside the flow"
+    assert context.flow_run is not None, "inside the flow"
+    return context.flow_run

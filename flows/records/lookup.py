@@ -1,0 +1,57 @@
+"""Finding a recorded run or night by what a user calls it: its key or id, or the name of its spec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from flows.errors import SpecError
+from infra.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from infra.results.rows import NightRow, RunRow
+    from infra.results.store import ResultsStore
+
+
+def find_run(store: ResultsStore, name: str | None = None) -> RunRow:
+    """The run with that key, or the newest run of the spec of that name; without a name the newest of all.
+
+    Raises SpecError if nothing is recorded yet, or none is called so (with the nearest name that is).
+    """
+    runs = recorded_runs(store)
+    if not runs:
+        raise SpecError(f"there are no results in {store.path} yet; run a spec first: slimline run demo")
+    return pick_run(runs, name)
+
+
+def find_recorded(store: ResultsStore, name: str) -> RunRow | NightRow:
+    """The run of that key or the newest of that name, or else the night. Raises SpecError with the nearest name."""
+    runs, nights = recorded_runs(store), store.nights()
+    if any(name in (row.run_key, row.name) for row in runs):
+        return pick_run(runs, name)
+    for night in reversed(nights):
+        if name in (night.night_id, night.name):
+            return night
+    if not runs and not nights:
+        raise SpecError(f"there is nothing recorded in {store.path} yet; run a spec first: slimline run demo")
+    names = sorted({row.name for row in runs} | {night.name for night in nights})
+    close = did_you_mean(name, [*names, *(row.run_key for row in runs), *(row.night_id for row in nights)])
+    raise SpecError(
+        f"no run or night {name!r}{close}; there are: {', '.join(names)} (one that was killed is not recorded: "
+        "give its command again)"
+    )
+
+
+def recorded_runs(store: ResultsStore) -> tuple[RunRow, ...]:
+    """All recorded runs, the newest last."""
+    return tuple(sorted(store.runs(), key=lambda row: row.finished_at))
+
+
+def pick_run(runs: Sequence[RunRow], name: str | None) -> RunRow:
+    """The same as `find_run`, among runs that were read already, the newest last."""
+    for row in reversed(runs):
+        if name in (None, row.run_key, row.name):
+            return row
+    names = sorted({row.name for row in runs})
+    close = did_you_mean(str(name), [*names, *(row.run_key for row in runs)])
+    raise SpecError(f"no run {name!r}{close}; there are: {', '.join(names)}")

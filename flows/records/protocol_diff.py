@@ -1,0 +1,47 @@
+"""What two measurements differ in by their protocols: what forbids to compare their figures, and what is only said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from infra.results.rows import MetricRow
+
+_HARMLESS = frozenset({"bootstrap_iters"})
+"""Parts of a protocol that change no figure, only the standard error of some."""
+
+_OF_OTHER_FIGURES = frozenset({"windows", "normalise", "measured"})
+"""Which figures there are beside one, and how much all took: a figure has its window length in its name."""
+
+_APART = frozenset({"versions", "data_identity"})
+"""What was installed, which is said beside the figures, and where items came from, which have hashes of their own."""
+
+Versions = Mapping[str, tuple[str | None, str | None]]
+"""By library the versions of the two sides, None where none was recorded."""
+
+
+def differences(mine: MetricRow, theirs: MetricRow) -> list[str]:
+    """A phrase for each thing that a figure of both was taken otherwise by; none if it may be compared."""
+    return list(_differences(_deciding(mine), _deciding(theirs)))
+
+
+def other_versions(mine: MetricRow, theirs: MetricRow) -> Versions:
+    """The libraries whose versions are not the same, or recorded of one side only."""
+    here, there = (json.loads(row.protocol).get("versions") or {} for row in (mine, theirs))
+    pairs = {name: (here.get(name), there.get(name)) for name in {**here, **there}}
+    return {name: both for name, both in pairs.items() if both[0] != both[1]}
+
+
+def _deciding(row: MetricRow) -> dict[str, Any]:
+    """What must be the same for each single figure."""
+    protocol: dict[str, Any] = json.loads(row.protocol)
+    return {key: said for key, said in protocol.items() if key not in _OF_OTHER_FIGURES | _APART}
+
+
+def _differences(mine: Any, theirs: Any, place: str = "") -> Iterator[str]:
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in [key for key in {**mine, **theirs} if key not in _HARMLESS]:
+            yield from _differences(mine.get(key), theirs.get(key), f"{place}.{key}" if place else key)
+    elif mine != theirs:
+        yield f"{place} is {json.dumps(mine)} in the one and {json.dumps(theirs)} in the other"

@@ -1,0 +1,194 @@
+"""What can be known to fail before any work: asked in seconds, so that nothing fails after hours."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from evaluation.errors import EvaluationError
+from evaluation.profile.config import ProfileConfig
+from evaluation.suite import ModelFacts, TextNeed
+from flows.errors import SpecError
+from flows.run.stages import Stage, StageGraph
+from flows.spec.run import RunSpec
+from infra.errors import ResultsUnusable, SettingsInvalid, SourceMissing, SourceUnreadable
+from infra.filesystem.disk import why_unwritable
+from infra.models.import_model import ModelCard, describe
+from infra.settings import Settings
+from infra.sources.find import Sources, TextData
+from infra.tracking.tracking_store import check_store
+from pruning.errors import PruningError
+from pruning.families import FAMILIES
+from tasks.devices.leases import check_lease
+from tasks.devices.placement import BALANCED, device_names
+from tasks.execution.disk_forecast import Forecast, Need, check_room
+from tasks.execution.sharing import sharing_of
+from tasks.execution.stage import RunContext, importing
+from tasks.requests import CalibrateRequest, EvaluateRequest, ProfileRequest, RecoverRequest, Request
+from tasks.stages.evaluate import MISSING, check_local_data
+from tasks.stages.recover import record_data
+
+log = logging.getLogger("slimline")
+
+DataProblem = SourceMissing | SourceUnreadable | EvaluationError
+
+
+def check(graph: StageGraph, run_context: RunContext) -> None:
+    """Raise the error of the first thing that cannot work: an unwritable store, a missing device, an unsupported
+    model, windows longer than the model's context, texts without the columns, too little disk."""
+    store, settings = run_context.store, run_context.settings
+    store.preflight()
+    check_store(settings.tracking_uri)
+    if reason := why_unwritable(settings.results_root):
+        raise ResultsUnusable(
+            f"results cannot be written in {settings.results_root} ({reason}); make it writable, or set "
+            "SLIMLINE_RESULTS_DB or SLIMLINE_RESULTS_FOLDER to another place"
+        )
+    sharing = sharing_of(settings)
+    missing = [stage for stage in graph.stages if not store.has(stage.ref)]
+    if not missing:
+        return
+    sharing.check()
+    check_lease(settings)
+    card = _card(graph.spec, run_context.sources)
+    _check_family(card, graph.spec)
+    _check_context(card, graph.spec)
+    _check_device(settings)
+    _check_evaluations(missing, card, run_context.sources)
+    _check_profile(missing, card, settings)
+    for request in (stage.request for stage in missing):
+        if isinstance(request, CalibrateRequest):
+            _check_columns(request.data, request.data.columns, run_context.sources)
+        elif isinstance(request, RecoverRequest):
+            _check_columns(*record_data(request), run_context.sources)
+            request.module.check_model(request.typed_config, card.hidden_size)
+    _check_disk([stage.request for stage in missing], run_context)
+
+
+def _check_disk(requests: Sequence[Request], run_context: RunContext) -> None:
+    """All that the run will keep, and the largest scratch folder on top of it, must have room."""
+    forecast = Forecast(run_context.store, run_context.sources)
+    needs = [forecast.need(request) for request in requests]
+    need = Need(sum(need.artifact for need in needs), max(need.scratch for need in needs))
+    what = f"the run ({len(needs)} stages that are still to be made)"
+    check_room(what, need, run_context.store, run_context.settings, requests=requests)
+
+
+def _card(spec: RunSpec, sources: Sources) -> ModelCard:
+    return describe(sources.find(spec.model.id, "model", revision=spec.model.revision))
+
+
+def _check_family(card: ModelCard, spec: RunSpec) -> None:
+    known = sorted({model_type for family in FAMILIES for model_type in family.model_types})
+    if card.model_type not in known:
+        raise PruningError(
+            f"model {spec.model.id} has the unsupported architecture {card.model_type!r}; supported: {', '.join(known)}"
+        )
+
+
+def _check_context(card: ModelCard, spec: RunSpec) -> None:
+    longest = card.max_position_embeddings
+    asked = {made.variant: spec.calibration_of(made) for made in spec.derivations if made.changes.calibration}
+    for variant, calibration in ({"": spec.calibration} | asked).items():
+        if longest is not None and calibration is not None and calibration.seq_len > longest:
+            of_variant = f" of variant {variant}" if variant else ""
+            raise SpecError(
+                f"calibration.seq_len {calibration.seq_len}{of_variant} is longer than the context of {spec.model.id}; "
+                f"lower it to at most {longest}"
+            )
+
+
+def _check_evaluations(stages: Sequence[Stage], card: ModelCard, sources: Sources) -> None:
+    """What cannot be measured on this model is refused, and so are texts without the split or column that the spec
+    names. Data that is not there or is damaged costs its own stages only, which is said now; if that were all of them,
+    there would be nothing to run for."""
+    facts = ModelFacts(card.max_position_embeddings, card.has_chat_template)
+    measured = [(stage.name, stage.request) for stage in stages if isinstance(stage.request, EvaluateRequest)]
+    problems: dict[str, DataProblem] = {}
+    lacking = []
+    looks = _Looks(sources)
+    for name, request in measured:
+        request.module.check_model(request.typed_config, facts)
+        if problem := looks.problem(request):
+            lacking.append(name)
+            problems[str(problem)] = problem
+    if lacking and len(lacking) == len(measured):
+        raise next(iter(problems.values()))
+    for words in problems:
+        log.warning("%s", words)
+    if lacking:
+        log.warning("these evaluations will fail for want of data, the others are run: %s", ", ".join(lacking))
+
+
+def _check_profile(stages: Sequence[Stage], card: ModelCard, settings: Settings) -> None:
+    for request in (stage.request for stage in stages if isinstance(stage.request, ProfileRequest)):
+        config = ProfileConfig.model_validate(request.settings)
+        config.check_lengths(card.max_position_embeddings)
+        if config.compile:
+            from evaluation.profile.compilation import check_compiler  # imports torch
+
+            check_compiler(device_names(settings.device)[0])
+
+
+class _Looks:
+    """Why evaluations will find no data; each data is looked at once, since it is the same for every checkpoint."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._known: dict[str, DataProblem | None] = {}
+
+    def problem(self, request: EvaluateRequest) -> DataProblem | None:
+        """None if there is none. Raises SourceInvalid for a split or column that the texts do not have."""
+        for identity in request.sources:
+            if MISSING in identity:
+                return _why_missing(identity[MISSING], self._sources)
+        need = getattr(request.typed_config, "texts", None)
+        data = TextData(**need.model_dump()) if isinstance(need, TextNeed) else None
+        asked = data.model_dump_json() if data else request.model_dump_json(include={"plugin", "config"})
+        if asked not in self._known:
+            self._known[asked] = self._look(request, data)
+        return self._known[asked]
+
+    def _look(self, request: EvaluateRequest, data: TextData | None) -> DataProblem | None:
+        try:
+            if data is not None:
+                _check_columns(data, (data.text_field,), self._sources)
+            else:
+                with importing:
+                    check_local_data(request, self._sources)
+        except (SourceUnreadable, EvaluationError) as error:
+            return error
+        return None
+
+
+def _check_columns(data: TextData, columns: Sequence[str], sources: Sources) -> None:
+    with importing:  # by a stage of another cell of the night
+        sources.check_columns(data, columns)
+
+
+def _why_missing(repo_id: str, sources: Sources) -> SourceMissing:
+    try:
+        sources.find(repo_id, "dataset")
+    except SourceMissing as error:
+        return error
+    return SourceMissing(
+        f"the data set {repo_id} was missing a moment ago and is there now; run the same command again"
+    )
+
+
+def _check_device(settings: Settings) -> None:
+    asked = {"WALK": settings.walk_processes, "EVAL": settings.eval_processes}
+    if settings.device in ("auto", "cpu") and max(asked.values()) == 1:
+        return  # nothing to ask, and torch takes seconds to import
+    names = device_names(settings.device)
+    for word, processes in asked.items():
+        if names[0].startswith("cuda") and processes > len(names):
+            raise SettingsInvalid(
+                f"SLIMLINE_{word}_PROCESSES={processes}: each process needs a CUDA device of its own and there are "
+                f"{len(names)}; set it to at most that"
+            )
+    if settings.device == BALANCED and settings.eval_processes > 1:
+        raise SettingsInvalid(
+            f"SLIMLINE_EVAL_PROCESSES={settings.eval_processes} puts a copy of the model on each device, and "
+            "SLIMLINE_DEVICE=balanced spreads one over all of them; leave one of the two out"
+        )

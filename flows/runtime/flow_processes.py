@@ -1,0 +1,129 @@
+"""The processes of the flow runs that `slimline serve` starts: told to end they have time to save what they did, and
+none outlives it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import psutil
+
+from flows.runtime.interrupts import drop, handle_signals
+
+if TYPE_CHECKING:
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.runner import Runner
+
+log = logging.getLogger("slimline")
+
+#: seconds that flow runs have to end after they were told to
+_GRACE = 60.0
+#: seconds that a service manager may need until it has told all processes, which are then not told twice at once
+_PAUSE = 1.0
+_SERVED_BY = "_SLIMLINE_SERVED_BY"
+#: Prefect's runner gives it to the process of each flow run
+_FLOW_RUN = "PREFECT__FLOW_RUN_ID"
+
+
+def serve_until_told(deployments: Sequence[RunnerDeployment], limit: int) -> None:
+    """Run flow runs of the deployments, so many at once, until a signal comes; then all that run are ended too."""
+    from prefect.runner import Runner
+
+    os.environ[_SERVED_BY] = str(os.getpid())
+    runner = Runner(limit=limit)
+    for deployment in deployments:
+        runner.add_deployment(deployment)
+    with suppress(asyncio.CancelledError):
+        asyncio.run(_until_told(runner))
+    log.info("ended")
+
+
+def is_served() -> bool:
+    """Whether this is the process of a flow run of a living `slimline serve`."""
+    return os.environ.get(_SERVED_BY) == str(os.getppid())
+
+
+def leave_interrupts_to_server() -> None:
+    """In the process of a flow run: a terminal tells all of Ctrl-C, and `slimline serve` tells us when to end."""
+    if is_served() and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_with_server() -> None:
+    """In the process of a flow run: end when `slimline serve` is gone, however it went."""
+    if not is_served():
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+async def _until_told(runner: Runner) -> None:
+    """What `prefect.serve` does, but that a signal does not have flow runs cancelled, or killed at once."""
+    loop, told = asyncio.get_running_loop(), asyncio.Event()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        handle_signals(_drop_flow_runs)
+        log.info("ended by %s; flow runs end as soon as they can go on from there", signal.Signals(number).name)
+        loop.call_soon_threadsafe(told.set)
+
+    runner.handle_sigterm = end  # type: ignore[method-assign]
+    handle_signals(end)
+    serving, telling = asyncio.ensure_future(runner.start()), asyncio.ensure_future(told.wait())
+    await asyncio.wait({serving, telling}, return_when=asyncio.FIRST_COMPLETED)
+    if told.is_set():
+        if poller := getattr(runner, "_scheduled_run_poller", None):
+            poller.stopping = True  # no further flow run
+        await _end_flow_runs()
+        serving.cancel()
+    telling.cancel()
+    await serving
+
+
+async def _end_flow_runs() -> None:
+    """Tell them, each once, and wait; the runner, which goes on meanwhile, hears how they ended."""
+    deadline, told = time.monotonic() + _GRACE, set[int]()
+    await asyncio.sleep(_PAUSE)
+    while (running := _flow_runs()) and time.monotonic() < deadline:
+        for process in running:
+            if process.pid not in told:
+                told.add(process.pid)
+                process.terminate()
+        await asyncio.sleep(0.2)
+    _kill(running)
+
+
+def _drop_flow_runs(number: int, frame: FrameType | None) -> None:
+    """The second signal."""
+    _kill(_flow_runs())
+    drop("dropped what still ran")
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+
+
+def _flow_runs() -> list[psutil.Process]:
+    """Children of this process that Prefect's runner started for a flow run."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it ended meanwhile
+            flow_run = child.environ().get(_FLOW_RUN)
+            if flow_run not in (None, os.environ.get(_FLOW_RUN)) and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found

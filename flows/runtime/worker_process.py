@@ -1,0 +1,52 @@
+"""A process of a Dask or Ray cluster: it logs, finds its settings and takes interrupts as the command line does."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flows.runtime.environment import log_to_terminal, prepare_environment
+from infra.secrets import keep_secrets_out_of_logs
+from infra.settings import load_settings
+
+
+def prepare() -> None:
+    """Called once in each new process of the cluster."""
+    # a terminal and a service manager tell every process; what it means to stages is the flow's affair
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # else whoever started the cluster needs it
+            # not ignored: the processes that a stage starts would inherit that, and could not be ended so
+            signal.signal(number, lambda number, frame: None)
+    prepare_environment(load_settings())
+    log_to_terminal(verbose=False)
+    keep_secrets_out_of_logs()
+
+
+def dask_setup(worker: object) -> None:
+    """Dask's name for that."""
+    prepare()
+
+
+@contextmanager
+def server_for_workers() -> Iterator[None]:
+    """Have the processes of a cluster report to the server of this one, also if that is a temporary one.
+
+    Without this each of them would start a server of its own.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    before = os.environ.get("PREFECT_API_URL")
+    with get_client(sync_client=True) as client:
+        url = str(client.api_url).rstrip("/")
+    os.environ["PREFECT_API_URL"] = url
+    try:
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield
+    finally:
+        os.environ.pop("PREFECT_API_URL")
+        if before is not None:
+            os.environ["PREFECT_API_URL"] = before

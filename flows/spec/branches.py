@@ -1,0 +1,62 @@
+"""From the steps as they are written to the tree of checkpoints that they stand for.
+
+A prune step with several sparsities or variants begins a branch for each, and all steps after it are applied to every
+branch. What branches have in common is made once: stages are found by their keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from flows.spec.steps import Choice, PruneStep, RecoverStep, Variant, percent
+from infra.results.rows import DENSE
+
+__all__ = ["DENSE", "Derivation", "derive", "ends"]
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """How one checkpoint of a run is made from another (`source`), by a step with one value for every option."""
+
+    name: str
+    source: str
+    step: PruneStep | RecoverStep
+    variant: str = ""
+    changes: Variant = field(default_factory=Variant)
+    """What the variant changes in the step and in the run's calibration."""
+
+
+def derive(steps: Sequence[PruneStep | RecoverStep]) -> tuple[Derivation, ...]:
+    """All checkpoints but the dense one, branch after branch, each after the one that it is made from."""
+    return tuple(_grow(steps, DENSE, ()))
+
+
+def ends(derivations: Sequence[Derivation]) -> tuple[str, ...]:
+    """The last checkpoint of every branch."""
+    sources = {made.source for made in derivations}
+    return tuple(made.name for made in derivations if made.name not in sources) or (DENSE,)
+
+
+def _grow(steps: Sequence[PruneStep | RecoverStep], source: str, branch: tuple[str, ...]) -> Iterator[Derivation]:
+    """branch: the labels of all choices that led to `source`."""
+    if not steps:
+        return
+    step, *later = steps
+    if isinstance(step, RecoverStep):
+        name = "-".join([step.name, *branch]) if step.name else f"{source}+{step.recovery}"
+        yield Derivation(name, source, step)
+        yield from _grow(later, name, branch)
+        return
+    for choice in step.choices:
+        labels = branch + choice.labels
+        name = "-".join([step.name, *labels]) if step.name else _default_name(choice, source, branch)
+        yield Derivation(name, source, choice.step, choice.variant, choice.changes)
+        yield from _grow(later, name, labels)
+
+
+def _default_name(choice: Choice, source: str, branch: tuple[str, ...]) -> str:
+    """E.g. "slimgpt-20", "no-gcd" or "no-gcd-20"; below a branch that of the checkpoint before it comes first."""
+    step = choice.step
+    own = "-".join(choice.labels) if choice.variant else f"{step.method}-{percent(step.config.sparsity)}"
+    return f"{source}+{own}" if branch else own

@@ -1,0 +1,187 @@
+"""What a user asks for: RunSpec, from YAML to frozen, typed values and back. Importing it needs no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from evaluation.profile.config import ProfileConfig
+from flows.spec.branches import DENSE, Derivation, derive
+from flows.spec.parts import NAME, NAME_OR_DEFAULT, PluginEntry, SpecPart
+from flows.spec.places import StartFolder
+from flows.spec.refusals import refuse_unsafe
+from flows.spec.steps import PruneStep, Step
+from flows.spec.validation import first_problem
+from infra import registry
+from pruning.bounds import Amount, Count, Seed
+from tasks.calibration_data import CalibrationData, expanded
+
+
+class ModelSpec(SpecPart):
+    """The model to make small."""
+
+    id: str
+    """Hub id (owner/name), looked for in the mirror or on the hub; or a local folder."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights from here on; auto keeps the checkpoint's own."""
+    trust_remote_code: bool = False
+    """Run the code that comes with this model's tokenizer. Its modelling code is not run in any case."""
+
+
+class CalibrationSpec(SpecPart):
+    """Text windows that statistics are taken from (random windows of the joined documents, no BOS)."""
+
+    data: Annotated[CalibrationData, BeforeValidator(expanded)]
+    """A preset (c4, alpaca, stanford-alpaca, gpt4-alpaca, wikitext2), or a mapping that names a data set."""
+    num_samples: Count = 256
+    seq_len: Count = Field(default=2048, ge=2)
+    num_heldout: Amount = 4
+    """Further windows that no statistic sees, for held-out errors and for choices made by measuring."""
+    seed: Seed = 0
+    join: str = "\n\n"
+
+
+def _as_tuple(on: Any) -> Any:
+    if isinstance(on, str):
+        return on if on == "all" else (on,)
+    if not isinstance(on, list | tuple) or not all(isinstance(name, str) for name in on):
+        raise ValueError(f'{on!r} names no checkpoints; give "all" or a list of names')
+    return on
+
+
+OnCheckpoints = Annotated[Literal["all"] | tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class EvalSpec(PluginEntry):
+    """Measure some or all checkpoints with a suite."""
+
+    PACKAGE: ClassVar[str] = "evaluation.suites"
+    NOUN: ClassVar[str] = "suite"
+
+    suite: str
+    name: str = Field(default="", pattern=NAME_OR_DEFAULT)
+    """Name of the stage; default: the suite's. Needed when a suite is asked twice."""
+    on: OnCheckpoints = "all"
+    """"all", or one or more names of checkpoints: dense and those of the steps."""
+
+    @property
+    def label(self) -> str:
+        """Name of this evaluation in stage names."""
+        return self.name or self.suite
+
+    @property
+    def compares(self) -> bool:
+        """Whether the suite measures a model against the dense one."""
+        return bool(getattr(self.module, "COMPARES", False))
+
+
+class ProfileSpec(SpecPart):
+    """Latency, memory and size, each compressed model timed turn and turn about with the dense one.
+
+    Options may stand beside `on`, `preset` above all, or under `settings`, where they are written out.
+    """
+
+    on: OnCheckpoints = "all"
+    settings: ProfileConfig = ProfileConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_settings(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("settings", {}), dict):
+            return data
+        options = set(ProfileConfig.model_fields)
+        beside = {
+            key: value
+            for key, value in data.items()
+            if key in options or (key not in cls.model_fields and registry.did_you_mean(str(key), options))
+        }
+        if not beside:
+            return data
+        settings = data.get("settings", {})
+        for key in beside.keys() & settings.keys():
+            raise ValueError(f"{key} stands both beside and under `settings`; leave one of them out")
+        return {key: value for key, value in data.items() if key not in beside} | {"settings": settings | beside}
+
+
+class RunSpec(SpecPart):
+    """One run: a model, calibration text, steps from checkpoint to checkpoint, and what to measure."""
+
+    name: str = Field(pattern=NAME)
+    description: str = ""
+    model: ModelSpec
+    mirror: str | tuple[str, ...] | None = None
+    """Where models and data come from: folders laid out <folder>/<owner>/<name>, and the words "offline" and "hub".
+    Default: SLIMLINE_MIRROR, else the hub. Not part of any cache key: content is."""
+    folder: StartFolder | None = Field(default=None, exclude_if=lambda folder: folder is None)
+    """Where relative paths start, noted when a spec that has some is read. Not part of any cache key either."""
+    calibration: CalibrationSpec | None = None
+    steps: tuple[Step, ...] = ()
+    evals: tuple[EvalSpec, ...] = ()
+    profile: ProfileSpec | None = None
+
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        """How each checkpoint but the dense one is made: the steps, branch after branch."""
+        return derive(self.steps)
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """Names of all checkpoints, the dense one first."""
+        return (DENSE, *(made.name for made in self.derivations))
+
+    def measured(self, on: OnCheckpoints) -> tuple[str, ...]:
+        """The checkpoints that an `on:` means."""
+        return self.checkpoints if on == "all" else on
+
+    def measured_by(self, entry: EvalSpec) -> tuple[str, ...]:
+        """The checkpoints that an evaluation measures: the dense one is not compared with itself."""
+        return tuple(name for name in self.measured(entry.on) if name != DENSE or not entry.compares)
+
+    def calibration_of(self, made: Derivation) -> CalibrationSpec | None:
+        """The run's calibration with what the branch changes in it. Raises ValidationError."""
+        if not made.changes.calibration:
+            return self.calibration
+        own = self.calibration.model_dump(mode="json") if self.calibration else {}
+        return CalibrationSpec.model_validate(own | made.changes.calibration)
+
+    _safe = model_validator(mode="before")(refuse_unsafe)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _refuse_twice("checkpoint", self.checkpoints, "give one of the steps another `name`")
+        _refuse_twice("evaluation", [entry.label for entry in self.evals], "give one of them a `name`")
+        for entry in self.evals:
+            if not self.measured_by(entry):
+                raise ValueError(
+                    f"evals: {entry.label} compares checkpoints with the dense one, and there is no other to compare; "
+                    "add a step, or leave it out"
+                )
+        for on in [entry.on for entry in self.evals] + ([self.profile.on] if self.profile else []):
+            for name in () if on == "all" else on:
+                if name not in self.checkpoints:
+                    raise ValueError(
+                        f"on: unknown checkpoint {name!r}{registry.did_you_mean(name, self.checkpoints)}; "
+                        f"this run has: {', '.join(self.checkpoints)}"
+                    )
+        _refuse_twice("variant", [v for step in self.steps for v in getattr(step, "variants", ())], "rename one")
+        for made in self.derivations:
+            self._check_calibration(made)
+        return self
+
+    def _check_calibration(self, made: Derivation) -> None:
+        try:
+            calibration = self.calibration_of(made)
+        except ValidationError as error:
+            problem = first_problem(error, model=CalibrationSpec)
+            raise ValueError(f"variants.{made.variant}.calibration: {problem}") from error
+        if calibration is None and isinstance(made.step, PruneStep):
+            raise ValueError("steps prune but there is no `calibration`; add one (data, num_samples, seq_len)")
+
+
+def _refuse_twice(what: str, names: tuple[str, ...] | list[str], way_out: str) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"two {what}s are called {twice[0]!r}; {way_out}")

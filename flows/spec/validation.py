@@ -1,0 +1,91 @@
+"""Errors as one sentence: pydantic's (where, what, the nearest key that exists), and any that a terminal shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from infra.registry import did_you_mean
+
+#: what pydantic adds to the place of an error in a union: nothing that the user wrote
+_TAG = re.compile(r"prune|recover|str|int|function-.*|literal\[.*|`?tuple\[.*|\[key\]")
+
+#: of a word, which may be a path, and of a whole sentence
+_LONGEST_WORD, _LONGEST = 300, 1500
+
+
+def first_problem(
+    error: ValidationError, *, also_known: Iterable[str] = (), model: type[BaseModel] | None = None
+) -> str:
+    """The first thing wrong, e.g. "unknown key 'sparsty' in steps.0; did you mean 'sparsity'?".
+
+    also_known: further keys that are allowed at the top. model: where to look up the keys that exist.
+    """
+    problem = error.errors(include_url=False)[0]
+    location: Sequence[Any] = problem["loc"]
+    if problem["type"] == "extra_forbidden":
+        known = [*_keys_at(model, location[:-1]), *(also_known if len(location) == 1 else ())]
+        return _unknown_key(str(location[-1]), location[:-1], known)
+    where = ".".join(str(part) for part in location if not _TAG.fullmatch(str(part)))
+    message = _in_words(problem["msg"].removeprefix("Value error, "))
+    if problem["type"] in ("value_error", "step_kind"):
+        return f"{where}: {message}" if where else message
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    if problem["type"] == "string_pattern_mismatch":  # all patterns of a spec are those of names
+        message = "A name is made of letters, digits, '.', '_' and '-', and begins with a letter or digit"
+    shown = repr(problem["input"])
+    return f"{where} = {shown if len(shown) < 80 else shown[:77] + '...'}: {message[0].lower()}{message[1:]}"
+
+
+def one_line(text: str) -> str:
+    """A message as one line that a terminal can show: what a user, a file or a library put into it may be anything."""
+    text = "".join(sign if sign.isprintable() else _harmless(sign) for sign in text.strip())
+    text = re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: _shortened(word.group(), _LONGEST_WORD), text)
+    return _shortened(text, _LONGEST)
+
+
+def _harmless(sign: str) -> str:
+    return " " if sign.isspace() else sign.encode("unicode_escape").decode()
+
+
+def _shortened(text: str, longest: int) -> str:
+    """The text with its middle left out if it is too long: how it begins and how it ends tell most."""
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest * 2 // 3]} ... {text[-longest // 4 :]}"
+
+
+def _in_words(message: str) -> str:
+    """Names of Python's types are not what a YAML file is made of."""
+    message = re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping", message)
+    return message.replace("a valid tuple", "a list").replace("tuple should", "list should")
+
+
+def _unknown_key(key: str, inside: Sequence[Any], known: Sequence[str]) -> str:
+    where = f" in {'.'.join(str(part) for part in inside)}" if inside else ""
+    names = f"; known: {', '.join(known)}" if known else ""
+    return f"unknown key {key!r}{where}{did_you_mean(key, known)}{names}"
+
+
+def _keys_at(model: type[BaseModel] | None, location: Sequence[Any]) -> list[str]:
+    """Field names of the model found by following a location from `model`; empty where that leaves plain models."""
+    for part in location:
+        if model is None:
+            return []
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(str(part))
+        model = _model_in(field.annotation) if field else None
+    return list(model.model_fields) if model else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside X | None, tuple[X, ...] and the like, if there is just one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = {inner for part in getattr(annotation, "__args__", ()) if (inner := _model_in(part)) is not None}
+    return found.pop() if len(found) == 1 else None

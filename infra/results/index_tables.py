@@ -1,0 +1,122 @@
+"""The tables of the index and all SQL that writes them. Only infra/results/index.py imports the library itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
+
+from infra.results.files import Record, arrow_table
+from infra.results.rows import FORMAT, KINDS, RUN, TABLES, ColumnType, Moment, Row, RunRow, columns
+
+FIRST_FORMAT = 1
+"""Of a results file that was itself the truth: it has some tables of runs only, without `files`."""
+
+_FIRST_TABLES = ("runs", "stages", "metrics", "layers")
+
+_DUCKDB: dict[ColumnType, str] = {
+    "text": "VARCHAR",
+    "json": "JSON",
+    "integer": "BIGINT",
+    "number": "DOUBLE",
+    "flag": "BOOLEAN",
+    # UTC without a zone: for times with one DuckDB needs pytz in Python, and shows them in the reader's zone
+    "moment": "TIMESTAMP",
+}
+
+
+class Connection(Protocol):
+    """What we use of a DuckDB connection."""
+
+    def execute(self, query: str, parameters: object = ...) -> Any:
+        """Run one statement."""
+
+    def register(self, name: str, table: object) -> Any:
+        """Let an Arrow table be asked under a name."""
+
+    def unregister(self, name: str) -> Any:
+        """Forget a registered table."""
+
+
+class _FileRow(Row):
+    """What the index knows of a file."""
+
+    name: str
+    kind: str
+    key: str
+    stamp: str
+    recorded_at: Moment
+
+
+_INDEX: dict[str, type[Row]] = {**TABLES, "files": _FileRow}
+
+
+def make_tables(connection: Connection) -> None:
+    """Make all tables anew and empty."""
+    # No keys: a run's rows are replaced as a whole. The version is where the first slimline looks for it, and refuses.
+    for table in (*_INDEX, "schema_version"):
+        connection.execute(f"DROP TABLE IF EXISTS {table}")
+    for table, row in _INDEX.items():
+        definitions = [
+            f"{name} {_DUCKDB[column.type]}{'' if column.nullable else ' NOT NULL'}"
+            for name, column in columns(row).items()
+        ]
+        connection.execute(f"CREATE TABLE {table} ({', '.join(definitions)})")
+    connection.execute("CREATE TABLE schema_version (version INTEGER, applied_at TIMESTAMP)")
+    now = datetime.now(UTC).replace(tzinfo=None)
+    connection.execute("INSERT INTO schema_version VALUES (?, ?)", [FORMAT, now])
+
+
+def stamps(connection: Connection) -> dict[str, str]:
+    """The stamps of the files that the index has taken in, by name."""
+    return dict(connection.execute("SELECT name, stamp FROM files").fetchall())
+
+
+def forget(connection: Connection, names: Sequence[str]) -> None:
+    """Delete all that came from the named files."""
+    if not names:
+        return
+    for kind in KINDS:
+        for table in kind.tables:
+            connection.execute(
+                f"DELETE FROM {table} WHERE {kind.key} IN "
+                f"(SELECT key FROM files WHERE kind = '{kind.name}' AND name IN (SELECT unnest(?)))",
+                [list(names)],
+            )
+    connection.execute("DELETE FROM files WHERE name IN (SELECT unnest(?))", [list(names)])
+
+
+def insert(connection: Connection, records: Sequence[tuple[str, Record]], stamps: Mapping[str, str]) -> None:
+    """Take in what was read from files, in this order. `stamps`: what the files had before they were read, by name."""
+    rows: dict[str, list[Row]] = {table: [] for table in _INDEX}
+    for name, record in records:
+        for table, new in record.rows.items():
+            rows[table] += new
+        file = {"name": name, "kind": record.kind.name, "key": record.key, "stamp": stamps[name]}
+        rows["files"].append(_FileRow(**file, recorded_at=record.recorded_at))
+    for table, new in rows.items():
+        if new:
+            connection.register("fresh", arrow_table(_INDEX[table], new))
+            connection.execute(f"INSERT INTO {table} SELECT * FROM fresh")
+            connection.unregister("fresh")
+
+
+def records_of_first_format(connection: Connection) -> Iterator[Record]:
+    """The runs in a results file of format 1, in the order in which they were recorded."""
+    recorded_at = datetime.min.replace(tzinfo=UTC)
+    for (key,) in connection.execute("SELECT run_key FROM runs ORDER BY rowid").fetchall():
+        rows: dict[str, tuple[Row, ...]] = {}
+        for table in _FIRST_TABLES:
+            row = RUN.tables[table]
+            found = connection.execute(f"SELECT * FROM {table} WHERE run_key = ? ORDER BY rowid", [key])
+            names = [name for name, *_ in found.description]
+            fields = (dict(zip(names, map(in_utc, values), strict=True)) for values in found.fetchall())
+            rows[table] = tuple(map(row.model_validate, fields))
+        finished_at = max(run.finished_at for run in rows["runs"] if isinstance(run, RunRow))
+        recorded_at = max(recorded_at + timedelta(microseconds=1), finished_at)
+        yield Record(RUN, rows, recorded_at)
+
+
+def in_utc(value: object) -> object:
+    """A value of a column as that of a field: all times in the index are UTC."""
+    return value.replace(tzinfo=UTC) if isinstance(value, datetime) else value

@@ -1,0 +1,147 @@
+"""A checkpoint that was written is loaded once before it counts as made.
+
+From its folder, by the class that will load it, with one short forward that must give what the model it stands for
+gives. In memory at any time: the largest single weight, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pruning.checkpoints.save_load import checkpoint_on_disk
+from pruning.checkpoints.stored_tensors import StoredTensors, stored_tensors
+from pruning.checkpoints.surgery import kept_inputs
+from pruning.errors import PruningError, UnsoundCheckpoint
+from pruning.families import ModelFamily, family_of
+from pruning.families.forward import KINDS, SubLayerKind, output_linear, output_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pruning.plan import PruningPlan
+
+NUM_TOKENS = 16
+#: norm of the logits' difference over their own norm: summing the kept columns alone moves the last digits
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_TOLERANCE_HALF = 0.03
+
+
+@torch.no_grad()
+def check_pruned(folder: Path, source: Path, plan: PruningPlan) -> None:
+    """Compare the pruned checkpoint in `folder` with the one it was made from, masked: all weights of `source` as they
+    are, but each output linear reads only the inputs that `plan` keeps, with the compensated weights.
+
+    Both compute in float32 whatever they are stored in, so that rounding hides nothing. Raises UnsoundCheckpoint if
+    the folder does not load or gives other logits.
+    """
+    written = _clean(folder)
+    with checkpoint_on_disk(stored_tensors(source), torch.float32) as model:
+        _mask_(model, plan, written)
+        expected = _logits(model)
+    _compare(written, expected, torch.float32, f"{source} masked")
+
+
+@torch.no_grad()
+def check_saved(folder: Path, model: PreTrainedModel) -> None:
+    """Compare the checkpoint in `folder` with the model in memory, on the CPU, that was saved there.
+
+    Raises PruningError if the model itself computes no numbers (training diverged), UnsoundCheckpoint if the folder
+    does not load or gives other logits.
+    """
+    training = model.training
+    expected = _logits(model.eval())
+    model.train(training)
+    if not bool(expected.isfinite().all()):
+        raise PruningError(
+            "the trained model's outputs are NaN or infinite, so training has diverged: lower learning_rate, or train "
+            "in bfloat16 or float32 instead of float16"
+        )
+    _compare(_clean(folder), expected, model.dtype, "the model that was saved")
+
+
+def _clean(folder: Path) -> StoredTensors:
+    with _failing_as_ours(folder):
+        stored = stored_tensors(folder)
+    if stored.oddities:
+        raise UnsoundCheckpoint(f"the checkpoint just written to {folder} is not clean: {'; '.join(stored.oddities)}")
+    return stored
+
+
+def _compare(written: StoredTensors, expected: Tensor, dtype: torch.dtype, what: str) -> None:
+    folder = written.folder
+    with _failing_as_ours(folder), checkpoint_on_disk(written, dtype) as model:
+        found = _logits(model)
+    difference = float((found - expected).norm() / expected.norm())
+    if not difference <= _TOLERANCE.get(dtype, _TOLERANCE_HALF):  # also for NaN
+        raise UnsoundCheckpoint(
+            f"the checkpoint just written to {folder} gives other logits than {what} (relative difference "
+            f"{difference:.2g})"
+        )
+
+
+@contextmanager
+def _failing_as_ours(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a library makes of what we wrote
+        raise UnsoundCheckpoint(f"the checkpoint just written to {folder} does not load: {error}") from error
+
+
+def _logits(model: PreTrainedModel) -> Tensor:
+    """Of a few tokens spread over the vocabulary, (1, NUM_TOKENS, V) float32."""
+    vocab_size = model.config.vocab_size
+    ids_1L = (torch.arange(NUM_TOKENS) * (vocab_size // NUM_TOKENS + 1) % vocab_size)[None]
+    logits: Tensor = model(input_ids=ids_1L, use_cache=False).logits
+    return logits.float().cpu()
+
+
+def _mask_(model: PreTrainedModel, plan: PruningPlan, pruned: StoredTensors) -> None:
+    """Let the output linears of a dense model read what the plan keeps, with the weights of the pruned checkpoint."""
+    family, layers = family_of(model), family_of(model).layers(model)
+    for place, kept in enumerate(plan.layers):
+        for kind in KINDS:
+            name = output_name(pruned.family, place, kind)
+            _replace_(
+                family, layers[kept.layer], kind, _KeptInputs(pruned, name, kept_inputs(kept, kind, plan.head_dim))
+            )
+    for index in plan.dropped_layers:
+        for kind in KINDS:
+            width = output_linear(family, layers[index], kind).out_features
+            _replace_(family, layers[index], kind, _Nothing(width))
+
+
+def _replace_(family: ModelFamily, layer: nn.Module, kind: SubLayerKind, linear: nn.Module) -> None:
+    attention = kind == "attention"
+    block = family.attention(layer) if attention else family.mlp(layer)
+    setattr(block, family.o_name if attention else family.down_name, linear)
+
+
+class _KeptInputs(nn.Module):
+    """An output linear of a pruned checkpoint that stands in the dense model: it picks its inputs, and reads its
+    weights when it is called."""
+
+    def __init__(self, stored: StoredTensors, name: str, kept_I: Tensor) -> None:
+        super().__init__()
+        self._stored, self._kept_I = stored, kept_I
+        self._names = [name for name in (f"{name}.weight", f"{name}.bias") if name in stored.places]
+
+    def forward(self, inputs_BLI: Tensor) -> Tensor:
+        weights = self._stored.read(self._names)
+        return nn.functional.linear(inputs_BLI[..., self._kept_I], *(weights[name].float() for name in self._names))
+
+
+class _Nothing(nn.Module):
+    """The output linear of a layer that was dropped."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._width = width
+
+    def forward(self, inputs_BLI: Tensor) -> Tensor:
+        return inputs_BLI.new_zeros(*inputs_BLI.shape[:-1], self._width)

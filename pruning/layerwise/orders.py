@@ -1,0 +1,107 @@
+"""The greedy order of every linear of the dense model: one pass gives what goes first and what it costs at every level.
+
+Greedy removal is nested, so with the dense model's Hessians (errors not propagated) one order serves every sparsity: a
+sparsity takes the first so many groups of it and refits the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from pruning.allocation.schedule import MAX_RATIO, HeadUnit, num_head_units
+from pruning.distributed import ProcessGroup
+from pruning.families import shapes
+from pruning.obs import elimination as obs
+from pruning.obs.groups import Groups, channel_groups, head_groups, search
+from pruning.walk.sequential import SubLayer, WalkOptions, walk_layers
+
+if TYPE_CHECKING:
+    from pruning.checkpoints.decoder import Decoder
+    from pruning.obs.groups import Solver
+    from pruning.obs.hessian import Statistics
+    from pruning.plan import LayerShape
+
+
+class Order(BaseModel):
+    """One linear: groups in the order they go, as far as any budget may ask; after `rounds` removals the predicted
+    error (mean squared output error per token) was `errors`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    order: tuple[int, ...]
+    rounds: tuple[int, ...]
+    errors: tuple[float, ...]
+    condition: float
+    refactorisations: int
+
+
+class Orders:
+    """The folder that `trace_orders` filled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, name: str, unit: str) -> Order:
+        """The order of the linear `name`; unit: "channel" of a down_proj, "kv_group" or "query_head" of an o_proj."""
+        return Order.model_validate_json(_file(self.folder, name, unit).read_bytes())
+
+
+def trace_orders(
+    decoder: Decoder,
+    statistics: Statistics,
+    solver: Solver,
+    folder: Path,
+    options: WalkOptions,
+    *,
+    on_layer: Callable[[int], None] = lambda layer: None,
+) -> None:
+    """Write the order of every o_proj (by each head unit it has) and every down_proj into `folder`.
+
+    No forward pass: the Hessians are those of the statistics. Of the solver, head_unit says nothing here.
+    Raises PruningError when a Hessian cannot be inverted.
+    """
+    widths, head_dim = shapes(decoder.skeleton), decoder.family.head_dim(decoder.skeleton)
+    nothing_NL = torch.empty(0, 1, dtype=torch.int64)
+    for sub_layer in walk_layers(
+        decoder, nothing_NL, replace(options, process_group=ProcessGroup()), statistics=statistics
+    ):
+        assert sub_layer.hessian is not None
+        weight_OI = sub_layer.linear.weight
+        problem = obs.prepare(sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac)
+        for unit, groups in _groups(sub_layer, widths[sub_layer.layer], head_dim, solver).items():
+            found = search(problem, groups, solver)
+            order = Order(
+                order=found.order,
+                rounds=found.rounds,
+                errors=found.errors,
+                condition=1.0 / problem.rcond,
+                refactorisations=found.refactorisations,
+            )
+            _file(folder, sub_layer.name, unit).write_text(order.model_dump_json(), encoding="utf-8")
+        if sub_layer.kind == "mlp":
+            on_layer(sub_layer.layer)
+        del sub_layer, problem  # before the next ones are there
+
+
+def _groups(sub_layer: SubLayer, shape: LayerShape, head_dim: int, solver: Solver) -> dict[str, Groups]:
+    """By unit: what may go, as far as any budget may ask for it."""
+    if sub_layer.kind == "mlp":
+        total = shape.intermediate_size
+        count = min(total, math.ceil(MAX_RATIO * total) + 1)  # a budget is rounded
+        groups = channel_groups(shape, count, solver)
+        if solver.group_size is None:
+            groups = replace(groups, sizes=tuple(obs.nested_group_sizes(count, total)))
+        return {"channel": groups}
+    units: tuple[HeadUnit, ...] = ("kv_group", "query_head") if shape.num_groups > 1 else ("kv_group",)
+    return {unit: head_groups(shape, head_dim, num_head_units(shape, unit) - 1, unit) for unit in units}
+
+
+def _file(folder: Path, name: str, unit: str) -> Path:
+    return folder / f"{name}.{unit}.json"

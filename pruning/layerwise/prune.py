@@ -1,0 +1,163 @@
+"""Pruning layer by layer: the meeting of the walk (structure), the budgets (schedule) and OBS (mathematics).
+
+Shapes: O outputs, I inputs of the linear, N groups, D columns per group, K kept columns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pruning.distributed import ProcessGroup
+from pruning.families.forward import SubLayerKind
+from pruning.obs import elimination as obs
+from pruning.obs.groups import Groups, Solver, channel_groups, head_groups, search
+from pruning.plan import LayerPlan, LayerShape
+from pruning.walk.sequential import SubLayer
+from pruning.walk.state import LayerEntry, SubLayerReport, WalkState
+
+if TYPE_CHECKING:
+    from pruning.allocation.schedule import HeadUnit, LayerBudget
+    from pruning.layerwise.orders import Orders
+
+
+def prune_layerwise_(
+    walk: Generator[SubLayer, None, Tensor],
+    shapes: Sequence[LayerShape],
+    head_dim: int,
+    budgets: Sequence[LayerBudget],
+    solver: Solver,
+    walk_state: WalkState,
+    *,
+    orders: Orders | None = None,
+    measured: bool = True,
+    process_group: ProcessGroup | None = None,
+    on_layer: Callable[[int], None] = lambda layer: None,
+) -> Tensor:
+    """Remove what `budgets` say from each linear the walk offers; its weight is changed in place, in masked form.
+
+    The removed columns become zero and the kept ones are compensated. What was decided is entered in the ledger, which
+    must be the one the walk writes to. orders: what goes first, found earlier from the same Hessians. measured: False
+    leaves measured and held-out errors out of the reports. team: the processes that walk together; the leader solves
+    for all. `on_layer` is told each finished layer. Returns what the walk returns: the held-out stream after the last
+    layer.
+    """
+    process_group = process_group or ProcessGroup()
+    reports: list[SubLayerReport] = []
+    kept: list[tuple[int, ...]] = []
+    while True:
+        try:
+            sub_layer = next(walk)
+        except StopIteration as finished:
+            if walk_state.layers_done:
+                on_layer(walk_state.layers_done - 1)
+            stream_MLC: Tensor = finished.value
+            return stream_MLC
+        shape, budget = shapes[sub_layer.layer], budgets[sub_layer.layer]
+        if sub_layer.kind == "attention":
+            if sub_layer.layer:
+                on_layer(sub_layer.layer - 1)
+            reports, kept = [], []
+            groups = head_groups(shape, head_dim, budget.head_units, solver.head_unit)
+        else:
+            groups = channel_groups(shape, budget.channels, solver)
+        kept_units, report = process_group.decide(lambda: _prune_(sub_layer, groups, solver, orders, measured))  # noqa: B023 (called at once)
+        process_group.copy_from_leader_(sub_layer.linear.weight.data)
+        kept.append(kept_units)
+        reports.append(report)
+        if sub_layer.kind == "mlp":
+            plan = _layer_plan(sub_layer.layer, shape, kept[0], kept[1], solver.head_unit)
+            walk_state.decide(LayerEntry(plan=plan, reports=tuple(reports)))
+        del sub_layer  # its Hessian would stay until the next one is there
+
+
+def sub_layers_to_prune(budgets: Sequence[LayerBudget]) -> Callable[[int, SubLayerKind], bool]:
+    """Whether a sub-layer loses anything: the others need no Hessian."""
+    return lambda layer, kind: (budgets[layer].head_units if kind == "attention" else budgets[layer].channels) > 0
+
+
+def _layer_plan(
+    index: int, shape: LayerShape, units: tuple[int, ...], channels: tuple[int, ...], head_unit: HeadUnit
+) -> LayerPlan:
+    per_group = shape.num_groups
+    if head_unit == "kv_group":
+        kv_heads = units
+        query_heads = tuple(g * per_group + h for g in units for h in range(per_group))
+    else:
+        kv_heads = tuple(range(shape.num_kv_heads))
+        query_heads = units
+    return LayerPlan(layer=index, kept_query_heads=query_heads, kept_kv_heads=kv_heads, kept_channels=channels)
+
+
+def _prune_(
+    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: Orders | None, measured: bool
+) -> tuple[tuple[int, ...], SubLayerReport]:
+    """Choose, refit and write back; returns the kept groups (sorted) and the report."""
+    start = time.perf_counter()
+    total = len(groups.columns_ND)
+    report = SubLayerReport(
+        layer=sub_layer.layer, sub_layer=sub_layer.kind, name=sub_layer.name, kept=total - groups.count, total=total
+    )
+    if not groups.count:  # nothing to choose: there need not even be a Hessian
+        return tuple(range(total)), report
+    assert sub_layer.hessian is not None
+    weight_OI = sub_layer.linear.weight.detach()
+    if orders is None:
+        system, order, found = _solve(sub_layer, groups, solver)
+    else:
+        system = obs.dampen(
+            sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac, dtype=solver.dtype
+        )
+        traced = orders.load(sub_layer.name, solver.head_unit if sub_layer.kind == "attention" else "channel")
+        order, found = traced.order[: groups.count], {"condition": traced.condition}
+    kept_N = torch.ones(total, dtype=torch.bool)
+    kept_N[list(order)] = False
+    kept_K = groups.columns_ND[kept_N].flatten().to(system.H_II.device)
+    refitted_OK = obs.refit(system, kept_K)
+    pruned_OI = torch.zeros_like(system.W_OI)
+    pruned_OI[:, kept_K] = refitted_OK
+    if orders is not None:
+        found["predicted_error"] = obs.output_error(system.W_OI, pruned_OI, system.H_II)
+    del system
+    pruned_OI = pruned_OI.to(weight_OI)
+    if measured:
+        found |= _measured(sub_layer, weight_OI, pruned_OI)
+    sub_layer.linear.weight.data.copy_(pruned_OI)
+    return tuple(kept_N.nonzero().flatten().tolist()), report.model_copy(
+        update={**found, "num_tokens": sub_layer.hessian.num_tokens, "seconds": time.perf_counter() - start}
+    )
+
+
+def _solve(
+    sub_layer: SubLayer, groups: Groups, solver: Solver
+) -> tuple[obs.System, tuple[int, ...], dict[str, float | None]]:
+    """The order of removal by OBS, the system it came from and what was found on the way."""
+    assert sub_layer.hessian is not None
+    weight_OI = sub_layer.linear.weight.detach()
+    problem = obs.prepare(
+        sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac, dtype=solver.dtype
+    )
+    elimination = search(problem, groups, solver)
+    return obs.System(problem.name, problem.W_OI, problem.H_II), elimination.order, {
+        "predicted_error": elimination.errors[-1],
+        "condition": 1.0 / problem.rcond,
+        "refactorisations": elimination.refactorisations,
+    }  # fmt: skip
+
+
+def _measured(sub_layer: SubLayer, weight_OI: Tensor, pruned_OI: Tensor) -> dict[str, float | None]:
+    """The errors as the two Hessians see them, in float32: these figures decide nothing."""
+    assert sub_layer.hessian is not None
+    H_II = sub_layer.hessian.matrix_II
+    weight_OI, pruned_OI = weight_OI.to(H_II), pruned_OI.to(H_II)
+    return {
+        "measured_error": obs.output_error(weight_OI, pruned_OI, H_II),
+        "output_energy": obs.output_error(weight_OI, torch.zeros_like(weight_OI), H_II),
+        "heldout_error": obs.output_error(weight_OI, pruned_OI, sub_layer.heldout.matrix_II.to(H_II))
+        if sub_layer.heldout
+        else None,
+    }

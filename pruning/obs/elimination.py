@@ -1,0 +1,309 @@
+"""Optimal Brain Surgeon on groups of input columns of a linear (SlimGPT, arXiv 2412.18110, sections 3.1 to 3.3).
+
+For a weight W and H = mean x xᵀ (dampened), removing the columns G jointly and moving the kept ones costs
+
+    err(G) = tr( W_G (H⁻¹_GG)⁻¹ W_Gᵀ )      with      dW = - W_G (H⁻¹_GG)⁻¹ H⁻¹_G,:
+
+and leaves the inverse H⁻¹ - H⁻¹_:,G (H⁻¹_GG)⁻¹ H⁻¹_G,: for the columns that remain: a rank-|G| down-date, no
+re-inversion. With H the mean over tokens the error is in units of mean squared output error per token.
+
+Down-dates drift: now and then the inverse is probed against the Hessian, and computed afresh when it has lost digits.
+Columns that have gone are dropped from the matrices from time to time, so that later rounds are cheaper.
+
+Shapes: O outputs, I inputs, A columns still in the matrices, G columns of one elimination, K kept columns, N groups,
+D columns per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pruning.errors import PruningError
+from pruning.obs.hessian import Hessian
+
+#: rcond below which float64 solutions lose the digits that float32 weights keep
+_MIN_RCOND = 1e-13
+#: relative error of the down-dated inverse above which it is computed afresh
+_MAX_DRIFT = 1e-6
+#: shares of the columns that must have gone before the matrices are copied without them, the inverse probed again
+_COMPACT_SHARE = _PROBE_SHARE = 0.125
+
+
+@dataclass(frozen=True)
+class System:
+    """One linear and the dampened Hessian of its inputs, in one dtype (float64, but for trials) on one device.
+
+    W_OI: weight with dead inputs zeroed. H_II: dampened Hessian. name: for error messages.
+    """
+
+    name: str
+    W_OI: Tensor
+    H_II: Tensor
+
+
+@dataclass(frozen=True)
+class Problem(System):
+    """A system ready for elimination. inverse_II: of H_II. rcond: reciprocal condition estimate (1-norm) of H_II."""
+
+    inverse_II: Tensor
+    rcond: float
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """The greedy order of removed groups and the error after each round.
+
+    order: group indices in the order they went. rounds: number of groups gone after each round.
+    errors: cumulative predicted error after each round, same length as `rounds`. refactorisations: how often the
+    inverse had drifted and was computed afresh.
+    """
+
+    order: tuple[int, ...]
+    rounds: tuple[int, ...]
+    errors: tuple[float, ...]
+    refactorisations: int = 0
+
+
+def dampen(
+    name: str, W_OI: Tensor, hessian: Hessian, *, dampening_frac: float, dtype: torch.dtype = torch.float64
+) -> System:
+    """Add `dampening_frac` of the mean diagonal to the Hessian's diagonal.
+
+    Dead inputs (H_ii = 0) get H_ii = 1 and a zero weight column, so that they go first and cost nothing.
+    """
+    H_II = hessian.matrix_II.to(dtype, copy=True)
+    W_OI = W_OI.to(H_II.device, dtype, copy=True)
+    diagonal_I = H_II.diagonal()
+    dead_I = diagonal_I == 0
+    W_OI[:, dead_I] = 0
+    diagonal_I += dampening_frac * diagonal_I.mean()
+    diagonal_I[dead_I] = 1.0
+    return System(name, W_OI, H_II)
+
+
+def prepare(
+    name: str, W_OI: Tensor, hessian: Hessian, *, dampening_frac: float, dtype: torch.dtype = torch.float64
+) -> Problem:
+    """Dampen and invert the Hessian of one linear.
+
+    dtype: float32 halves time and memory and will do for a trial where `single_precision_will_do`.
+
+    Raises PruningError when H is not positive definite or too ill conditioned to trust, with the way out.
+    """
+    system = dampen(name, W_OI, hessian, dampening_frac=dampening_frac, dtype=dtype)
+    way_out = f"raise dampening_frac (now {dampening_frac:g}) or num_samples"
+    L_II, info = torch.linalg.cholesky_ex(system.H_II)
+    if int(info) != 0:
+        raise PruningError(f"Hessian of {name} ({hessian.num_tokens} tokens) is not positive definite; {way_out}")
+    inverse_II = torch.cholesky_inverse(L_II)
+    rcond = 1.0 / (_one_norm(system.H_II) * _one_norm(inverse_II))
+    if not rcond > _MIN_RCOND:
+        raise PruningError(
+            f"Hessian of {name} ({hessian.num_tokens} tokens) is too ill conditioned (1/condition {rcond:.1e}); "
+            f"{way_out}"
+        )
+    return Problem(name, system.W_OI, system.H_II, inverse_II, rcond)
+
+
+def single_precision_will_do(num_inputs: int, dampening_frac: float) -> bool:
+    """Whether float32 keeps two digits of the inverse: the condition is at most num_inputs / dampening_frac + 1."""
+    return num_inputs / dampening_frac * torch.finfo(torch.float32).eps < 0.02
+
+
+def group_scores(W_OI: Tensor, inverse_II: Tensor, columns_ND: Tensor, *, conditional: bool = True) -> Tensor:
+    """Error of removing each group of columns alone, shape (N,).
+
+    conditional=True is the grouped Cholesky decomposition (GCD, section 3.2): with H⁻¹_GG = L Lᵀ the error is
+    ‖L⁻¹ W_Gᵀ‖²_F, equal to taking the group's columns one after another. conditional=False is the "-GCD" ablation:
+    W² / diag(H⁻¹) summed over the group as if its columns were independent.
+    """
+    W_NDO = W_OI.T[columns_ND]
+    if not conditional or columns_ND.shape[1] == 1:
+        diagonal_ND = inverse_II.diagonal()[columns_ND]
+        return (W_NDO.square().sum(2) / diagonal_ND).sum(1)
+    blocks_NDD = inverse_II[columns_ND.unsqueeze(2), columns_ND.unsqueeze(1)]
+    L_NDD = torch.linalg.cholesky(blocks_NDD)
+    half_NDO: Tensor = torch.linalg.solve_triangular(L_NDD, W_NDO, upper=False)
+    return half_NDO.square().sum((1, 2))
+
+
+def eliminate_(W_OI: Tensor, inverse_II: Tensor, columns_G: Tensor) -> float:
+    """Remove columns jointly: compensate W_OI and down-date inverse_II in place; returns the error it cost."""
+    inverse_GI = inverse_II[columns_G]
+    error = _down_date_(W_OI, inverse_II, W_OI[:, columns_G], inverse_GI[:, columns_G], inverse_GI)
+    # exact zeros where only rounding is left, so that no later score can see a removed column
+    W_OI[:, columns_G] = 0
+    inverse_II[columns_G] = 0
+    inverse_II[:, columns_G] = 0
+    return error
+
+
+def _down_date_(W_OA: Tensor, inverse_AA: Tensor, W_OG: Tensor, inverse_GG: Tensor, inverse_GA: Tensor) -> float:
+    """Take the columns G out of weight and inverse of the columns A, in place; returns the error it costs."""
+    L_GG = torch.linalg.cholesky(inverse_GG)
+    half_GA = torch.linalg.solve_triangular(L_GG, inverse_GA, upper=False)
+    half_GO = torch.linalg.solve_triangular(L_GG, W_OG.T, upper=False)
+    W_OA.addmm_(half_GO.T, half_GA, alpha=-1)
+    inverse_AA.addmm_(half_GA.T, half_GA, alpha=-1)
+    return float(half_GO.square().sum())
+
+
+def eliminate_groups(
+    problem: Problem,
+    columns_ND: Tensor,
+    group_sizes: Iterator[int],
+    *,
+    conditional: bool = True,
+    eligible: Callable[[Tensor], Tensor] | None = None,
+) -> Elimination:
+    """Batched greedy pruning (section 3.2): each round removes the groups with the smallest errors.
+
+    columns_ND: the columns of every group. group_sizes: how many groups go in each round; its sum is how many go.
+    eligible: from the mask of live groups (N,) to the mask of those that may go now (default: all live ones).
+    Does not change the problem. Raises PruningError when a down-date loses positive definiteness.
+    """
+    matrices = _Matrices(problem, columns_ND)
+    live_N = torch.ones(len(columns_ND), dtype=torch.bool, device=columns_ND.device)
+    order: list[int] = []
+    rounds: list[int] = []
+    errors: list[float] = []
+    try:
+        for size in group_sizes:
+            may_go_N = (eligible(live_N) if eligible else live_N).nonzero().squeeze(1)
+            assert size <= len(may_go_N), (problem.name, size, len(may_go_N))
+            chosen = matrices.cheapest(may_go_N, size, conditional=conditional)
+            error = matrices.eliminate_(chosen)
+            live_N[chosen] = False
+            order += chosen.tolist()
+            rounds.append(len(order))
+            errors.append((errors[-1] if errors else 0.0) + error)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in __all__
+        raise PruningError(
+            f"the inverse Hessian of {problem.name} lost positive definiteness after {len(order)} removals "
+            f"(1/condition {problem.rcond:.1e}); raise dampening_frac or num_samples"
+        ) from error
+    return Elimination(tuple(order), tuple(rounds), tuple(errors), matrices.refactorisations)
+
+
+class _Matrices:
+    """Weight and inverse of the columns that are left, and of some that have gone (zero in both)."""
+
+    def __init__(self, problem: Problem, columns_ND: Tensor) -> None:
+        self._problem, self._columns_ND = problem, columns_ND
+        self._W_OA, self._inverse_AA = problem.W_OI.clone(), problem.inverse_II.clone()
+        num_inputs = problem.H_II.shape[0]
+        self._active_A = torch.arange(num_inputs, device=columns_ND.device)
+        self._place_I = self._active_A.clone()  # where a column of the linear stands in the matrices
+        self._gone_I = torch.zeros(num_inputs, dtype=torch.bool, device=columns_ND.device)
+        self._probe_I = torch.randn(num_inputs, generator=torch.Generator().manual_seed(0)).to(problem.H_II)
+        self._unprobed = 0
+        self.refactorisations = 0
+        self._limit = self._acceptable_drift()
+
+    def cheapest(self, groups_M: Tensor, size: int, *, conditional: bool) -> Tensor:
+        """Those `size` of the groups whose removal costs least, cheapest first."""
+        places_MD = self._place_I[self._columns_ND[groups_M]]
+        scores_M = group_scores(self._W_OA, self._inverse_AA, places_MD, conditional=conditional)
+        return groups_M[scores_M.topk(size, largest=False, sorted=True).indices]
+
+    def eliminate_(self, groups_M: Tensor) -> float:
+        """Remove groups of columns jointly; returns the error it cost."""
+        columns_G = self._columns_ND[groups_M].flatten()
+        places_G = self._place_I[columns_G]
+        self._gone_I[columns_G] = True
+        gone = int(self._gone_I[self._active_A].sum())
+        if gone > _COMPACT_SHARE * len(self._active_A):
+            W_OG, inverse_GA = self._W_OA[:, places_G], self._inverse_AA[places_G]
+            stay_A = self._compact_()  # first, so that nothing is computed for columns that go
+            error = _down_date_(self._W_OA, self._inverse_AA, W_OG, inverse_GA[:, places_G], inverse_GA[:, stay_A])
+        else:
+            error = eliminate_(self._W_OA, self._inverse_AA, places_G)
+        self._unprobed += len(columns_G)
+        if self._unprobed > _PROBE_SHARE * len(self._active_A):
+            self._unprobed = 0
+            if self._drift() > self._limit:
+                self._refactorise_()
+        return error
+
+    def _compact_(self) -> Tensor:
+        """Drop the columns that have gone; returns the old places of the others."""
+        stay_A = (~self._gone_I[self._active_A]).nonzero().squeeze(1)
+        self._active_A = self._active_A[stay_A]
+        self._W_OA = self._W_OA[:, stay_A]
+        self._inverse_AA = self._inverse_AA[stay_A][:, stay_A]
+        self._place_I[self._active_A] = torch.arange(len(stay_A), device=stay_A.device)
+        return stay_A
+
+    def _drift(self) -> float:
+        """Relative error of H (H⁻¹ v) = v for a fixed random v on the columns that are left."""
+        left_A = ~self._gone_I[self._active_A]
+        probe_A = self._probe_I[self._active_A] * left_A
+        solved_I = torch.zeros_like(self._probe_I)
+        solved_I[self._active_A] = self._inverse_AA @ probe_A
+        back_A = (self._problem.H_II @ solved_I)[self._active_A] * left_A
+        return float((back_A - probe_A).norm() / probe_A.norm().clamp_min(1e-300))
+
+    def _refactorise_(self) -> None:
+        """Inverse and weight of the columns that are left, from the Hessian itself."""
+        self._compact_()
+        left_K = self._active_A
+        self._inverse_AA = torch.cholesky_inverse(torch.linalg.cholesky(self._problem.H_II[left_K][:, left_K]))
+        self._W_OA = refit(self._problem, left_K)
+        self.refactorisations += 1
+        self._limit = self._acceptable_drift()
+
+    def _acceptable_drift(self) -> float:
+        # of an ill conditioned Hessian even a fresh inverse is no better than this: it must not be made every round
+        return max(_MAX_DRIFT, 10 * self._drift())
+
+
+def refit(system: System, kept_K: Tensor) -> Tensor:
+    """Least-squares weight on the kept columns, (O, K): W H_:,K (H_KK)⁻¹.
+
+    What the eliminations converge to, solved afresh from H so that no rounding of the down-dates reaches the weights.
+    """
+    H_IK = system.H_II[:, kept_K]
+    L_KK = torch.linalg.cholesky(H_IK[kept_K])
+    return torch.cholesky_solve((system.W_OI @ H_IK).T, L_KK).T
+
+
+def output_error(W_OI: Tensor, pruned_OI: Tensor, H_II: Tensor) -> float:
+    """Mean squared output error per token, tr((W - W') H (W - W')ᵀ), of using W' for W."""
+    difference_OI = (W_OI - pruned_OI).to(H_II.dtype)
+    return float(((difference_OI @ H_II) * difference_OI).sum())
+
+
+def halving_group_sizes(count: int, *, largest: int = 1024, smallest: int = 8) -> Iterator[int]:
+    """Dynamic group size (DGS, section 3.2): half of what is still to go, between `smallest` and `largest`."""
+    while count > 0:
+        size = min(count, max(smallest, min(largest, count // 2)))
+        yield size
+        count -= size
+
+
+def nested_group_sizes(count: int, total: int, *, largest: int = 1024, smallest: int = 8) -> Iterator[int]:
+    """Dynamic group size without a target: a sixteenth of what is left of `total`, until `count` have gone.
+
+    The order that comes of it holds for every number of removals: one pass serves all sparsities.
+    """
+    gone = 0
+    while gone < count:
+        size = min(count - gone, max(smallest, min(largest, (total - gone) // 16)))
+        yield size
+        gone += size
+
+
+def fixed_group_sizes(count: int, size: int) -> Iterator[int]:
+    """Groups of `size` (the last one smaller) until `count` have gone: one head a round, or the "-DGS" ablation."""
+    while count > 0:
+        yield min(count, size)
+        count -= size
+
+
+def _one_norm(matrix_II: Tensor) -> float:
+    # a linear without inputs (a plan may keep no channel of a layer) is perfectly conditioned
+    return float(matrix_II.abs().sum(0).max()) if matrix_II.numel() else 1.0

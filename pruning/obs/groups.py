@@ -1,0 +1,84 @@
+"""What may go together from a linear, in which rounds, and the greedy order in which it goes.
+
+Shapes: O outputs, I inputs of the linear, N groups, D columns per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pruning.obs import elimination as obs
+from pruning.plan import LayerShape
+
+if TYPE_CHECKING:
+    from pruning.allocation.schedule import HeadUnit
+
+
+@dataclass(frozen=True)
+class Solver:
+    """The switches of the elimination: see pruning.methods.slimgpt.Config for their meaning and source."""
+
+    dampening_frac: float
+    grouped_cholesky: bool
+    group_size: int | None
+    head_unit: HeadUnit
+    dtype: torch.dtype = torch.float64
+    """Of the factorisations."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What may go together. columns_ND: of each group. sizes: groups removed in each round, `count` in all.
+
+    eligible: see obs.eliminate_groups.
+    """
+
+    columns_ND: Tensor
+    sizes: tuple[int, ...]
+    eligible: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def count(self) -> int:
+        """How many go."""
+        return sum(self.sizes)
+
+
+def head_groups(shape: LayerShape, head_dim: int, units: int, head_unit: HeadUnit) -> Groups:
+    """One unit a round; "query_head": one head of every kv group goes before any group loses a second one."""
+    num_columns = shape.num_heads * head_dim
+    per_group = shape.num_groups
+    if head_unit == "kv_group":
+        columns_ND = torch.arange(num_columns).reshape(shape.num_kv_heads, -1)
+        return Groups(columns_ND, tuple(obs.fixed_group_sizes(units, 1)))
+
+    def eligible(live_N: Tensor) -> Tensor:
+        live_GH = live_N.reshape(-1, per_group)
+        left_G = live_GH.sum(1)
+        return (live_GH & (left_G == left_G.max()).unsqueeze(1)).flatten()
+
+    columns_ND = torch.arange(num_columns).reshape(shape.num_heads, -1)
+    return Groups(columns_ND, tuple(obs.fixed_group_sizes(units * shape.num_kv_heads, 1)), eligible)
+
+
+def channel_groups(shape: LayerShape, count: int, solver: Solver) -> Groups:
+    """Single channels, many a round."""
+    columns_ND = torch.arange(shape.intermediate_size).unsqueeze(1)
+    if solver.group_size is None:
+        return Groups(columns_ND, tuple(obs.halving_group_sizes(count)))
+    return Groups(columns_ND, tuple(obs.fixed_group_sizes(count, solver.group_size)))
+
+
+def search(problem: obs.Problem, groups: Groups, solver: Solver) -> obs.Elimination:
+    """The greedy order in which `groups` go; changes nothing."""
+    return obs.eliminate_groups(
+        problem,
+        groups.columns_ND.to(problem.W_OI.device),
+        iter(groups.sizes),
+        conditional=solver.grouped_cholesky,
+        eligible=groups.eligible,
+    )

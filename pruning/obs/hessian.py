@@ -1,0 +1,96 @@
+"""Second moments of the inputs of a linear: the one statistic that Optimal Brain Surgeon needs.
+
+Shapes: T tokens, I input features of the linear, B rows of one block of the matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pruning.distributed import ProcessGroup
+from pruning.errors import PruningError
+
+_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """Mean of x xᵀ over calibration tokens; OBS's H is twice this (the factor moves no decision).
+
+    matrix_II: (I, I) float32, symmetric. num_tokens: how many tokens it averages.
+    """
+
+    matrix_II: Tensor
+    num_tokens: int
+
+
+class HessianAccumulator:
+    """Sums x xᵀ batch by batch in float32, on the device of the activations.
+
+    Only the blocks on and below the diagonal are computed (half the work of the full product);
+    `finish` mirrors them. Raises PruningError from `finish` when a sum is not finite.
+    """
+
+    def __init__(self, num_inputs: int, *, device: torch.device | str) -> None:
+        self._sum_II = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)
+        self._num_tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take inputs of shape (..., I), any float dtype; every leading position is one token."""
+        X_TI = inputs.reshape(inputs.shape[:-1].numel(), inputs.shape[-1]).float()
+        num_inputs = X_TI.shape[1]
+        for start in range(0, num_inputs, _BLOCK):
+            stop = min(start + _BLOCK, num_inputs)
+            self._sum_II[start:stop, :stop].addmm_(X_TI[:, start:stop].T, X_TI[:, :stop])
+        self._num_tokens += X_TI.shape[0]
+
+    def finish(self, name: str, process_group: ProcessGroup | None = None) -> Hessian:
+        """The mean, over the tokens of all processes of the team; the accumulator is used up.
+
+        `name` (e.g. "layers.3.mlp.down_proj") goes into the errors.
+        """
+        process_group = process_group or ProcessGroup()
+        num_tokens = int(process_group.sum_of(self._num_tokens)[0])
+        if num_tokens == 0:
+            raise PruningError(f"Hessian of {name} has seen no tokens; raise num_samples")
+        mean_II = self._sum_II
+        process_group.sum_(mean_II)
+        for start in range(0, len(mean_II), _BLOCK):  # mirrored block by block: no second matrix
+            stop = min(start + _BLOCK, len(mean_II))
+            mean_II[:start, start:stop] = mean_II[start:stop, :start].T
+            block = mean_II[start:stop, start:stop]
+            block.tril_()
+            block += block.tril(-1).T
+        mean_II /= num_tokens
+        # no entry is larger than its row's or its column's on the diagonal
+        if not bool(torch.isfinite(mean_II.diagonal()).all()):
+            raise PruningError(
+                f"Hessian of {name} ({num_tokens} tokens) is not finite: the layer's inputs contain NaN "
+                "or infinity; load the model in another dtype (float32 or bfloat16 instead of float16) or check its "
+                "weights"
+            )
+        return Hessian(mean_II, num_tokens)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The folder that `capture_statistics` filled."""
+
+    folder: Path
+
+    def load(self, name: str, device: torch.device) -> tuple[Hessian, Hessian | None]:
+        """The Hessian of the inputs of the linear `name`, and that of the held-out samples if there were any."""
+        tensors = load_file(self.file(name), device=str(device))
+        hessian = Hessian(tensors["matrix"], int(tensors["num_tokens"]))
+        if "heldout_matrix" not in tensors:
+            return hessian, None
+        return hessian, Hessian(tensors["heldout_matrix"], int(tensors["heldout_num_tokens"]))
+
+    def file(self, name: str) -> Path:
+        """Where the Hessians of the linear `name` are."""
+        return self.folder / f"{name}.safetensors"

@@ -1,0 +1,158 @@
+"""Where the results of a walk go, layer by layer, and from where an interrupted walk goes on.
+
+A layer is entered in two steps: `decide` says what is kept of it (its weights are already compensated), and when its
+output has joined the residual stream the walk says `layer_done`. Then the layer is finished for good.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from pruning.families import ModelFamily, family_of
+from pruning.plan import LayerPlan
+from pruning.walk.activations import Activations
+
+
+class SubLayerReport(BaseModel):
+    """What pruning one linear cost.
+
+    predicted_error, measured_error, heldout_error: mean squared output error per token, by the OBS sum (dampened
+    Hessian), on the calibration tokens and on held-out tokens; output_energy: the mean squared output itself, of the
+    weight as it was, to put the errors in proportion. condition: of the dampened Hessian, estimated in the 1-norm.
+    refactorisations: how often the down-dated inverse had drifted and was computed afresh. A linear that loses nothing
+    is not measured: its errors are 0 and the rest is None.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: int
+    sub_layer: str
+    name: str
+    kept: int
+    total: int
+    predicted_error: float = 0.0
+    measured_error: float = 0.0
+    output_energy: float | None = None
+    heldout_error: float | None = None
+    condition: float | None = None
+    refactorisations: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+
+
+class LayerEntry(BaseModel):
+    """What is kept of a layer and what its linears paid."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan: LayerPlan
+    reports: tuple[SubLayerReport, ...]
+
+
+@dataclass(frozen=True)
+class WalkedLayer:
+    """A layer whose output has joined the residual stream.
+
+    module: with its masked, compensated weights. stream: after the layer. spans: first sample and end of each batch.
+    """
+
+    index: int
+    module: nn.Module
+    family: ModelFamily
+    stream: Activations
+    spans: Sequence[tuple[int, int]]
+
+
+class WalkState(ABC):
+    """The finished layers of one walk, in order. folder: where it keeps files, None if in memory only."""
+
+    folder: Path | None = None
+
+    def __init__(self) -> None:
+        self._entries: list[LayerEntry] = []
+        self._decided: LayerEntry | None = None
+
+    @property
+    def entries(self) -> tuple[LayerEntry, ...]:
+        """The finished layers."""
+        return tuple(self._entries)
+
+    @property
+    def layers_done(self) -> int:
+        """How many layers are finished."""
+        return len(self._entries)
+
+    def decide(self, entry: LayerEntry) -> None:
+        """What is kept of the layer that is being walked."""
+        self._decided = entry
+
+    def layer_done(self, walked: WalkedLayer) -> None:
+        """Enter the layer that was decided on."""
+        assert self._decided is not None, f"nothing was decided for layer {walked.index}"
+        assert walked.index == self.layers_done, (walked.index, self.layers_done)
+        self._keep(walked, self._decided)
+        self._entries.append(self._decided)
+        self._decided = None
+
+    @abstractmethod
+    def _keep(self, walked: WalkedLayer, entry: LayerEntry) -> None: ...
+
+    @abstractmethod
+    def resumed(self, start: int, stop: int) -> Tensor:
+        """The residual stream of some samples after the last finished layer, (stop - start, L, C)."""
+
+    @abstractmethod
+    def branch(self, name: str) -> WalkState:
+        """A ledger for a trial, of which only what is measured on it is wanted; the same name gives the same one."""
+
+    @abstractmethod
+    def note(self, name: str, value: float) -> None:
+        """Keep a number."""
+
+    @abstractmethod
+    def recall(self, name: str) -> float | None:
+        """A number that was noted, in this process or in one before it."""
+
+
+class MemoryLedger(WalkState):
+    """Keeps the compensated output weights in masked form; `apply_` puts them into the model. Nothing outlives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._outputs: list[tuple[Tensor, Tensor]] = []
+        self._numbers: dict[str, float] = {}
+
+    def apply_(self, model: nn.Module) -> None:
+        """Give the model the masked weights of all layers."""
+        family = family_of(model)
+        with torch.no_grad():
+            for layer, weights in zip(family.layers(model), self._outputs, strict=True):
+                for linear, weight in zip((family.o_proj(layer), family.down_proj(layer)), weights, strict=True):
+                    linear.weight.copy_(weight)
+
+    def _keep(self, walked: WalkedLayer, entry: LayerEntry) -> None:
+        linears = walked.family.o_proj(walked.module), walked.family.down_proj(walked.module)
+        self._outputs.append((linears[0].weight.detach().cpu(), linears[1].weight.detach().cpu()))
+
+    def resumed(self, start: int, stop: int) -> Tensor:
+        """Nothing is ever resumed from memory."""
+        raise AssertionError(f"samples {start} to {stop} asked of a ledger that outlives no walk")
+
+    def branch(self, name: str) -> MemoryLedger:
+        """A new one."""
+        return MemoryLedger()
+
+    def note(self, name: str, value: float) -> None:
+        """Keep a number."""
+        self._numbers[name] = value
+
+    def recall(self, name: str) -> float | None:
+        """A number that was noted."""
+        return self._numbers.get(name)

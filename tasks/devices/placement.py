@@ -1,0 +1,91 @@
+"""Where a stage may compute: the devices of this machine, and what they are called."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.errors import SettingsInvalid
+
+if TYPE_CHECKING:
+    import torch
+
+BALANCED = "balanced"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a stage puts its model: on one device, or (device_map) spread over all of them.
+
+    device: where computation happens, for a spread model the first device. accelerators: what the host calls the
+    devices it computes on; none for the CPU.
+    """
+
+    device: torch.device
+    device_map: str | None = None
+    accelerators: tuple[str, ...] = ()
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """Keyword arguments for load_checkpoint."""
+        return {"device_map": self.device_map} if self.device_map else {"device": self.device}
+
+
+def accelerator_name(device: str) -> str | None:
+    """What a device is called on its host, whatever CUDA_VISIBLE_DEVICES makes of it; None for the CPU, which several
+    processes may use at once."""
+    import torch
+
+    if device.startswith("cuda"):
+        return f"cuda-{torch.cuda.get_device_properties(torch.device(device)).uuid}"
+    return None if torch.device(device).type in ("cpu", "meta") else device
+
+
+def device_names(setting: str) -> tuple[str, ...]:
+    """Torch device names for a setting: "auto" is every CUDA device, or the CPU if there is none; "balanced" the same,
+    each model spread over them. Raises SettingsInvalid for a device this machine does not have."""
+    import torch
+
+    if setting in ("auto", BALANCED):
+        return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count())) or ("cpu",)
+    if setting.startswith("cuda"):
+        index = int(setting.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            raise SettingsInvalid(
+                f"SLIMLINE_DEVICE={setting}: this machine has {torch.cuda.device_count()} CUDA devices; "
+                f"set it to auto, balanced, cpu or one of them"
+            )
+        return (f"cuda:{index}",)
+    try:
+        torch.empty(0, device=setting)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsInvalid(
+            f"SLIMLINE_DEVICE={setting}: torch has no such device here; set it to auto or cpu"
+        ) from error
+    return (setting,)
+
+
+def device_label(setting: str) -> str:
+    """What a profile is a profile of: the name of the accelerator, or of the processor and its number of cores."""
+    # torch costs seconds to import and a fully cached run does not need it: no driver, no CUDA device
+    if setting == "cpu" or (setting in ("auto", BALANCED) and not Path("/proc/driver/nvidia").exists()):
+        return f"cpu {_processor()} ({os.cpu_count()} cores)"
+    import torch
+
+    names = device_names(setting)
+    if not names[0].startswith("cuda"):
+        return f"{names[0]} {_processor()}"
+    name = str(torch.cuda.get_device_name(names[0]))
+    return f"{len(names)} x {name} (balanced)" if setting == BALANCED and len(names) > 1 else name
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

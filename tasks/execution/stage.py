@@ -1,0 +1,259 @@
+"""What every cached stage has in common: its Prefect task, its lock, its device, its folder in the store."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+from uuid import UUID
+
+from prefect import Task
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from infra.artifacts.store import ArtifactRef, ArtifactStore
+from infra.provenance import versions
+from infra.secrets import secrets_kept
+from infra.settings import Settings, load_settings
+from infra.sources.find import Sources
+from tasks.devices.placement import Placement
+from tasks.devices.pool import pool
+from tasks.execution.disk_forecast import Forecast, check_room
+from tasks.execution.interrupts import Interrupted, ended_by_marks, refuse_elsewhere, refuse_interrupted
+from tasks.execution.progress import Progress, stage_progress
+from tasks.execution.retries import passes_by_itself, with_smaller_batches
+from tasks.execution.sharing import sharing_of
+from tasks.requests import EvaluateRequest, Request
+
+log = logging.getLogger("slimline")
+
+importing = threading.Lock()
+"""Held while a thread imports libraries: two that import parts of transformers at once, or one that only uses
+`datasets` (it looks into transformers) while another does, see it half initialised and fail."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a stage may use besides its request; none of it changes the answer, so none of it is in a key."""
+
+    settings: Settings
+    sources: Sources
+    refreshed_since: datetime | None = None
+    """A stage that is to be refreshed and was made after this moment has been refreshed."""
+    part_of: UUID | None = None
+    """The night's flow run, if it is one of its cells: when that is interrupted, the cell starts no further stage."""
+
+    @property
+    def store(self) -> ArtifactStore:
+        """Where artifacts live."""
+        return ArtifactStore(self.settings.store_root)
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a running stage has on its bench: a folder to fill, a place to compute if it asked for one, and a voice."""
+
+    run_context: RunContext
+    folder: Path
+    ref: ArtifactRef
+    given_place: Placement | None
+    progress: Progress
+
+    @property
+    def store(self) -> ArtifactStore:
+        """Where artifacts live."""
+        return self.run_context.store
+
+    @property
+    def place(self) -> Placement:
+        """Where a stage that was declared with devices computes."""
+        assert self.given_place is not None, "this stage was declared without devices"
+        return self.given_place
+
+
+class StageResult(BaseModel):
+    """What a stage returns and Prefect caches: a reference that checks, whenever it is decoded, that the artifact is
+    still whole. If it is not, decoding fails and Prefect runs the stage again."""
+
+    model_config = ConfigDict(frozen=True)
+
+    ref: ArtifactRef
+    seconds: float
+    found: bool = False
+
+    @model_validator(mode="after")
+    def _still_there(self) -> Self:
+        if not ArtifactStore(load_settings().store_root).has(self.ref):
+            raise ValueError(f"{self.ref.kind} {self.ref.key} is no longer in the store")
+        return self
+
+
+Fill = Callable[[Any, StageContext], None]
+Devices = Literal["none", "one", "all", "team", "crew"]
+"""What a stage computes on; a team (of the walk) and a crew (of an evaluation) have as many devices as
+settings.walk_processes and settings.eval_processes say: one, or all."""
+
+
+def stage(
+    name: str, fill: Fill, *, devices: Devices, imports: tuple[str, ...] | Callable[[Any], tuple[str, ...]]
+) -> Task[..., StageResult]:
+    """A Prefect task from a function that fills a folder.
+
+    devices: what it computes on. imports: the heavy modules that it imports when it runs, perhaps by its request.
+    """
+
+    def run(request: Request, stage_name: str, run_context: RunContext) -> StageResult:
+        with secrets_kept():  # Prefect writes an error into its database, and beside the result
+            refuse_elsewhere(run_context.settings)
+            run_context = replace(run_context, settings=with_smaller_batches(run_context.settings, stage_name))
+            modules = imports(request) if callable(imports) else imports
+            return run_stage(request, stage_name, run_context, fill, devices=devices, imports=modules)
+
+    return Task(
+        fn=run,
+        name=name,
+        task_run_name="{stage_name}",
+        cache_key_fn=_cache_key,
+        persist_result=True,
+        result_serializer="json",
+        retry_condition_fn=passes_by_itself,
+    )
+
+
+def run_stage(
+    request: Request,
+    stage_name: str,
+    run_context: RunContext,
+    fill: Fill,
+    *,
+    devices: Devices,
+    imports: tuple[str, ...] = (),
+) -> StageResult:
+    """Make the artifact of `request` unless the store has it. One process at a time works on one key."""
+    store, ref = run_context.store, request.ref
+    sharing = sharing_of(run_context.settings)
+    with store.lock(ref):
+        if store.has(ref) and not (_refreshing() and _older(store, ref, run_context.refreshed_since)):
+            log.info("%s: %s found in the store, not run", stage_name, ref.key)
+            sharing.share(ref, store)
+            return _found(ref, store)
+        if not _refreshing() and sharing.fetch(ref, store):
+            return _found(ref, store)
+        with sharing.lock(ref):
+            # once more: another machine may have made it while we waited for its lock
+            if not _refreshing() and sharing.fetch(ref, store):
+                return _found(ref, store)
+            check_room(
+                f"stage {stage_name}",
+                Forecast(store, run_context.sources).need(request),
+                store,
+                run_context.settings,
+                requests=[request],
+            )
+            _import_in_turn(imports)
+            seconds = _run(request, stage_name, run_context, fill, devices)
+            log.info("%s: done in %.1f s", stage_name, seconds)
+            sharing.share(ref, store, replace=True)
+            return StageResult(ref=ref, seconds=seconds)
+
+
+def _found(ref: ArtifactRef, store: ArtifactStore) -> StageResult:
+    return StageResult(ref=ref, seconds=store.manifest(ref).seconds, found=True)
+
+
+def _run(request: Request, stage_name: str, run_context: RunContext, fill: Fill, devices: Devices) -> float:
+    """Make the artifact when there is a device for it; returns the seconds that it took. Raises Interrupted."""
+    with _placed(run_context.settings, devices, request) as place:
+        refuse_interrupted(run_context.settings, run_context.part_of)  # the wait for a device may have been long
+        reason = "refreshed" if _refreshing() else "not in the store"
+        log.info("%s: running, %s is %s", stage_name, request.ref.key, reason)
+        started = time.monotonic()
+        try:
+            _make(request, stage_name, run_context, fill, place)
+        except BaseException as error:
+            if isinstance(error, Interrupted):
+                log.info("%s: %s", stage_name, error)
+            _clear_frames(error)
+            raise
+        return time.monotonic() - started
+
+
+def _make(request: Request, stage_name: str, run_context: RunContext, fill: Fill, place: Placement | None) -> None:
+    store, ref = run_context.store, request.ref
+    refuse = ended_by_marks(run_context.settings, run_context.part_of)
+    with (
+        stage_progress(stage_name, refuse) as progress,
+        store.writing(
+            ref, request=request.model_dump(mode="json"), versions=versions(), replace=_refreshing()
+        ) as folder,
+    ):
+        fill(request, StageContext(run_context, folder, ref, place, progress))
+        run_context.sources.require_unchanged(request.origins)
+    store.drop_scratch(ref)
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Empty the frames that an error came through: they hold models, and Prefect keeps the error until the run ends."""
+    errors: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in errors:
+        errors.append(cause)
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+
+
+def log_when_cached(ref: ArtifactRef) -> Callable[[Task[..., StageResult], TaskRun, State[Any]], None]:
+    """A completion hook that says when a stage was a hit: then the stage itself does not run and cannot say so."""
+
+    def log_if_cached(task: Task[..., StageResult], task_run: TaskRun, state: State[Any]) -> None:
+        if state.name == "Cached":
+            log_cached(task_run.name, ref)
+
+    return log_if_cached
+
+
+def log_cached(stage_name: str, ref: ArtifactRef) -> None:
+    """Say that a stage is not run; what could not be shared when it was made is shared now."""
+    log.info("%s: not run, %s is cached", stage_name, ref.key)
+    settings = load_settings()
+    sharing_of(settings).share(ref, ArtifactStore(settings.store_root))
+
+
+def _import_in_turn(modules: tuple[str, ...]) -> None:
+    """Import before the stage does, one thread at a time."""
+    with importing:
+        for module in modules:
+            importlib.import_module(module)
+
+
+def _placed(settings: Settings, devices: Devices, request: Request) -> AbstractContextManager[Placement | None]:
+    if devices == "none":
+        return nullcontext()
+    processes = {"one": 1, "process_group": settings.walk_processes, "crew": settings.eval_processes}
+    places = pool(settings.device, settings.device_lease)
+    # only evaluations go on with the model that the one before them loaded; all others get their places empty
+    needs = request.checkpoint.key if isinstance(request, EvaluateRequest) else None
+    return places.one(needs) if processes.get(devices) == 1 else places.all(needs)
+
+
+def _cache_key(context: Any, parameters: dict[str, Any]) -> str:
+    request: Request = parameters["request"]
+    return request.ref.key
+
+
+def _older(store: ArtifactStore, ref: ArtifactRef, moment: datetime | None) -> bool:
+    return moment is None or store.manifest(ref).created_at < moment
+
+
+def _refreshing() -> bool:
+    context = TaskRunContext.get()
+    return bool(context and context.task.refresh_cache)

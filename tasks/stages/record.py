@@ -1,0 +1,228 @@
+"""The one stage that is never cached: what a run found, written to DuckDB and MLflow, twice as good as once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.context import TaskRunContext
+from pydantic import BaseModel, ConfigDict
+
+from evaluation.profile.report import ProfileReport
+from evaluation.report import EvalReport, Metric
+from infra.artifacts.manifest import Manifest
+from infra.artifacts.store import ArtifactRef
+from infra.errors import TrackingUnusable
+from infra.provenance import git_revision, versions
+from infra.results.rows import LayerRow, MetricRow, PairRow, RunRow, StageRow
+from infra.results.store import ResultsStore
+from infra.secrets import secrets_kept
+from infra.tracking.tracker import MetricPoint, Tracker
+from tasks.execution.stage import RunContext
+from tasks.stages.pairs import as_json, beside_dense
+
+#: what can change a figure; Prefect, MLflow and DuckDB only carry it
+_MEASURING = frozenset({"python", "torch", "transformers", "lm-eval", "datasets", "slimline"})
+
+
+class Measured(BaseModel):
+    """A finished report stage: what it measured (`suite`) about which checkpoint."""
+
+    model_config = ConfigDict(frozen=True)
+
+    report: ArtifactRef
+    suite: str
+    label: str
+    checkpoint_name: str
+    checkpoint: ArtifactRef
+
+
+class RunOutcome(BaseModel):
+    """All that there is to record about a run. `checkpoints`: the finished ones by name."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_key: str
+    name: str
+    spec: dict[str, Any]
+    started_at: datetime
+    stages: tuple[StageRow, ...]
+    checkpoints: dict[str, ArtifactRef]
+    measured: tuple[Measured, ...]
+    failed: bool
+    message: str | None
+
+
+@task(name="record", task_run_name="record", cache_policy=NO_CACHE, persist_result=False)
+def record(outcome: RunOutcome, run_context: RunContext) -> tuple[MetricRow, ...]:
+    """Write the run; returns its metric rows. A run recorded again replaces its rows and continues its MLflow run.
+
+    Raises ResultsUnusable, and TrackingUnusable after the rows are written.
+    """
+    with secrets_kept():
+        return _record(outcome, run_context)
+
+
+def _record(outcome: RunOutcome, run_context: RunContext) -> tuple[MetricRow, ...]:
+    metrics = tuple(_metric_rows(outcome, run_context))
+    layers = tuple(_layer_rows(outcome, run_context))
+    pairs = beside_dense(metrics, run_context.store)
+    mlflow_run_id, problem = tracked(lambda: _track(outcome, run_context, metrics, layers, pairs))
+    run = RunRow(
+        run_key=outcome.run_key,
+        name=outcome.name,
+        spec=json.dumps(outcome.spec),
+        status="failed" if outcome.failed else "completed",
+        started_at=outcome.started_at,
+        finished_at=datetime.now(UTC),
+        prefect_run_id=flow_run_id(),
+        mlflow_run_id=mlflow_run_id,
+        slimline_version=versions().get("slimline", "unknown"),
+        git_revision=git_revision(),
+        message=outcome.message,
+    )
+    ResultsStore.of(run_context.settings).record(run, outcome.stages, metrics, layers, pairs)
+    if problem:
+        raise problem
+    return metrics
+
+
+def tracked(write: Callable[[], str]) -> tuple[str | None, TrackingUnusable | None]:
+    """The id of the MLflow run that `write` made, or why there is none: what was measured is recorded all the same."""
+    try:
+        return write(), None
+    except TrackingUnusable as error:
+        return None, error
+
+
+def _metric_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[MetricRow]:
+    for measured in outcome.measured:
+        metrics, protocol = _read_report(run_context.store.path(measured.report), measured.suite)
+        protocol |= _made_with(run_context.store.manifest(measured.report))
+        for metric in metrics:
+            values = metric.model_dump(include=set(MetricRow.model_fields) & set(Metric.model_fields))
+            yield MetricRow(
+                run_key=outcome.run_key,
+                checkpoint=measured.checkpoint_name,
+                checkpoint_key=measured.checkpoint.key,
+                stage_key=measured.report.key,
+                suite=measured.label,
+                protocol=json.dumps(protocol),
+                **values,
+            )
+
+
+def _made_with(manifest: Manifest) -> dict[str, Any]:
+    """For the protocol: the versions when it was measured, which may be long ago, and what the data sets held."""
+    versions = {name: version for name, version in manifest.versions.items() if name in _MEASURING}
+    identities = manifest.request.get("sources")
+    return {"versions": versions} | ({"data_identity": identities} if identities else {})
+
+
+def _read_report(folder: Path, suite: str) -> tuple[tuple[Metric, ...], dict[str, Any]]:
+    text = (folder / "report.json").read_text(encoding="utf-8")
+    if suite != "profile":
+        report = EvalReport.model_validate_json(text)
+        return report.metrics, dict(report.protocol)
+    profile = ProfileReport.model_validate_json(text)
+    return profile.metrics(), dict(profile.conditions())
+
+
+def _layer_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[LayerRow]:
+    for ref in dict.fromkeys(outcome.checkpoints.values()):
+        path = run_context.store.path(ref) / "pruning.json"
+        for layer in json.loads(path.read_text(encoding="utf-8"))["layers"] if path.exists() else ():
+            energy = layer["output_energy"] or 1.0
+            heldout = layer["heldout_error"]
+            yield LayerRow(
+                run_key=outcome.run_key,
+                stage_key=ref.key,
+                layer=layer["layer"],
+                sub_layer=layer["sub_layer"],
+                kept=layer["kept"],
+                total=layer["total"],
+                sparsity=1 - layer["kept"] / layer["total"],
+                predicted_error=layer["predicted_error"] / energy,
+                measured_error=layer["measured_error"] / energy,
+                heldout_error=None if heldout is None else heldout / energy,
+                condition=layer["condition"],
+                seconds=layer["seconds"],
+                num_tokens=layer["num_tokens"],
+            )
+
+
+def _track(
+    outcome: RunOutcome,
+    run_context: RunContext,
+    metrics: tuple[MetricRow, ...],
+    layers: tuple[LayerRow, ...],
+    pairs: tuple[PairRow, ...],
+) -> str:
+    folders = {name: run_context.store.path(ref) for name, ref in outcome.checkpoints.items()}
+    points = [MetricPoint(f"{row.checkpoint}/{row.suite}/{row.task}/{row.metric}", row.value) for row in metrics]
+    for name, ref in outcome.checkpoints.items():
+        for row in layers:
+            if row.stage_key == ref.key and row.measured_error is not None:
+                points.append(MetricPoint(f"{name}/{row.sub_layer}_error", row.measured_error, row.layer))
+    artifacts = {"spec.json": json.dumps(outcome.spec, indent=1)}
+    if pairs:
+        artifacts["paired.json"] = as_json(pairs)
+    for name, folder in folders.items():
+        points += [MetricPoint(f"{name}/train_loss", loss, step) for step, loss in _losses(folder)]
+        for file in ("plan.json", "pruning.json", "recovery.json"):
+            if (folder / file).exists():
+                artifacts[f"{name}/{file}"] = (folder / file).read_text(encoding="utf-8")
+    for measured in outcome.measured:
+        text = (run_context.store.path(measured.report) / "report.json").read_text(encoding="utf-8")
+        artifacts[f"{measured.checkpoint_name}/{measured.label}.json"] = text
+    return Tracker(run_context.settings.tracking_uri).record(
+        run_key=outcome.run_key,
+        name=outcome.name,
+        params=flat(outcome.spec),
+        metrics=points,
+        tags={
+            **{f"stage.{stage.name}": stage.stage_key for stage in outcome.stages},
+            **{f"version.{name}": version for name, version in _versions(outcome, run_context).items()},
+        },
+        artifacts=artifacts,
+        checkpoints=folders,
+        status="failed" if outcome.failed else "completed",
+        visit_tags={"prefect.flow_run_id": flow_run_id() or ""},
+    )
+
+
+def _versions(outcome: RunOutcome, run_context: RunContext) -> dict[str, str]:
+    """Of what measured: several where cached figures are older than others; of this process if nothing was measured."""
+    found = [run_context.store.manifest(measured.report).versions for measured in outcome.measured] or [versions()]
+    names = dict.fromkeys(name for each in found for name in each)
+    return {name: ", ".join(dict.fromkeys(each[name] for each in found if name in each)) for name in names}
+
+
+def _losses(folder: Path) -> list[tuple[int, float]]:
+    path = folder / "recovery.json"
+    return json.loads(path.read_text(encoding="utf-8"))["losses"] if path.exists() else []
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """A nested spec as MLflow params: "steps.0.sparsity" -> "0.2"."""
+    if isinstance(value, dict):
+        items = [(str(key), inner) for key, inner in value.items()]
+    elif isinstance(value, list | tuple):
+        items = [(str(index), inner) for index, inner in enumerate(value)]
+    else:
+        return {prefix: str(value)}
+    params: dict[str, str] = {}
+    for key, inner in items:
+        params |= flat(inner, f"{prefix}.{key}" if prefix else key)
+    return params
+
+
+def flow_run_id() -> str | None:
+    """Of the flow run that the running task belongs to."""
+    context = TaskRunContext.get()
+    return str(context.task_run.flow_run_id) if context and context.task_run.flow_run_id else None

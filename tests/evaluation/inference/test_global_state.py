@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation.inference.global_state import ExclusiveGlobals, Setting, drawing, hushed, seeds
+
+
+def drawn() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def expected(*, python: int, others: int, count: int) -> list[tuple[float, float, float]]:
+    """What is drawn after the global generators are seeded; they stay as they were."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(python)
+    np.random.seed(others)
+    torch.manual_seed(others)
+    found = [drawn() for _ in range(count)]
+    random.setstate(before[0])
+    np.random.set_state(before[1])
+    torch.set_rng_state(before[2])
+    return found
+
+
+def test_a_turn_goes_on_where_the_last_one_ended() -> None:
+    inside, outside = expected(python=0, others=1234, count=3), expected(python=7, others=8, count=3)
+    random.seed(7)
+    np.random.seed(8)
+    torch.manual_seed(8)
+    turns = ExclusiveGlobals(seeds(python=0, numpy=1234, torch_cpu=1234))
+    found_outside = [drawn()]
+    with turns:
+        found = [drawn()]
+        with turns.between():
+            found_outside.append(drawn())
+        found.append(drawn())
+    found_outside.append(drawn())
+    with turns:
+        found.append(drawn())
+    assert (found, found_outside) == (inside, outside)
+
+
+def test_an_error_ends_the_turn_wherever_it_happens() -> None:
+    values = {"x": "everybody's"}
+    turns = ExclusiveGlobals([Setting(lambda: values["x"], lambda value: values.update(x=value), "mine")])
+    with pytest.raises(KeyError), turns:
+        fail(values, "mine")
+    assert values == {"x": "everybody's"}
+    with pytest.raises(KeyError), turns, turns.between():
+        fail(values, "everybody's")
+    assert values == {"x": "everybody's"}
+    with turns:  # nobody has kept it
+        assert values == {"x": "mine"}
+
+
+def fail(values: dict[str, str], expected: str) -> None:
+    assert values == {"x": expected}
+    raise KeyError
+
+
+def test_threads_have_turns_one_after_the_other_and_see_nothing_of_each_other() -> None:
+    inside = expected(python=3, others=4, count=30)
+    before = random.getstate(), torch.get_rng_state().tolist()
+    found: dict[int, list[Any]] = {}
+    having: list[int] = []
+
+    def draw(number: int) -> None:
+        turns = ExclusiveGlobals(seeds(python=3, numpy=4, torch_cpu=4))
+        for _ in range(30):
+            with turns:
+                having.append(number)
+                time.sleep(0.0005)
+                found.setdefault(number, []).append(drawn())
+                assert having == [number]
+                having.clear()
+
+    in_threads(draw, 3)
+    assert found == dict.fromkeys(range(3), inside)
+    assert (random.getstate(), torch.get_rng_state().tolist()) == before
+
+
+def in_threads(work: Any, count: int) -> None:
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_only_the_generators_that_are_asked_for_are_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a host of three CUDA devices: a training on the third must not find its generator elsewhere."""
+    asked: list[Any] = []
+
+    @contextmanager
+    def device(device: torch.device) -> Iterator[None]:
+        asked.append(str(device))
+        yield
+
+    @contextmanager
+    def fork_rng(devices: Any, device_type: str) -> Iterator[None]:
+        asked.append([str(each) for each in devices])
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    monkeypatch.setattr(torch.cuda, "manual_seed", asked.append)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("all devices were seeded"))
+    before = torch.get_rng_state()
+    with drawing(5, [torch.device("cuda:0"), torch.device("cuda:1")]):
+        first = float(torch.rand(()))
+    torch.set_rng_state(before)
+    assert asked == [["cuda:0", "cuda:1"], "cuda:0", 5, "cuda:1", 5]
+    assert first == float(torch.rand((), generator=torch.Generator().manual_seed(5)))
+    with ExclusiveGlobals(seeds(python=0, numpy=0, torch_cpu=0)):
+        pass
+
+
+def test_a_logger_is_quiet_until_the_last_one_leaves() -> None:
+    logger = logging.getLogger("slimline.tests.hushed")
+    logger.setLevel(logging.INFO)
+    first, second = hushed(logger.name), hushed(logger.name)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logger.level == logging.ERROR
+    second.__exit__(None, None, None)
+    assert logger.level == logging.INFO

@@ -1,0 +1,321 @@
+"""The command as users meet it: what it prints, and its exit code.
+
+Whatever runs stages, and one refusal of each kind, is a child process; long lists of refusals are `main` called here,
+which spares each of them the seconds that Prefect takes to be imported.
+"""
+
+from __future__ import annotations
+
+import atexit
+import csv
+import io
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.__main__ import main
+from flows.run.outcome import RunResult
+from flows.runtime.environment import _silence_interpreter_exit
+from flows.spec.load import shipped_specs
+from tests.flows.home import Home, stages_run
+from tests.flows.models import of_type, with_nan
+
+NOWHERE = "http://127.0.0.1:9"
+"""Port 9 is the discard service, which nobody runs: a hub that cannot be reached."""
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def tiny(smoke: tuple[Home, RunResult], offline_root: Path) -> Path:
+    """The tiny model's folder."""
+    return offline_root / "slimline/tiny-random-llama"
+
+
+@pytest.fixture
+def idle(tmp_path: Path, offline_root: Path) -> Home:
+    """A home for commands that need no Prefect server; the hub is out of reach."""
+    home = Home.create(tmp_path / "home", offline_root)
+    home.variables.update(HF_ENDPOINT=NOWHERE, HF_HUB_DOWNLOAD_TIMEOUT="2", HF_HUB_ETAG_TIMEOUT="2")
+    return home
+
+
+@pytest.fixture
+def here(idle: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+    """The command line in this process; what it changes for its own process is changed back."""
+    logger = logging.getLogger("slimline")
+    before = (logger.handlers, logger.propagate, logger.level, dict(os.environ), warnings.filters[:])
+
+    def command(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        os.environ.update(idle.environment)
+        monkeypatch.setattr(sys, "argv", ["slimline", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        output = capsys.readouterr()
+        assert (left.value.code or 0) == code, output.err
+        return subprocess.CompletedProcess(arguments, code, output.out, output.err)
+
+    yield command
+    atexit.unregister(_silence_interpreter_exit)
+    logger.handlers, logger.propagate, logger.level = before[:3]
+    os.environ.clear()
+    os.environ.update(before[3])
+    warnings.filters[:] = before[4]
+
+
+def complaint(child: subprocess.CompletedProcess[str]) -> str:
+    """The one line in which a command says what is wrong."""
+    assert "Traceback" not in child.stderr
+    lines = child.stderr.strip().splitlines()
+    assert lines[-1].startswith("slimline: "), child.stderr
+    assert [line for line in lines if line.startswith("slimline: ")] == lines[-1:]
+    return lines[-1].removeprefix("slimline: ")
+
+
+def only_complaint(child: subprocess.CompletedProcess[str]) -> str:
+    """The same, of a command that fails before any work."""
+    assert child.stdout == ""
+    assert len(child.stderr.strip().splitlines()) == 1, child.stderr
+    return complaint(child)
+
+
+def files_below(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_run_json_says_everything_in_its_last_line(smoke_copy: Home, smoke: tuple[Home, RunResult]) -> None:
+    alone = Home(smoke_copy.folder)  # as on a user's machine: Prefect starts a server of its own
+    child = alone.slimline("run", "smoke", "--json")
+    told = json.loads(child.stdout.splitlines()[-1])
+    result = smoke[1]
+    assert told["run_key"] == result.run_key
+    assert [stage["name"] for stage in told["stages"]] == [stage.name for stage in result.stages]
+    assert [stage["key"] for stage in told["stages"]] == [stage.key for stage in result.stages]
+    assert {stage["cached"] for stage in told["stages"]} == {True}
+    assert all(stage["seconds"] > 0 for stage in told["stages"])
+    assert len(told["metrics"]) == len(result.metrics)
+    assert {"checkpoint", "suite", "task", "metric", "value", "stderr"} <= set(told["metrics"][0])
+    assert Path(told["checkpoint"]) == smoke_copy.store.root / "checkpoint" / result.stages[3].key
+    assert (Path(told["checkpoint"]) / "model.safetensors").exists()
+    assert stages_run(child.stderr) == []
+    said = [line for line in child.stderr.splitlines() if ": not run, " in line and line.endswith(" is cached")]
+    assert len(said) == len(result.stages)
+    assert [line for line in child.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)] == []
+    table = child.stdout.splitlines()[0].split()
+    assert table == ["dense", "slimgpt-20", "slimgpt-20+lora"]
+
+
+def test_plan_says_what_would_run_and_does_nothing(smoke_copy: Home) -> None:
+    before = files_below(smoke_copy.store.root)
+    child = smoke_copy.slimline("plan", "smoke", "--set", "steps.1.rank=4", "--json")
+    lines = child.stdout.splitlines()
+    told = json.loads(lines[-1])
+    to_run = {stage["name"] for stage in told["stages"] if not stage["cached"]}
+    assert to_run == {stage["name"] for stage in told["stages"] if "+lora" in stage["name"]}
+    assert sum(line.startswith("cached ") for line in lines) == len(told["stages"]) - len(to_run)
+    assert sum(line.startswith("to run ") for line in lines) == len(to_run) + 1
+    assert files_below(smoke_copy.store.root) == before
+    assert len(smoke_copy.results.runs()) == 1
+
+
+def test_plan_of_an_empty_home_makes_nothing(idle: Home, tiny: Path) -> None:
+    child = idle.slimline("plan", "smoke")
+    assert "cached" not in child.stdout.replace("(never cached)", "")
+    assert files_below(idle.store.root) == {}
+    assert not idle.settings.results_path.exists()
+
+
+def test_plan_shows_branches_as_a_tree(here: Command, tiny: Path) -> None:
+    variants = "steps.0.variants={full: , uniform: {curve: uniform}, paper: {curve: log_increase}}"
+    lines = here("plan", "smoke", "--set", variants, "--set", "profile=null").stdout.splitlines()
+    shown = [line[8:].rpartition("  ")[0].rstrip() for line in lines if line.startswith("to run ")]
+    assert shown[4:9] == [
+        "  prune:full",
+        "    evaluate:perplexity:full",
+        "    evaluate:zero_shot:full",
+        "    recover:full+lora",
+        "      evaluate:perplexity:full+lora",
+    ]
+    assert shown[10] == "  prune:uniform"
+    assert [line for line in lines if line.startswith("same ")] == [
+        "same    paper is full under another name",
+        "same    paper+lora is full+lora under another name",
+    ]
+
+
+@pytest.mark.parametrize("form", ["table", "markdown", "json", "csv"])
+def test_results_in_four_forms(form: str, smoke: tuple[Home, RunResult]) -> None:
+    home, result = smoke
+    output = home.slimline("results", "--format", form).stdout
+    if form == "json":
+        assert len(json.loads(output)) == len(result.metrics)
+    elif form == "csv":
+        assert len(list(csv.DictReader(io.StringIO(output)))) == len(result.metrics)
+    else:
+        assert output.count("slimgpt-20+lora") == 1
+        assert "piqa acc" in output
+    assert ("perplexity: " in output) == (form in ("table", "markdown"))
+
+
+def test_results_of_one_run_are_found_by_name(smoke: tuple[Home, RunResult]) -> None:
+    home, result = smoke
+    assert result.run_key in home.slimline("results", "--run", "smoke").stdout
+    assert "there are: smoke" in only_complaint(home.slimline("results", "--run", "smok", code=2))
+
+
+def test_results_of_an_empty_home_say_what_to_do(here: Command) -> None:
+    assert "run a spec first" in only_complaint(here("results", code=2))
+
+
+@pytest.mark.parametrize(
+    "noun, name",
+    [
+        ("methods", "slimgpt"),
+        ("recoveries", "lora"),
+        ("suites", "zero_shot"),
+        ("families", "qwen3"),
+        ("specs", "smoke"),
+        ("nights", "smoke"),
+    ],
+)
+def test_list_names_each_with_a_line(noun: str, name: str, here: Command) -> None:
+    lines = here("list", noun).stdout.splitlines()
+    (line,) = [line for line in lines if line.split()[0] == name]
+    assert len(line.split()) > 1
+    if noun == "specs":
+        assert {line.split()[0] for line in lines} == set(shipped_specs())
+
+
+def test_doctor_is_content_with_a_healthy_machine(idle: Home) -> None:
+    output = idle.slimline("doctor").stdout
+    assert "BAD" not in output
+    for topic in ("versions", "devices", "sources", "hub", "offline default", "artifact store", "DuckDB", "MLflow"):
+        assert topic in output
+    assert "not reachable: use a mirror or the offline default" in output
+
+
+def test_doctor_finds_what_is_broken(idle: Home) -> None:
+    (idle.folder / "results").write_text("this is no folder at all")
+    idle.variables["SLIMLINE_MIRROR"] = str(idle.folder / "missing")
+    child = idle.slimline("doctor", code=2)
+    bad = [line.split(":")[0] for line in child.stdout.splitlines() if line.startswith("BAD")]
+    assert bad == ["BAD  sources", "BAD  results (DuckDB)"]
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (("run", "smokee"), "did you mean 'smoke'?"),
+        (("run", "smoke", "--set", "steps.0.sparsity=1.5"), "sparsity = 1.5"),
+        (("run", "smoke", "--set", "stepz=1"), "did you mean 'steps'?"),
+        (("plan", "smoke", "--set", "model.id=/nowhere/model"), "model path /nowhere/model does not exist"),
+    ],
+)
+def test_a_bad_spec_costs_one_line(arguments: tuple[str, ...], sentence: str, idle: Home) -> None:
+    assert sentence in only_complaint(idle.slimline(*arguments, code=2))
+
+
+@pytest.mark.parametrize(
+    "arguments", [("runn", "smoke"), ("run",), ("list", "nouns"), ("run", "smoke", "--sett", "a=1")]
+)
+def test_a_bad_command_line_is_a_user_error(arguments: tuple[str, ...], here: Command) -> None:
+    child = here(*arguments, code=2)
+    assert "Traceback" not in child.stderr
+    assert "Usage" in child.stderr
+
+
+def test_help_is_printed(idle: Home) -> None:
+    output = idle.slimline("--help").stdout
+    for command in ("run", "plan", "results", "list", "doctor", "ui"):
+        assert command in output
+
+
+@pytest.mark.parametrize(
+    "overrides, sentences",
+    [
+        (["model.id=/nowhere/model"], ["model path /nowhere/model does not exist", "give an existing folder"]),
+        (["model.id=./nowhere"], ["./nowhere does not exist"]),
+        (["evals.1.tasks=[piqqa]"], ["piqqa", "did you mean 'piqa'"]),
+        (["mirror=/nowhere"], ["mirror folder /nowhere does not exist"]),
+        (
+            ["profile.settings.prompt_len=100000"],
+            ["prompt_len 100000 + new_tokens", "max_position_embeddings", "shorten"],
+        ),
+        (["calibration.seq_len=100000"], ["calibration.seq_len 100000 is longer than the context", "at most"]),
+        (["steps.0.variants.long.calibration.seq_len=100000"], ["seq_len 100000 of variant long is longer", "at most"]),
+        (["steps.0.variants.x.calibration.data.dataset=/nowhere/x"], ["dataset path /nowhere/x does not exist"]),
+        (["steps.1.data.dataset=/nowhere/data"], ["dataset path /nowhere/data does not exist"]),
+        (
+            ["mirror=hub"],
+            ["tiny-random-llama", "(1) the hub", "(2) a mirror", "(3) the offline default", "pip install"],
+        ),
+        (["model.id=slimline/tiny"], ["'slimline/tiny' was not found", "offline default, which has only", "Ways out"]),
+    ],
+)
+def test_what_cannot_work_is_said_before_any_work(overrides: list[str], sentences: list[str], here: Command) -> None:
+    options = [part for override in overrides for part in ("--set", override)]
+    line = only_complaint(here("plan", "smoke", *options, code=2))
+    for sentence in sentences:
+        assert sentence in line
+
+
+def test_an_unsupported_architecture_is_named_with_the_supported_ones(
+    here: Command, tiny: Path, tmp_path: Path
+) -> None:
+    model = of_type(tiny, tmp_path / "gpt2", "gpt2", "GPT2LMHeadModel")
+    line = only_complaint(here("plan", "smoke", "--set", f"model.id={model}", code=2))
+    assert "unsupported architecture 'gpt2'" in line
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        assert family in line
+
+
+def test_a_store_that_cannot_be_written_is_named(idle: Home, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    idle.variables.update(SLIMLINE_HOME=str(tmp_path / "file" / "home"), SLIMLINE_MIRROR=str(tiny.parents[1]))
+    line = only_complaint(idle.slimline("plan", "smoke", "--set", "mirror=null", code=2))
+    assert str(tmp_path / "file") in line
+    assert "SLIMLINE_HOME" in line
+
+
+@pytest.mark.parametrize("variable, value", [("SLIMLINE_EVAL_BATCH_SIZE", "many"), ("SLIMLINE_DEVICE", "cuda:7")])
+def test_a_bad_setting_is_named(variable: str, value: str, idle: Home, here: Command, tiny: Path) -> None:
+    idle.variables[variable] = value
+    line = only_complaint(here("plan", "smoke", code=2))
+    assert variable in line
+    assert value in line
+
+
+def test_run_refuses_before_any_work(home: Home) -> None:
+    child = home.slimline("run", "smoke", "--set", "model.id=/nowhere/model", code=2)
+    assert "model path /nowhere/model does not exist" in only_complaint(child)
+    assert not (home.store.root / "checkpoint").exists()
+
+
+def test_a_stage_that_refuses_its_input_ends_the_run_with_two(home: Home, tiny: Path, tmp_path: Path) -> None:
+    """NaN is found when the model is imported; all that follows is skipped, and the run is recorded as failed."""
+    model = with_nan(tiny, tmp_path / "nan")
+    child = home.slimline("run", "smoke", "--set", f"model.id={model}", "--json", code=2)
+    line = complaint(child)
+    assert "import-model: " in line
+    assert "model.layers.2.mlp.down_proj.weight" in line
+    told = json.loads(child.stdout.splitlines()[-1])
+    assert {stage["status"] for stage in told["stages"]} == {"failed", "skipped"}
+    assert told["checkpoint"] is None
+    assert [run.status for run in home.results.runs()] == ["failed"]
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused_before_any_work(idle: Home, small_disk: Path) -> None:
+    idle.variables["SLIMLINE_HOME"] = str(small_disk / "home")
+    Home.create(small_disk / "home", (idle.folder / "offline").resolve())
+    (small_disk / "ballast").write_bytes(b"x" * 5_500_000)
+    line = only_complaint(idle.slimline("plan", "smoke", code=2))
+    assert "free" in line
+    assert str(small_disk) in line

@@ -1,0 +1,281 @@
+"""Which stages follow from a spec, and what their keys depend on. Nothing runs: sources are folders of a few bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import evaluation.suites.perplexity
+import pruning.methods.slimgpt
+import pruning.recovery.lora
+import tasks.requests
+from flows.run.stages import StageGraph, build_stages
+from flows.spec.load import load_spec
+from infra.settings import Settings
+from infra.sources.find import Sources
+from tasks.requests import IMPORT_VERSION
+from tests.flows.home import PROJECT
+
+REPOSITORIES = ("tiny-random-llama", "news", "wikipedia", "instructions")
+SPEC = ("mirror=null",)
+
+CALIBRATION = {"calibrate"}
+PRUNED = {"prune:slimgpt-20", "evaluate:perplexity:slimgpt-20", "evaluate:zero_shot:slimgpt-20", "profile:slimgpt-20"}
+RECOVERED = {
+    "recover:slimgpt-20+lora",
+    "evaluate:perplexity:slimgpt-20+lora",
+    "evaluate:zero_shot:slimgpt-20+lora",
+    "profile:slimgpt-20+lora",
+}
+PERPLEXITY = {f"evaluate:perplexity:{name}" for name in ("dense", "slimgpt-20", "slimgpt-20+lora")}
+ZERO_SHOT = {f"evaluate:zero_shot:{name}" for name in ("dense", "slimgpt-20", "slimgpt-20+lora")}
+PROFILES = {f"profile:{name}" for name in ("dense", "slimgpt-20", "slimgpt-20+lora")}
+EVERYTHING = CALIBRATION | PRUNED | RECOVERED | PERPLEXITY | ZERO_SHOT | PROFILES | {"import-model"}
+
+
+def make_mirror(root: Path) -> Path:
+    for repo_id in [f"slimline/{name}" for name in REPOSITORIES] + ["baber/piqa"]:
+        (root / repo_id).mkdir(parents=True)
+        (root / repo_id / "data.txt").write_text(f"content of {repo_id}", encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Path:
+    return make_mirror(tmp_path / "mirror")
+
+
+def told(mirror: Path, *overrides: str, device: str = "cpu") -> StageGraph:
+    sources = Sources((mirror,), None, False, home=mirror.parent / "home")
+    return build_stages(load_spec("smoke", [*SPEC, *overrides]), sources, device)
+
+
+def keys(graph: StageGraph) -> dict[str, str]:
+    return {stage.name: stage.ref.key for stage in graph.stages}
+
+
+def changed(before: StageGraph | dict[str, str], after: StageGraph) -> set[str]:
+    old, new = before if isinstance(before, dict) else keys(before), keys(after)
+    assert set(old) == set(new)
+    return {name for name in old if old[name] != new[name]}
+
+
+def test_stages_come_after_what_they_read(mirror: Path) -> None:
+    graph = told(mirror, "steps.0.propagate_error=false")
+    seen = set()
+    for stage in graph.stages:
+        assert {ref.key for ref in stage.request.inputs} <= seen, stage.name
+        seen.add(stage.ref.key)
+    assert set(keys(graph)) == EVERYTHING | {"capture:dense", "order:dense"}
+    assert len({stage.ref.key for stage in graph.stages}) == len(graph.stages)
+
+
+def test_keys_say_what_and_which_version(mirror: Path) -> None:
+    graph = keys(told(mirror))
+    version = pruning.methods.slimgpt.VERSION
+    assert graph["import-model"].startswith(f"import-model-v{IMPORT_VERSION}-")
+    assert graph["prune:slimgpt-20"].startswith(f"prune-slimgpt-v{version}-")
+    assert graph["evaluate:zero_shot:dense"].startswith("evaluate-zero-shot-v")
+
+
+def test_keys_are_equal_in_another_process(mirror: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.flows.run.test_stages import keys, told\n"
+        "print(*keys(told(Path(sys.argv[1]))).values())"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code, str(mirror)],
+        cwd=PROJECT,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert child.stdout.split() == list(keys(told(mirror)).values())
+
+
+def test_where_things_lie_is_in_no_key(mirror: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere" / "deep"
+    before = told(mirror)
+    shutil.copytree(mirror, elsewhere)
+    shutil.rmtree(mirror)
+    after = told(elsewhere)
+    assert changed(before, after) == set()
+    assert after.run_key == before.run_key
+
+
+@pytest.mark.parametrize(
+    "variable, value",
+    [
+        ("SLIMLINE_EVAL_BATCH_SIZE", "3"),
+        ("SLIMLINE_WALK_BATCH_SIZE", "3"),
+        ("SLIMLINE_ACTIVATION_BUDGET_GIB", "0.5"),
+        ("SLIMLINE_HOME", "/nowhere/else"),
+        ("SLIMLINE_MIRROR", "/nowhere"),
+    ],
+)
+def test_how_is_in_no_key(variable: str, value: str, mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = told(mirror)
+    monkeypatch.setenv(variable, value)
+    Settings()
+    assert changed(before, told(mirror)) == set()
+
+
+def test_the_device_is_in_no_key_but_that_of_a_profile(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = told(mirror)
+    monkeypatch.setattr("flows.run.stages.device_label", lambda setting: "another device")
+    assert changed(before, told(mirror)) == PROFILES
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["description=other", "mirror=[hub]", "evals.0.name=perplexity", "steps.0.name=slimgpt-20", "profile.on=all"],
+)
+def test_words_are_in_no_key(override: str, mirror: Path) -> None:
+    assert changed(told(mirror), told(mirror, override)) == set()
+
+
+@pytest.mark.parametrize(
+    "overrides, stages",
+    [
+        ("model.dtype=bfloat16", EVERYTHING),
+        ("calibration.seed=1", CALIBRATION | PRUNED | RECOVERED),
+        ("calibration.num_samples=9", CALIBRATION | PRUNED | RECOVERED),
+        ("calibration.seq_len=65", CALIBRATION | PRUNED | RECOVERED),
+        ("calibration.num_heldout=3", CALIBRATION | PRUNED | RECOVERED),
+        ("calibration.join=' '", CALIBRATION | PRUNED | RECOVERED),
+        ("calibration.data.dataset=slimline/wikipedia", CALIBRATION | PRUNED | RECOVERED),
+        ("calibration.data.config=other", CALIBRATION | PRUNED | RECOVERED),
+        ("calibration.data.split=test", CALIBRATION | PRUNED | RECOVERED),
+        ("calibration.data.text_field=body", CALIBRATION | PRUNED | RECOVERED),
+        ("calibration.data.data_files=a.json", CALIBRATION | PRUNED | RECOVERED),
+        ("calibration.data.rows=lines", CALIBRATION | PRUNED | RECOVERED),
+        ("calibration.data.template=alpaca", CALIBRATION | PRUNED | RECOVERED),
+        ("steps.0.dampening_frac=0.02", PRUNED | RECOVERED),
+        ("steps.0.curve=uniform", PRUNED | RECOVERED),
+        ("steps.0.group_size=8", PRUNED | RECOVERED),
+        ("steps.0.grouped_cholesky=false", PRUNED | RECOVERED),
+        ("steps.0.split=half", PRUNED | RECOVERED),
+        ("steps.0.protect_first=1", PRUNED | RECOVERED),
+        ("steps.1.rank=4", RECOVERED),
+        ("steps.1.learning_rate=0.001", RECOVERED),
+        ("steps.1.seed=1", RECOVERED),
+        ("steps.1.max_steps=5", RECOVERED),
+        ("steps.1.data.dataset=slimline/news", RECOVERED),
+        ("steps.1.data.output=answer", RECOVERED),
+        ("evals.0.windows=[32]", PERPLEXITY),
+        ("evals.0.bos=none", PERPLEXITY),
+        ("evals.0.dataset=slimline/news", PERPLEXITY),
+        ("evals.1.limit=5", ZERO_SHOT),
+        ("evals.1.num_fewshot=1", ZERO_SHOT),
+        ("profile.settings.runs=3", PROFILES),
+        ("profile.settings.prompt_len=32", PROFILES),
+    ],
+)
+def test_a_field_changes_its_stage_and_what_follows(overrides: str, stages: set[str], mirror: Path) -> None:
+    before, after = told(mirror), told(mirror, overrides)
+    assert changed(before, after) == stages
+    assert before.run_key != after.run_key
+
+
+def test_every_config_field_of_every_step_and_eval_is_in_the_key(mirror: Path) -> None:
+    for stage in told(mirror).stages:
+        config = getattr(stage.request, "typed_config", None)
+        if config is not None:
+            assert stage.request.config == config.model_dump(mode="json"), stage.name
+
+
+def test_sparsity_changes_the_pruning_and_the_names(mirror: Path) -> None:
+    before, after = told(mirror), told(mirror, "steps.0.sparsity=0.3", "steps.0.name=slimgpt-20")
+    assert changed(before, after) == PRUNED | RECOVERED
+    assert "prune:slimgpt-30" in keys(told(mirror, "steps.0.sparsity=0.3"))
+
+
+def test_the_dense_statistics_serve_every_sparsity(mirror: Path) -> None:
+    two = "steps=[{method: slimgpt, sparsity: 0.2, propagate_error: false, name: a}]"
+    other = "steps=[{method: slimgpt, sparsity: 0.3, propagate_error: false, name: a}]"
+    assert keys(told(mirror, two))["capture:dense"] == keys(told(mirror, other))["capture:dense"]
+
+
+@pytest.mark.parametrize(
+    "repo_id, stages",
+    [
+        ("slimline/tiny-random-llama", EVERYTHING),
+        ("slimline/news", CALIBRATION | PRUNED | RECOVERED),
+        ("slimline/instructions", RECOVERED),
+        ("slimline/wikipedia", PERPLEXITY),
+        ("baber/piqa", ZERO_SHOT),
+    ],
+)
+def test_new_content_changes_the_keys_of_those_who_read_it(repo_id: str, stages: set[str], mirror: Path) -> None:
+    before = told(mirror)
+    (mirror / repo_id / "data.txt").write_text("another content", encoding="utf-8")
+    assert changed(before, told(mirror)) == stages
+
+
+@pytest.mark.parametrize(
+    "module, stages",
+    [
+        (pruning.methods.slimgpt, PRUNED | RECOVERED),
+        (pruning.recovery.lora, RECOVERED),
+        (evaluation.suites.perplexity, PERPLEXITY),
+    ],
+)
+def test_a_new_version_of_a_plugin_changes_its_stage_and_what_follows(
+    module: ModuleType, stages: set[str], mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = keys(told(mirror))
+    monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
+    assert changed(before, told(mirror)) == stages
+
+
+@pytest.mark.parametrize(
+    "request_class, stages",
+    [
+        ("ImportRequest", EVERYTHING),
+        ("CalibrateRequest", CALIBRATION | PRUNED | RECOVERED),
+        ("ProfileRequest", PROFILES),
+    ],
+)
+def test_a_new_version_of_a_stage_changes_it_and_what_follows(
+    request_class: str, stages: set[str], mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = keys(told(mirror))
+    monkeypatch.setattr(getattr(tasks.requests, request_class), "VERSION", 99)
+    assert changed(before, told(mirror)) == stages
+
+
+def test_two_names_for_one_question_are_one_stage_each(mirror: Path) -> None:
+    twice = "evals=[{suite: zero_shot, tasks: [piqa], name: a}, {suite: zero_shot, tasks: [piqa], name: b}]"
+    names = [stage.name for stage in told(mirror, twice, "profile=null").stages if stage.ref.kind == "report"]
+    assert names == [f"evaluate:a:{checkpoint}" for checkpoint in ("dense", "slimgpt-20", "slimgpt-20+lora")]
+
+
+def test_the_order_of_evals_is_not_the_order_of_keys(mirror: Path) -> None:
+    spec = load_spec("smoke", SPEC)
+    assert {entry.label for entry in spec.evals} == {"perplexity", "zero_shot"}
+    swapped = "evals=[{suite: zero_shot, tasks: [piqa], limit: 10}]"
+    assert keys(told(mirror, swapped))["evaluate:zero_shot:dense"] == keys(told(mirror))["evaluate:zero_shot:dense"]
+
+
+@pytest.mark.parametrize("name", ["Smoke", "my.run", "my_run", "a--b", "a-", "9"])
+def test_every_name_that_a_spec_may_have_makes_a_run_key(name: str, mirror: Path) -> None:
+    graph = told(mirror, f"name={name!r}")
+    assert graph.run_key.startswith("run-")
+    assert graph.run_key != told(mirror).run_key
+
+
+def test_names_that_differ_in_punctuation_are_different_runs(mirror: Path) -> None:
+    assert told(mirror, "name=a.b").run_key != told(mirror, "name=a-b").run_key
+
+
+def test_measuring_fewer_checkpoints_leaves_the_other_keys(mirror: Path) -> None:
+    graph = keys(told(mirror, "evals.1.on=[dense]", "profile=null"))
+    assert set(graph) == EVERYTHING - PROFILES - ZERO_SHOT | {"evaluate:zero_shot:dense"}
+    assert graph.items() <= keys(told(mirror)).items()

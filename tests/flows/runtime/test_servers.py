@@ -1,0 +1,137 @@
+"""Servers end with whoever started them, however that went, and nobody else's server is touched."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.runtime import tethered
+from tests.flows.home import PROJECT, Home
+from tests.flows.serving import alive_in, free_port, started, wait_for
+
+#: seconds after which nothing may be left
+SOON = 10.0
+#: what tells a Prefect server is the command line; one that takes its time, with a worker
+_SERVER = """
+import os, signal, subprocess, sys, time
+if sys.argv[2:]:
+    subprocess.Popen([sys.executable, "-c", open(sys.argv[1]).read(), sys.argv[1]])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+else:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(sys.argv[1] + f".{os.getpid()}", "w").close()
+time.sleep(60)
+"""
+_STARTER = """
+import sys, time
+from flows.runtime.interrupts import until_told
+from flows.runtime.servers import end, start
+with until_told():
+    server = start([sys.executable, *sys.argv[1:]], {}, told="SIGTERM")
+    try:
+        time.sleep(60)
+    finally:
+        end(server)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_server_and_its_workers_end_with_their_starter(number: signal.Signals, tmp_path: Path) -> None:
+    script = tmp_path / "server"
+    script.write_text(_SERVER)
+    command = [sys.executable, "-c", _STARTER, str(script), str(script), "with a worker"]
+    starter = subprocess.Popen(command, cwd=PROJECT)
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("server.*"))) == 2, 20, starter)
+        pids = [int(path.suffix[1:]) for path in tmp_path.glob("server.*")]
+        assert all(map(alive, pids))
+        starter.send_signal(number)
+        assert starter.wait(SOON) == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+        wait_for(lambda: not any(map(alive, pids)), SOON)
+    finally:
+        starter.kill()
+
+
+def test_a_server_does_not_hear_what_all_processes_are_told(tmp_path: Path) -> None:
+    """A service manager stops a run: it ends its stages and tells the server how they went."""
+    ready = tmp_path / "ready"
+    code = f"import time; open({str(ready)!r}, 'w').close(); time.sleep(60)"
+    command = [sys.executable, tethered.__file__, "SIGINT", sys.executable, "-c", code]
+    tether = subprocess.Popen(command, stdin=subprocess.PIPE)
+    assert tether.stdin is not None
+    try:
+        wait_for(ready.exists, 20, tether)
+        (server,) = (int(pid) for pid in Path(f"/proc/{tether.pid}/task/{tether.pid}/children").read_text().split())
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            tether.send_signal(number)
+            os.kill(server, number)
+        time.sleep(0.5)
+        assert tether.poll() is None
+        tether.stdin.close()
+        assert tether.wait(SOON) == 128 + signal.SIGINT
+        assert not alive(server)
+    finally:
+        tether.kill()
+
+
+@pytest.mark.slow
+def test_the_pages_leave_nothing_when_a_service_manager_ends_them(tmp_path: Path) -> None:
+    home, ports = Home(tmp_path / "home"), (free_port(), free_port())
+    log, place = tmp_path / "log", {"PREFECT_HOME": str(tmp_path / "prefect")}
+    given = ["--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1])]
+    with started(home, log, "flows", "ui", *given, **place) as ui:
+        wait_for(lambda: taken(ports[0]), 120, ui)
+        wait_for(lambda: any("uvicorn" in line and "mlflow" in line for line in alive_in(home)), 120, ui)
+        ui.send_signal(signal.SIGTERM)
+        assert ui.wait(SOON) == 0
+        assert alive_in(home) == []
+        assert not any(map(taken, ports))
+    assert "ended by SIGTERM" in log.read_text()
+
+
+def taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.slow
+def test_the_temporary_server_of_a_killed_run_ends(tmp_path: Path, offline_root: Path) -> None:
+    home = Home.create(tmp_path / "home", offline_root)
+    home.variables["PREFECT_HOME"] = str(tmp_path / "prefect")
+    with started(home, tmp_path / "log", "flows", "run", "smoke") as run:
+        wait_for(lambda: any("create_app" in line and "tethered" not in line for line in alive_in(home)), 60, run)
+        run.kill()
+        run.wait()
+        wait_for(lambda: alive_in(home) == [], SOON)
+
+
+@pytest.mark.slow
+def test_a_server_of_the_users_own_is_left_alone(smoke_copy: Home, tmp_path: Path) -> None:
+    """`prefect server start --background` where PREFECT_LOCAL_STORAGE_PATH is exported: its parent is gone as well."""
+    log = tmp_path / "pid"
+    words = ["prefect.server.api.server:create_app", "--port", smoke_copy.api_url]
+    code = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid)"
+    command = [sys.executable, "-c", code, sys.executable, "-c", "import time; time.sleep(120)", *words]
+    with log.open("w") as sink:
+        subprocess.run(command, env=smoke_copy.environment, stdout=sink, check=True)
+    theirs = int(log.read_text())
+    try:
+        smoke_copy.slimline("run", "smoke")
+        assert alive(theirs)
+    finally:
+        os.kill(theirs, signal.SIGKILL)

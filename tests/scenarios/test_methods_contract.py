@@ -1,0 +1,228 @@
+"""The contract of every method in pruning/methods with every family: a new file is tested the day it appears."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from infra import registry
+from pruning.calibration import CalibrationSet
+from pruning.checkpoints.decoder import ResidentDecoder
+from pruning.checkpoints.save_load import load_checkpoint, load_plan, save_checkpoint
+from pruning.checkpoints.surgery import mask_, shrink_
+from pruning.families import decoder_parameters, layer_cost, shapes
+from pruning.layerwise.capture import capture_statistics
+from pruning.walk.pruned import Pruned
+from pruning.walk.sequential import WalkOptions
+from tests.pruning.captured import CPU, in_bfloat16, logits, outputs, prune_copy, same_weights, windows
+from tests.tiny import FAMILIES, ROPE_TYPES, random_ids, rope_model, tiny_model
+
+METHODS = registry.available("pruning.methods")
+SPARSITY = 0.35
+CASES = list(product(METHODS, FAMILIES))
+
+
+def load(method: str) -> ModuleType:
+    return registry.load("pruning.methods", method, "method")
+
+
+def run(
+    method: str, model: PreTrainedModel, calibration: CalibrationSet, folder: Path, options: WalkOptions = CPU
+) -> tuple[PreTrainedModel, Pruned]:
+    """A masked copy and the outcome; that the model itself stays as it was is checked on the way."""
+    module = load(method)
+    config = module.Config(sparsity=SPARSITY)
+    statistics = None
+    if module.needs_statistics(config):
+        statistics = folder / "statistics"
+        statistics.mkdir()
+        capture_statistics(ResidentDecoder(model), calibration, statistics, options)
+    masked, pruned = prune_copy(model, config, calibration, method=module, statistics=statistics, options=options)
+    assert isinstance(pruned, Pruned)
+    return masked, pruned
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method on one family: computed once, read by all contract tests."""
+
+    dense: PreTrainedModel
+    masked: PreTrainedModel
+    shrunk: PreTrainedModel
+    pruned: Pruned
+    calibration: CalibrationSet
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @cache
+    def outcome(method: str, family: str) -> Outcome:
+        dense = tiny_model(family)
+        calibration = windows(dense)
+        masked, pruned = run(method, dense, calibration, tmp_path_factory.mktemp(method))
+        shrunk = copy.deepcopy(masked)
+        shrink_(shrunk, pruned.plan)
+        return Outcome(dense, masked, shrunk, pruned, calibration)
+
+    return outcome
+
+
+def probe(model: PreTrainedModel) -> Tensor:
+    return logits(model, random_ids(model, 2, 14, seed=3))
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_asked_sparsity_is_met(method: str, family: str, outcomes: Any) -> None:
+    result: Outcome = outcomes(method, family)
+    before, after = decoder_parameters(result.dense), decoder_parameters(result.shrunk)
+    assert result.pruned.achieved_sparsity == pytest.approx(1 - after / before)
+    cost, shape = layer_cost(result.dense), shapes(result.dense)[0]
+    if result.pruned.plan.dropped_layers:
+        unit = cost.parameters(shape)
+    else:
+        unit = max(cost.per_channel, cost.per_kv_head + shape.num_groups * cost.per_query_head)
+    assert abs(result.pruned.achieved_sparsity - SPARSITY) <= unit / before
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_masked_equals_shrunk(method: str, family: str, outcomes: Any) -> None:
+    result: Outcome = outcomes(method, family)
+    assert shapes(result.masked) == shapes(result.dense) == result.pruned.plan.source
+    assert shapes(result.shrunk) == result.pruned.plan.shapes
+    assert (probe(result.dense) - probe(result.masked)).abs().max() > 1e-3
+    torch.testing.assert_close(probe(result.shrunk), probe(result.masked), atol=1e-5, rtol=1e-5)
+    # the method has masked already: surgery's own mask finds nothing that counts
+    again = copy.deepcopy(result.masked)
+    mask_(again, result.pruned.plan)
+    torch.testing.assert_close(probe(again), probe(result.masked), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_save_load_equal_logits(method: str, family: str, outcomes: Any, tmp_path: Path) -> None:
+    result: Outcome = outcomes(method, family)
+    save_checkpoint(result.shrunk, None, tmp_path, result.pruned.plan)
+    assert load_plan(tmp_path) == result.pruned.plan
+    assert torch.equal(probe(load_checkpoint(tmp_path)), probe(result.shrunk))
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+@pytest.mark.parametrize(("method", "family"), [(method, family) for method, family in CASES if family != "opt"])
+def test_every_type_of_rotary_positions(method: str, family: str, rope_type: str, tmp_path: Path) -> None:
+    """Some types compute their tables anew while the model runs: the checkpoint must know what they need."""
+    dense = rope_model(family, rope_type)
+    masked, pruned = run(method, dense, windows(dense), tmp_path)
+    shrunk = copy.deepcopy(masked)
+    shrink_(shrunk, pruned.plan)
+    assert len(set(pruned.plan.shapes)) > 1
+    save_checkpoint(shrunk, None, tmp_path / "saved", pruned.plan)
+    # longer than anything the models have seen: dynamic tables remember the longest
+    ids = random_ids(dense, 2, 26, seed=3)
+    expected = logits(masked, ids)
+    torch.testing.assert_close(logits(shrunk, ids), expected, atol=1e-5, rtol=1e-5)
+    loaded = load_checkpoint(tmp_path / "saved")
+    assert torch.equal(logits(loaded, ids), logits(shrunk, ids))
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert loaded.generate(ids[:, :14], **options).shape == (2, 18)
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_generating_with_cache_equals_without(method: str, family: str, outcomes: Any) -> None:
+    model = outcomes(method, family).shrunk
+    options: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    ids = random_ids(model, 2, 7)
+    with_cache, without = (model.generate(ids, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert with_cache.shape == (2, 15)
+    assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_same_calibration_same_plan(method: str, family: str, outcomes: Any, tmp_path: Path) -> None:
+    result: Outcome = outcomes(method, family)
+    torch.manual_seed(12345)  # what the world did before does not matter
+    again, pruned = run(method, result.dense, result.calibration, tmp_path)
+    assert pruned.plan == result.pruned.plan
+    assert same_weights(again, result.masked)
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_activations_in_files_change_nothing(method: str, family: str, outcomes: Any, tmp_path: Path) -> None:
+    result: Outcome = outcomes(method, family)
+    in_files = replace(CPU, activation_budget_bytes=0)
+    again, pruned = run(method, result.dense, result.calibration, tmp_path, in_files)
+    assert pruned.plan == result.pruned.plan
+    assert same_weights(again, result.masked)
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_a_model_in_bfloat16_stays_in_it(method: str, family: str, tmp_path: Path) -> None:
+    dense = in_bfloat16(tiny_model(family))
+    masked, pruned = run(method, dense, windows(dense), tmp_path)
+    assert {parameter.dtype for parameter in masked.parameters()} == {torch.bfloat16}
+    shrunk = copy.deepcopy(masked)
+    shrink_(shrunk, pruned.plan)
+    torch.testing.assert_close(probe(shrunk), probe(masked), atol=0.05, rtol=0.05)
+    save_checkpoint(shrunk, None, tmp_path / "saved", pruned.plan)
+    assert torch.equal(probe(load_checkpoint(tmp_path / "saved")), probe(shrunk))
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_inputs_are_untouched(method: str, family: str, outcomes: Any) -> None:
+    result: Outcome = outcomes(method, family)
+    fresh = windows(result.dense)
+    assert torch.equal(result.calibration.input_ids_NL, fresh.input_ids_NL)
+    assert torch.equal(result.calibration.heldout_ids_ML, fresh.heldout_ids_ML)
+    assert result.calibration.source == fresh.source
+    # nothing changes but the columns that the output linears read: what else goes is cut later
+    dense = result.dense.state_dict()
+    changed = {name for name, value in result.masked.state_dict().items() if not torch.equal(value, dense[name])}
+    assert changed
+    assert changed <= {f"{name}.weight" for name in outputs(result.dense)}
+    assert not result.masked.training
+    assert all(parameter.grad is None for parameter in result.masked.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_reports_and_outcome_survive_json(method: str, outcomes: Any) -> None:
+    pruned: Pruned = outcomes(method, "llama").pruned
+    assert Pruned.model_validate_json(pruned.model_dump_json()) == pruned
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_config_is_strict(method: str) -> None:
+    config_class = load(method).Config
+    config = config_class(sparsity=SPARSITY)
+    with pytest.raises(ValidationError):
+        config_class(sparsity=SPARSITY, sparsty=0.1)
+    with pytest.raises(ValidationError):
+        config.sparsity = 0.5
+    for wrong in (0.0, 1.0, -0.1):
+        with pytest.raises(ValidationError):
+            config_class(sparsity=wrong)
+    assert config_class.model_validate(config.model_dump(mode="json")) == config
+    assert isinstance(load(method).VERSION, int)
+
+
+def test_importing_the_methods_needs_no_torch() -> None:
+    imports = "; ".join(f"import pruning.methods.{method}" for method in METHODS)
+    heavy = "{'torch', 'transformers', 'datasets', 'safetensors'} & set(sys.modules)"
+    code = f"import sys; {imports}; found = {heavy}; sys.exit(str(found) if found else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

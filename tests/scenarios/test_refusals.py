@@ -1,0 +1,191 @@
+"""What only a running stage can find out: one sentence, the user's to mend, and what was finished stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flows.run.outcome import RunResult, StagesFailed
+from infra.errors import DiskFull, SourceInvalid
+from tests.flows.home import Home
+from tests.flows.models import overflowing, with_nan
+
+ONLY_PRUNE = ("evals=[]", "profile=null", "steps=[{method: slimgpt, sparsity: 0.2}]")
+
+
+def failed(home: Home, *overrides: str) -> tuple[str, RunResult]:
+    """The message of a run that fails for a reason that the user can mend, and what became of its stages."""
+    with pytest.raises(StagesFailed) as caught:
+        home.run("smoke", [*ONLY_PRUNE, *overrides])
+    assert caught.value.by_user, caught.value
+    assert "\n" not in str(caught.value)
+    return str(caught.value), caught.value.result
+
+
+def test_too_few_tokens(smoke_copy: Home) -> None:
+    message, result = failed(smoke_copy, "calibration.num_samples=100000")
+    assert message.startswith("calibrate: the calibration text of slimline/news has ")
+    assert "100000" in message
+    assert "lower num_samples or seq_len" in message
+    assert [stage.status for stage in result.stages] == ["cached", "failed", "skipped"]
+
+
+def test_files_of_a_model_are_named_where_they_are_not_where_they_were_copied_to(
+    smoke_copy: Home, offline_root: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(offline_root / "slimline/tiny-random-llama", tmp_path / "model"))
+    (model / "tokenizer.json").write_text("{broken", encoding="utf-8")
+    message, _ = failed(smoke_copy, f"model.id={model}")
+    assert message.startswith(f"import-model: {model} has no tokenizer that loads and works (")
+    assert str(smoke_copy.folder) not in message
+
+
+def test_weights_that_are_not_numbers(smoke_copy: Home, offline_root: Path, tmp_path: Path) -> None:
+    model = with_nan(offline_root / "slimline/tiny-random-llama", tmp_path / "model")
+    message, result = failed(smoke_copy, f"model.id={model}")
+    assert "model.layers.2.mlp.down_proj.weight" in message
+    assert [stage.status for stage in result.stages] == ["failed", "skipped", "skipped"]
+    again, _ = failed(smoke_copy, f"model.id={model}")
+    assert again == message
+
+
+@pytest.mark.parametrize("propagate_error", ["true", "false"])
+def test_hessians_that_are_not_numbers(
+    propagate_error: str, smoke_copy: Home, offline_root: Path, tmp_path: Path
+) -> None:
+    """Every weight is finite, so it is imported, but what the model computes overflows."""
+    model = overflowing(offline_root / "slimline/tiny-random-llama", tmp_path / "model")
+    message, result = failed(smoke_copy, f"model.id={model}", f"steps.0.propagate_error={propagate_error}")
+    assert "layers.1" in message
+    assert "finite" in message
+    assert {stage.name: stage.status for stage in result.stages}["calibrate"] == "completed"
+    assert result.checkpoint is None
+
+
+def test_a_sparsity_that_cannot_be_reached(smoke_copy: Home) -> None:
+    message, _ = failed(smoke_copy, "steps.0.sparsity=0.999")
+    assert "prune:slimgpt-99.9: " in message
+    assert "0.999" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("calibration.data.text_field=body",), ("slimline/news has no column 'body'", "it has text")),
+        (("calibration.data.template=alpaca",), ("slimline/news has no column 'instruction'", "it has text")),
+        (("calibration.data.split=training",), ("'training'", "did you mean 'train'?")),
+    ],
+)
+def test_calibration_data_that_cannot_be_read_is_known_before_any_work(
+    overrides: tuple[str, ...], words: tuple[str, str], home: Home, filled: list[str]
+) -> None:
+    with pytest.raises(SourceInvalid) as caught:
+        home.run("smoke", [*ONLY_PRUNE, *overrides])
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in str(caught.value)
+    assert filled == []
+    assert not home.settings.results_path.exists()
+
+
+def test_training_records_that_cannot_be_read_are_known_before_any_pruning(
+    home: Home, filled: list[str], tmp_path: Path
+) -> None:
+    lora = "steps=[{{method: slimgpt, sparsity: 0.2}}, {{recovery: lora, data: {}}}]"
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"instruction": "a", "input": "", "output": "b"}\n{"instruction": ', encoding="utf-8")
+    for data, sentence in (
+        ("{dataset: slimline/instructions, output: answers}", "slimline/instructions has no column 'answers'"),
+        (f"{{dataset: {broken}}}", f"{broken} cannot be read: line 2 is no JSON"),
+    ):
+        with pytest.raises(SourceInvalid, match=sentence):
+            home.run("smoke", ["evals=[]", "profile=null", lora.format(data)])
+    assert filled == []
+
+
+def test_a_tokenizer_that_loads_and_does_not_work(smoke_copy: Home, offline_root: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(offline_root / "slimline/tiny-random-llama", model)
+    config = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": "long"}), encoding="utf-8")
+    message, result = failed(smoke_copy, f"model.id={model}")
+    assert message.startswith(f"import-model: {model} has no tokenizer that loads and works (")
+    assert [stage.status for stage in result.stages] == ["failed", "skipped", "skipped"]
+
+
+def test_results_that_cannot_be_written_leave_the_stages_done(
+    smoke_copy: Home, filled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures could not be recorded; nothing of the work is lost. If it is known before, nothing is begun."""
+    from infra.errors import ResultsUnusable
+    from tasks.execution import stage
+
+    results, good = smoke_copy.results.files.folder, smoke_copy.results.files.folder.with_name("good")
+    make = stage._make
+
+    def overtaken(request: object, stage_name: str, *rest: object) -> None:
+        results.rename(good)
+        results.write_text("no folder")
+        make(request, stage_name, *rest)
+
+    monkeypatch.setattr(stage, "_make", overtaken)
+    with pytest.raises(ResultsUnusable):
+        smoke_copy.run("smoke", [*ONLY_PRUNE, "steps.0.sparsity=0.3"])
+    monkeypatch.setattr(stage, "_make", make)
+    with pytest.raises(ResultsUnusable, match="set SLIMLINE_RESULTS_DB or SLIMLINE_RESULTS_FOLDER to another place"):
+        smoke_copy.run("smoke", [*ONLY_PRUNE, "steps.0.sparsity=0.4"])
+    assert filled == ["prune:slimgpt-30"]
+    results.unlink()
+    good.rename(results)
+    smoke_copy.run("smoke", [*ONLY_PRUNE, "steps.0.sparsity=0.3"])
+    assert filled == ["prune:slimgpt-30"]
+
+
+def test_a_full_disk(
+    smoke_copy: Home, small_disk: Path, tmp_path: Path, blank_mlflow: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the store is on the small disk: databases and caches have room, as they would on a cluster."""
+    from tasks.execution import stage
+
+    home = Home.create(small_disk / "home", smoke_copy.folder / "offline", smoke_copy.api_url)
+    shutil.copyfile(blank_mlflow, tmp_path / "mlflow.db")
+    home.variables.update(
+        SLIMLINE_MLFLOW_URI=f"sqlite:///{tmp_path / 'mlflow.db'}",
+        SLIMLINE_RESULTS_DB=str(tmp_path / "results.duckdb"),
+    )
+    nothing_else = ["evals=[]", "profile=null"]
+    home.run("smoke", ["steps=[]", "calibration=null", *nothing_else])
+    spec = ["steps=[{method: slimgpt, sparsity: 0.2, split: equal}]", "calibration.num_samples=40", *nothing_else]
+
+    def fill_up(leave: int) -> None:
+        free = os.statvfs(small_disk)
+        (small_disk / "ballast").write_bytes(b"x" * (free.f_bavail * free.f_bsize - leave))
+
+    fill_up(1_550_000)
+    # the pruned checkpoint would fit, but its layers come with a residual stream
+    with pytest.raises(DiskFull, match=r"2 stages .* while it works.* MiB free; make room with `slimline gc --delete`"):
+        home.run("smoke", spec)
+    (small_disk / "ballast").unlink()
+    make = stage._make
+
+    def overtaken(request: object, stage_name: str, *rest: object) -> None:
+        if stage_name.startswith("prune"):
+            fill_up(1_550_000)  # somebody else, after we looked
+        make(request, stage_name, *rest)
+
+    monkeypatch.setattr(stage, "_make", overtaken)
+    message, _ = failed(home, *spec)
+    assert message.startswith("prune:slimgpt-20: ")
+    assert str(small_disk) in message
+    assert "full" in message or "space" in message
+    (small_disk / "ballast").unlink()
+    monkeypatch.setattr(stage, "_make", make)
+    again = home.run("smoke", spec)
+    assert {stage.name: stage.status for stage in again.stages} == {
+        "import-model": "cached",
+        "calibrate": "cached",
+        "prune:slimgpt-20": "completed",
+    }

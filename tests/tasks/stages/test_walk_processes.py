@@ -1,0 +1,88 @@
+"""A walk in several processes: they share the samples, the parent hears of progress and errors, nobody stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from infra.artifacts.store import ArtifactRef
+from infra.settings import Settings
+from infra.sources.find import Sources
+from pruning.errors import PruningError
+from pruning.walk.sequential import WalkOptions
+from tasks.devices.placement import Placement
+from tasks.execution.stage import RunContext, StageContext
+from tasks.stages.walk_processes import run_walk
+
+Tell = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Count:
+    """Each process writes what it was given; the sum over the team is everybody's."""
+
+    folder: Path
+
+    def __call__(self, options: WalkOptions, progress: Tell) -> None:
+        process_group = options.process_group
+        progress(0.5, "half")
+        (total,) = process_group.sum_of(process_group.rank + 1)
+        seen = f"{process_group.rank} of {process_group.size}: {total:g}, "
+        seen += f"{options.batch_size}, {options.activation_budget_bytes}"
+        (self.folder / str(process_group.rank)).write_text(f"{seen}, {os.getpid() != os.getppid()}", encoding="utf-8")
+        progress(1.0, "done")
+
+
+class Refuse:
+    """The leader finds fault."""
+
+    def __call__(self, options: WalkOptions, progress: Tell) -> None:
+        def fail() -> None:
+            raise PruningError("sparsity 2 is too much; lower it")
+
+        options.process_group.decide(fail)
+
+
+class Die:
+    """One process is killed, as by the kernel when memory is short; the other one waits for it."""
+
+    def __call__(self, options: WalkOptions, progress: Tell) -> None:
+        if options.process_group.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        options.process_group.sum_of(1.0)
+
+
+def context(home: Path, told: list[tuple[float, str]], **settings: Any) -> StageContext:
+    chosen = Settings(home=home, device="cpu", **settings)
+    sources = Sources((), None, hub=False, home=home)
+    tell: Tell = lambda share, message: told.append((share, message))  # noqa: E731
+    ref = ArtifactRef(kind="statistics", key="capture-v1-0")
+    return StageContext(RunContext(chosen, sources), home, ref, Placement(torch.device("cpu")), tell)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_each_process_has_its_share_and_the_leader_is_heard(size: int, tmp_path: Path) -> None:
+    told: list[tuple[float, str]] = []
+    settings = {"walk_processes": size, "walk_batch_size": 3, "activation_budget_gib": 0.5}
+    run_walk(context(tmp_path, told, **settings), Count(tmp_path))
+    total = {1: 1, 2: 3}[size]
+    for rank in range(size):
+        assert (tmp_path / str(rank)).read_text(encoding="utf-8") == f"{rank} of {size}: {total}, 3, {2**29}, True"
+    assert told == [(0.5, "half"), (1.0, "done")]
+
+
+def test_the_leaders_error_is_raised_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(PruningError, match="sparsity 2 is too much; lower it"):
+        run_walk(context(tmp_path, [], walk_processes=2), Refuse())
+
+
+def test_a_killed_process_ends_the_walk_with_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"died \(exit code -9\).*run again to go on"):
+        run_walk(context(tmp_path, [], walk_processes=2), Die())
