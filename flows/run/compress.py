@@ -29,7 +29,7 @@ from infra.results.rows import StageRow
 from infra.secrets import redacted, secrets_kept
 from infra.settings import load_settings
 from infra.sources.find import sources_from
-from tasks.devices.pool import empty_idle_places
+from tasks.devices.pool import evict_idle_models
 from tasks.execution.interrupts import refuse_interrupted
 from tasks.execution.progress import settle_bars
 from tasks.execution.retries import retry_options
@@ -80,7 +80,7 @@ def _compress(
             try:
                 outcomes = _run_stages(graph, run_context, again)
             finally:
-                empty_idle_places()
+                evict_idle_models()
             refuse_interrupted(run_context.settings, part_of)
         return _finish(graph, outcomes, run_context, started_at)
 

@@ -35,6 +35,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 # The three spellings of old and new config.json files.
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 _HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model")
+_HEADS_KEYS = ("num_attention_heads", "n_head", "num_heads")
 _FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner")
 
 
@@ -54,6 +55,7 @@ class ModelCard(BaseModel):
     dtype: str | None  # the floating type most weights have; None for GGUF and where only the hub knows
     max_position_embeddings: int | None = None  # None where the config does not say
     intermediate_size: int | None = None  # of the FFN, the same
+    attention_size: int | None = None  # inputs of o_proj: query heads x head_dim, which need not be hidden_size
     has_chat_template: bool | None = None  # of its tokenizer; None where only the hub knows
 
 
@@ -150,6 +152,7 @@ def card_of_config(
             num_parameters=num_parameters, bytes=size, dtype=dtype,
             max_position_embeddings=config.get("max_position_embeddings"),
             intermediate_size=next((config[key] for key in _FFN_KEYS if config.get(key)), None),
+            attention_size=_attention_size(config, hidden),
         )  # fmt: skip
     except ValidationError as error:
         problem = error.errors()[0]
@@ -157,6 +160,14 @@ def card_of_config(
             f"config.json of {where} has {problem['loc'][0]} = {problem['input']!r}: {problem['msg'].lower()}; fetch "
             "it again"
         ) from error
+
+
+def _attention_size(config: Mapping[str, Any], hidden: int) -> int | None:
+    heads = next((config[key] for key in _HEADS_KEYS if key in config), None)
+    if not isinstance(heads, int) or heads < 1:
+        return None
+    head_dim = config.get("head_dim") or hidden // heads
+    return heads * head_dim if isinstance(head_dim, int) else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -269,12 +280,20 @@ def tensor_header(file: Path) -> dict[str, dict[str, Any]]:
 
 def _card_of_gguf(file: Path) -> ModelCard:
     header = read_gguf_header(file)
+    architecture = header.values.get("general.architecture")
+    heads, head_dim, ffn = (
+        header.values.get(f"{architecture}.{name}")
+        for name in ("attention.head_count", "attention.key_length", "feed_forward_length")
+    )
     try:
+        hidden = header.number("embedding_length")
         return ModelCard(
             model_type=str(header.values["general.architecture"]), num_layers=header.number("block_count"),
-            hidden_size=header.number("embedding_length"), num_parameters=header.num_parameters,
+            hidden_size=hidden, num_parameters=header.num_parameters,
             bytes=file.stat().st_size, dtype=None, max_position_embeddings=header.number("context_length"),
             has_chat_template="tokenizer.chat_template" in header.values,
+            intermediate_size=ffn if isinstance(ffn, int) else None,
+            attention_size=_attention_size({"num_heads": heads, "head_dim": head_dim}, hidden),
         )  # fmt: skip
     except KeyError as error:
         raise SourceInvalid(

@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class _Kept:
-    """What one place keeps: models by the keys of their checkpoints, and a crew with copies of one of them.
+class _Cached:
+    """What one place keeps: models by the keys of their checkpoints, and processes with copies of one of them.
 
-    crew_of: key of the crew's checkpoint, and how each of its processes loads it.
+    replicas_of: key of their checkpoint, and how each process loads it.
     """
 
     models: dict[str, PreTrainedModel] = field(default_factory=dict)
     replicas: ReplicaProcesses | None = None
     replicas_of: tuple[str, list[Mapping[str, Any]]] | None = None
 
-    def dismiss(self) -> None:
-        """End the crew's processes."""
+    def end_replicas(self) -> None:
+        """End the processes, if there are any."""
         if self.replicas is not None:
             self.replicas.end()
         self.replicas = self.replicas_of = None
@@ -44,29 +44,29 @@ class _Kept:
 _lock = threading.Lock()
 
 #: by place; only who holds the place touches what is on it
-_kept: dict[Placement, _Kept] = {}
+_cache: dict[Placement, _Cached] = {}
 
 
-def load_kept(refs: Sequence[ArtifactRef], store: ArtifactStore, place: Placement) -> tuple[PreTrainedModel, ...]:
-    """The models of these checkpoints in eval mode on the place, which must be the caller's; what else it keeps goes,
-    and so does a crew that has copies of another checkpoint than the first.
+def load_cached(refs: Sequence[ArtifactRef], store: ArtifactStore, place: Placement) -> tuple[PreTrainedModel, ...]:
+    """The models of these checkpoints in eval mode on the place, which must be the caller's; what else is cached goes,
+    and so do processes that have copies of another checkpoint than the first.
 
     They must be left as they are.
     """
     from pruning.checkpoints.save_load import load_checkpoint
 
-    kept = _kept_on(place)
-    if kept.replicas_of is not None and kept.replicas_of[0] != refs[0].key:
-        kept.dismiss()
-    others = kept.models.keys() - {ref.key for ref in refs}
+    cached = _cached_on(place)
+    if cached.replicas_of is not None and cached.replicas_of[0] != refs[0].key:
+        cached.end_replicas()
+    others = cached.models.keys() - {ref.key for ref in refs}
     for key in others:
-        del kept.models[key]
+        del cached.models[key]
     if others:
         _free(place)
     for ref in refs:
-        if ref.key not in kept.models:
-            kept.models[ref.key] = load_checkpoint(store.path(ref), **place.load).eval()
-    return tuple(kept.models[ref.key] for ref in refs)
+        if ref.key not in cached.models:
+            cached.models[ref.key] = load_checkpoint(store.path(ref), **place.load).eval()
+    return tuple(cached.models[ref.key] for ref in refs)
 
 
 @contextmanager
@@ -81,32 +81,32 @@ def cached_replicas(
     from evaluation.inference.replicas import ReplicaProcesses
     from pruning.checkpoints.save_load import load_checkpoint
 
-    kept, wanted = _kept_on(place), (ref.key, list(loads))
+    cached, wanted = _cached_on(place), (ref.key, list(loads))
     try:
-        if kept.replicas is None or kept.replicas_of != wanted or not kept.replicas.alive:
-            kept.dismiss()
-            kept.replicas, kept.replicas_of = ReplicaProcesses(store.path(ref), load_checkpoint, loads), wanted
-            kept.replicas.start()
-        yield kept.replicas
+        if cached.replicas is None or cached.replicas_of != wanted or not cached.replicas.alive:
+            cached.end_replicas()
+            cached.replicas, cached.replicas_of = ReplicaProcesses(store.path(ref), load_checkpoint, loads), wanted
+            cached.replicas.start()
+        yield cached.replicas
     except BaseException:
-        kept.dismiss()
+        cached.end_replicas()
         raise
 
 
-def forget(place: Placement | None = None) -> None:
+def evict(place: Placement | None = None) -> None:
     """Keep nothing any more, on that place or anywhere; on CUDA not even the blocks that torch would use again."""
     with _lock:
-        dropped = [_kept.pop(each) for each in list(_kept) if place in (None, each)]
+        dropped = [_cache.pop(each) for each in list(_cache) if place in (None, each)]
     if not dropped and not _on_cuda(place):
         return
     while dropped:
-        dropped.pop().dismiss()
+        dropped.pop().end_replicas()
     _free(place)
 
 
-def _kept_on(place: Placement) -> _Kept:
+def _cached_on(place: Placement) -> _Cached:
     with _lock:
-        return _kept.setdefault(place, _Kept())
+        return _cache.setdefault(place, _Cached())
 
 
 def _free(place: Placement | None) -> None:

@@ -29,7 +29,7 @@ from tasks.requests import (
 
 #: of the FFN in hidden sizes, where a checkpoint does not tell
 _WIDEST_FFN = 4
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 #: a walk keeps the residual stream before and after a layer, that of the layer before for a killed process, and after a
 #: kill still has the one open that it went on from
 _STREAMS = 4
@@ -42,20 +42,28 @@ _REPORT_BYTES = 2**16
 
 @dataclass(frozen=True)
 class Extent:
-    """What the size of a stage's work follows from. bytes: of its artifact; tokens: of a calibration set; the other
-    fields: of a checkpoint."""
+    """What the size of a stage's work follows from. bytes: of its artifact; tokens and has_heldout: of a calibration
+    set; the other fields: of a checkpoint."""
 
     bytes: int = 0
     tokens: int = 0
+    has_heldout: bool = False
     num_layers: int = 0
     hidden_size: int = 0
+    attention_size: int = 0
     intermediate_size: int = 0
 
     @classmethod
     def of_card(cls, card: ModelCard) -> Extent:
         """Of a checkpoint."""
         ffn = card.intermediate_size or _WIDEST_FFN * card.hidden_size
-        return cls(card.bytes, num_layers=card.num_layers, hidden_size=card.hidden_size, intermediate_size=ffn)
+        return cls(
+            card.bytes,
+            num_layers=card.num_layers,
+            hidden_size=card.hidden_size,
+            attention_size=card.attention_size or card.hidden_size,
+            intermediate_size=ffn,
+        )
 
 
 @dataclass(frozen=True)
@@ -82,28 +90,33 @@ class Forecast:
     def need(self, request: Request) -> Need:
         """What the stage will write. Raises SourceInvalid for a model that cannot be imported."""
         checkpoint = self._extent(getattr(request, "checkpoint", None))
-        tokens = self._extent(getattr(request, "calibration", None)).tokens
+        calibration = self._extent(getattr(request, "calibration", None))
         made, scratch = Extent(_REPORT_BYTES), 0
         match request:
             case ImportRequest():
                 made = self._imported(request)
             case CalibrateRequest():
                 tokens = (request.num_samples + request.num_heldout) * request.seq_len
-                made = Extent(_REPORT_BYTES + tokens * _TOKEN_BYTES, tokens=tokens)
+                size = _REPORT_BYTES + tokens * _TOKEN_BYTES
+                made = Extent(size, tokens=tokens, has_heldout=request.num_heldout > 0)
             case CaptureRequest():
-                squares = checkpoint.hidden_size**2 + checkpoint.intermediate_size**2
-                made = Extent(checkpoint.num_layers * squares * _FLOAT_BYTES)
+                squares = checkpoint.attention_size**2 + checkpoint.intermediate_size**2
+                copies = 2 if calibration.has_heldout else 1  # the held-out samples have Hessians of their own
+                made = Extent(checkpoint.num_layers * copies * squares * _FLOAT_BYTES)
             case OrderRequest():
-                groups = checkpoint.num_layers * (checkpoint.hidden_size + checkpoint.intermediate_size)
+                groups = checkpoint.num_layers * (checkpoint.attention_size + checkpoint.intermediate_size)
                 made = Extent(groups * _ORDER_BYTES)
             case PruneRequest():
                 made = checkpoint
                 # its finished layers lie in the scratch folder first, but are linked into the artifact
-                scratch = 0 if request.statistics else _STREAMS * tokens * checkpoint.hidden_size * _FLOAT_BYTES
+                scratch = (
+                    0 if request.statistics else _STREAMS * calibration.tokens * checkpoint.hidden_size * _FLOAT_BYTES
+                )
             case RecoverRequest():
                 made = checkpoint
+                widest = max(checkpoint.hidden_size, checkpoint.attention_size)
                 scratch = request.module.scratch_bytes(
-                    request.typed_config, checkpoint.num_layers, checkpoint.hidden_size, checkpoint.intermediate_size
+                    request.typed_config, checkpoint.num_layers, widest, checkpoint.intermediate_size
                 )
         self._extents[request.ref.key] = made
         return Need(made.bytes, scratch)
@@ -137,7 +150,7 @@ class Forecast:
             samples, heldout, length = (
                 int(str(manifest.request[name])) for name in ("num_samples", "num_heldout", "seq_len")
             )
-            return Extent(size, tokens=(samples + heldout) * length)
+            return Extent(size, tokens=(samples + heldout) * length, has_heldout=heldout > 0)
         return Extent(size)
 
 

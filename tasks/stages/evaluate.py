@@ -12,7 +12,7 @@ from evaluation.inference.options import EvalOptions
 from evaluation.suite import TextNeed
 from infra.errors import SourceMissing
 from infra.sources.find import Sources, TextData
-from tasks.devices.model_cache import cached_replicas, load_kept
+from tasks.devices.model_cache import cached_replicas, load_cached
 from tasks.devices.placement import device_names
 from tasks.execution.stage import StageContext, stage
 from tasks.requests import EvaluateRequest
@@ -71,7 +71,7 @@ def fill(request: EvaluateRequest, context: StageContext) -> None:
     _require(request, context.run_context.sources)
     refs = [ref for ref in (request.checkpoint, request.reference) if ref is not None]
     tokenizer = load_tokenizer(context.store.path(request.checkpoint))
-    model, *reference = load_kept(refs, context.store, context.place)
+    model, *reference = load_cached(refs, context.store, context.place)
     settings = context.run_context.settings
     with _crew(request, context) as replicas:
         result: SuiteResult = request.module.evaluate(

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
+import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
-from evaluation.inference.child_process import end_with_parent
 from tasks.devices.placement import device_names
 from tasks.execution.stage import StageContext
+
+log = logging.getLogger("slimline")
 
 if TYPE_CHECKING:
     from infra.settings import Settings
     from pruning.walk.sequential import WalkOptions
     from tasks.execution.progress import Progress
+
+#: how long a process waits for the others: the leader alone solves, which for the widest linear of a 70B model takes
+#: tens of minutes, and torch's own 10 (NCCL) or 30 minutes (gloo) would end the walk. A process that dies is noticed by
+#: the parent at once.
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
 
 #: called with the options and a progress; must be picklable (an instance of a class at the top of a module)
 WalkJob = Callable[["WalkOptions", "Progress"], None]
@@ -47,49 +57,50 @@ def walk_options(settings: Settings, device: Any, **more: Any) -> WalkOptions:
 
 
 def _run_processes(settings: Settings, job: WalkJob, progress: Progress) -> None:
-    context = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")
     size = settings.walk_processes
-    messages: Any = context.Queue()
-    with tempfile.TemporaryDirectory(prefix="slimline-team-") as folder:
-        process_group = [
-            context.Process(
-                target=_member, args=(rank, size, Path(folder) / "meeting", settings, job, messages), daemon=True
-            )
+    messages: Any = spawn.Queue()
+    with tempfile.TemporaryDirectory(prefix="slimline-walk-") as folder:
+        rendezvous = Path(folder) / "rendezvous"
+        processes = [
+            spawn.Process(target=_run_process, args=(rank, size, rendezvous, settings, job, messages), daemon=True)
             for rank in range(size)
         ]
-        for member in process_group:
-            member.start()
+        for process in processes:
+            process.start()
         try:
-            _listen(process_group, messages, progress)
+            _listen(processes, messages, progress)
         finally:
-            for member in process_group:
-                member.terminate()
-                member.join()
+            for process in processes:
+                process.terminate()
+                process.join()
 
 
-def _listen(process_group: list[Any], messages: Any, progress: Progress) -> None:
-    """Hand on progress until every process has ended; raise the first error."""
-    ended = 0
-    while ended < len(process_group):
+def _listen(processes: list[Any], messages: Any, progress: Progress) -> None:
+    """Hand on progress until every process has said that it is done; raise the first error."""
+    done = 0
+    while done < len(processes):
+        all_ended = not any(process.is_alive() for process in processes)  # before the queue is looked at
         try:
             message = messages.get(timeout=1.0)
         except Empty:
-            if messages.empty():
-                _refuse_dead(process_group, None)
+            _refuse_dead(processes, None)
+            if all_ended:
+                raise RuntimeError("the processes ended before the walk was done; run again to go on") from None
             continue
         if isinstance(message, Exception):
             if isinstance(message, RuntimeError):  # perhaps only the echo of another one's end
-                process_group[0].join(timeout=1.0)
-                _refuse_dead(process_group, message)
+                processes[0].join(timeout=1.0)
+                _refuse_dead(processes, message)
             raise message
         if message is None:
-            ended += 1
+            done += 1
         else:
             progress(*message)
 
 
-def _refuse_dead(process_group: list[Any], cause: Exception | None) -> None:
-    codes = [member.exitcode for member in process_group if member.exitcode]
+def _refuse_dead(processes: list[Any], cause: Exception | None) -> None:
+    codes = [process.exitcode for process in processes if process.exitcode]
     if codes:
         # the kernel kills with 9 when memory is short, and only what says so is tried again
         perhaps = ", perhaps out of memory" if codes[0] == -signal.SIGKILL else ""
@@ -99,14 +110,13 @@ def _refuse_dead(process_group: list[Any], cause: Exception | None) -> None:
         ) from cause
 
 
-def _member(rank: int, size: int, meeting: Path, settings: Settings, job: WalkJob, messages: Any) -> None:
-    """One process of the team."""
+def _run_process(rank: int, size: int, rendezvous: Path, settings: Settings, job: WalkJob, messages: Any) -> None:
     import torch
     import torch.distributed as dist
 
     from pruning.distributed import ProcessGroup
 
-    end_with_parent()
+    _end_with_parent()
     try:
         names = device_names(settings.device)
         device = torch.device(names[rank % len(names)])
@@ -114,16 +124,45 @@ def _member(rank: int, size: int, meeting: Path, settings: Settings, job: WalkJo
             torch.cuda.set_device(device)
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=meeting.as_uri(), rank=rank, world_size=size)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=rendezvous.as_uri(),
+            rank=rank,
+            world_size=size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
 
-        def tell(share: float, message: str) -> None:
+        def report(share: float, message: str) -> None:
             if rank == 0:
                 messages.put((share, message))
 
-        job(walk_options(settings, device, process_group=ProcessGroup.of_this_process()), tell)
+        job(walk_options(settings, device, process_group=ProcessGroup.of_this_process()), report)
         dist.barrier()
         dist.destroy_process_group()
         messages.put(None)
     except Exception as error:  # whatever it is, the parent raises it
-        messages.put(error)
+        messages.put(_sendable(error))
+
+
+def _end_with_parent() -> None:
+    """Ctrl-C is the parent's affair; when the parent is gone, however it went, this process goes too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error if the parent can rebuild it, else a RuntimeError with its type and words: a queue pickles in a thread
+    of its own, where an error that cannot be pickled would be lost."""
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception as reason:  # classes may raise what they like
+        log.debug("%s cannot be pickled: %s", type(error).__name__, reason)
+    return RuntimeError(f"{type(error).__name__}: {error}")

@@ -17,7 +17,6 @@ from infra.settings import Settings
 from tasks.devices.leases import check_lease, server_lease
 from tasks.devices.placement import Placement
 from tasks.devices.pool import DevicePool
-from tasks.devices.turns import DeviceRequest
 from tests.infra.processes import finish, kill_after_line, start
 
 TWO = tuple(Placement(torch.device(f"cuda:{index}"), accelerators=(f"fake-{index}",)) for index in range(2))
@@ -97,10 +96,12 @@ def test_stages_of_two_processes_are_never_on_one_accelerator(folder: Path, tmp_
 
 def test_a_device_that_is_free_on_the_host_is_preferred(folder: Path) -> None:
     with leased("fake-0"), ThreadPoolExecutor(1) as thread:
-        taken = thread.submit(lambda: DevicePool(TWO).take(DeviceRequest(None)))
-        place, held = taken.result(timeout=5)
-    with held:
-        assert place == TWO[1]
+
+        def take() -> Placement:
+            with DevicePool(TWO).one() as place:
+                return place
+
+        assert thread.submit(take).result(timeout=5) == TWO[1]
 
 
 def test_who_finds_none_free_waits_for_the_first(folder: Path) -> None:

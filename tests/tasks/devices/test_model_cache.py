@@ -18,13 +18,13 @@ import torch
 import pruning.checkpoints.save_load
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 from pruning.checkpoints.save_load import save_checkpoint
-from tasks.devices.model_cache import cached_replicas, forget, load_kept
+from tasks.devices.model_cache import cached_replicas, evict, load_cached
 from tasks.devices.placement import Placement
 from tasks.devices.pool import DevicePool
 from tests.infra.processes import finish, kill_after_line, start
 from tests.tiny import tiny_model
 
-#: keeps a replicas, says which process it has, and ends without a word about it
+#: keeps a replica, says which process that is, and ends without a word about it
 _KEEPER = """
 import sys, time
 from pathlib import Path
@@ -50,9 +50,9 @@ def store(tmp_path: Path) -> ArtifactStore:
 
 @pytest.fixture(autouse=True)
 def nothing_kept() -> Iterator[None]:
-    forget()
+    evict()
     yield
-    forget()
+    evict()
 
 
 @pytest.fixture
@@ -69,48 +69,50 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_same_checkpoint_is_loaded_once(store: ArtifactStore, loads: list[str]) -> None:
-    (first,) = load_kept([DENSE], store, HERE)
-    (second,) = load_kept([DENSE], store, HERE)
+    (first,) = load_cached([DENSE], store, HERE)
+    (second,) = load_cached([DENSE], store, HERE)
     assert first is second
     assert not first.training
     assert loads == [DENSE.key]
 
 
 def test_another_checkpoint_takes_its_place_and_both_may_be_asked_for(store: ArtifactStore, loads: list[str]) -> None:
-    (dense,) = load_kept([DENSE], store, HERE)
-    pruned, same = load_kept([PRUNED, DENSE], store, HERE)
+    (dense,) = load_cached([DENSE], store, HERE)
+    pruned, same = load_cached([PRUNED, DENSE], store, HERE)
     assert same is dense
-    assert load_kept([PRUNED], store, HERE) == (pruned,)
-    load_kept([DENSE], store, HERE)
+    assert load_cached([PRUNED], store, HERE) == (pruned,)
+    load_cached([DENSE], store, HERE)
     assert loads == [DENSE.key, PRUNED.key, DENSE.key]
 
 
-def test_side_by_side_suites_load_each_checkpoint_once(store: ArtifactStore, loads: list[str]) -> None:
+def test_suites_in_the_order_of_their_checkpoints_load_each_checkpoint_once(
+    store: ArtifactStore, loads: list[str]
+) -> None:
     places = DevicePool((HERE,))
 
     def measure(ref: ArtifactRef) -> None:
         with places.one(ref.key) as place:
-            load_kept([ref], store, place)
+            load_cached([ref], store, place)
             time.sleep(0.005)
 
     with ThreadPoolExecutor(8) as threads:
-        for future in [threads.submit(measure, ref) for ref in [DENSE, PRUNED] * 4]:
+        for future in [threads.submit(measure, ref) for ref in [DENSE] * 4 + [PRUNED] * 4]:
             future.result(timeout=10)
     assert sorted(loads) == [DENSE.key, PRUNED.key]
 
 
 def test_each_device_has_its_own(store: ArtifactStore, loads: list[str]) -> None:
-    assert load_kept([DENSE], store, HERE)[0] is not load_kept([DENSE], store, THERE)[0]
+    assert load_cached([DENSE], store, HERE)[0] is not load_cached([DENSE], store, THERE)[0]
 
 
 def test_what_is_forgotten_is_freed(store: ArtifactStore, loads: list[str]) -> None:
-    gone = weakref.ref(load_kept([DENSE], store, HERE)[0])
-    kept = weakref.ref(load_kept([DENSE], store, THERE)[0])
-    forget(HERE)
+    gone = weakref.ref(load_cached([DENSE], store, HERE)[0])
+    kept = weakref.ref(load_cached([DENSE], store, THERE)[0])
+    evict(HERE)
     gc.collect()
     assert gone() is None
     assert kept() is not None
-    forget()
+    evict()
     gc.collect()
     assert kept() is None
 
@@ -121,21 +123,21 @@ def process(store: ArtifactStore, ref: ArtifactRef = DENSE, devices: tuple[str, 
         return replicas._mates[0][0]
 
 
-def test_a_crew_is_started_once_for_a_checkpoint(store: ArtifactStore) -> None:
+def test_replicas_are_started_once_for_a_checkpoint(store: ArtifactStore) -> None:
     first = process(store)
-    load_kept([DENSE, PRUNED], store, HERE)
-    load_kept([DENSE], store, HERE)
+    load_cached([DENSE, PRUNED], store, HERE)
+    load_cached([DENSE], store, HERE)
     assert process(store) is first
     other = process(store, devices=("cpu", "cpu"))
     assert not first.is_alive()
-    load_kept([PRUNED, DENSE], store, HERE)
+    load_cached([PRUNED, DENSE], store, HERE)
     assert not other.is_alive(), "it had copies of another one"
     third = process(store, PRUNED)
-    forget(HERE)
+    evict(HERE)
     assert not third.is_alive()
 
 
-def test_a_crew_that_lost_a_process_or_had_an_error_is_not_used_again(store: ArtifactStore) -> None:
+def test_replicas_that_lost_a_process_or_failed_are_not_used_again(store: ArtifactStore) -> None:
     first = process(store)
     os.kill(first.pid, signal.SIGKILL)
     first.join()
@@ -159,6 +161,6 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_no_process_of_a_crew_is_left_behind(store: ArtifactStore) -> None:
+def test_no_process_of_replicas_is_left_behind(store: ArtifactStore) -> None:
     assert gone(int(finish(start(_KEEPER, store.root, 0))))
     assert gone(int(kill_after_line(start(_KEEPER, store.root, 60))))

@@ -15,10 +15,8 @@ import pytest
 import torch
 
 from infra.errors import SettingsInvalid
-from tasks.devices import turns
 from tasks.devices.placement import BALANCED, Placement, device_label, device_names
-from tasks.devices.pool import DevicePool, empty_idle_places, pool
-from tasks.devices.turns import PATIENCE, DeviceRequest
+from tasks.devices.pool import DevicePool, DeviceRequest, evict_idle_models, pool
 
 TWO = (Placement(torch.device("cuda:0")), Placement(torch.device("cuda:1")))
 LEASED = (
@@ -96,160 +94,123 @@ def test_a_place_is_given_back_after_a_failure() -> None:
 
 
 class Diary:
-    """A pool whose leases and whose letting go are written down in their order."""
+    """A pool whose leases and evictions are written down in their order."""
 
     def __init__(self, *places: Placement) -> None:
-        self.told: list[str] = []
-        self.places = DevicePool(places, self.lease, self.let_go)
+        self.lines: list[str] = []
+        self.places = DevicePool(places, self.lease, self.evict)
 
     @contextmanager
     def lease(self, name: str, wait: bool) -> Iterator[bool]:
-        self.told.append(f"lease {name}")
+        self.lines.append(f"lease {name}")
         try:
             yield True
         finally:
-            self.told.append(f"return {name}")
+            self.lines.append(f"return {name}")
 
-    def let_go(self, place: Placement) -> None:
-        self.told.append(f"empty {', '.join(place.accelerators) or place.device}")
+    def evict(self, place: Placement) -> None:
+        self.lines.append(f"evict {', '.join(place.accelerators) or place.device}")
 
     def read(self) -> list[str]:
-        told, self.told = self.told, []
-        return told
+        lines, self.lines = self.lines, []
+        return lines
 
 
 def served(
-    places: DevicePool, needs: list[str | None], *, take: Take = DevicePool.one, first: str | None = None
+    places: DevicePool, asked: list[tuple[Take, str | None]], *, first: tuple[Take, str | None] = (DevicePool.one, None)
 ) -> list[str | None]:
     """In which order those who ask in this order, while all is taken, are served."""
     order: list[str | None] = []
 
-    def work(key: str | None) -> None:
+    def work(take: Take, key: str | None) -> None:
         with take(places, key):
             order.append(key)
             time.sleep(0.005)
 
-    line = places if take is DevicePool.one else places._turns
-    with ThreadPoolExecutor(len(needs)) as threads, take(places, first):
-        for number, key in enumerate(needs, start=1):
-            threads.submit(work, key)
-            while len(line._queue) < number:
+    with ThreadPoolExecutor(len(asked)) as threads, first[0](places, first[1]):
+        for number, (take, key) in enumerate(asked, start=1):
+            threads.submit(work, take, key)
+            while len(places._queue) < number:
                 time.sleep(0.001)
     return order
 
 
-def test_suites_of_a_checkpoint_follow_one_another() -> None:
-    asked = ["dense", None, "pruned", "dense", "tuned", "pruned", "dense", "tuned"]
-    order = served(DevicePool(TWO[:1]), asked)
-    assert order == ["dense"] * 3 + [None] + ["pruned"] * 2 + ["tuned"] * 2
+ONE, ALL = DevicePool.one, DevicePool.all
 
 
-def test_nobody_waits_for_ever() -> None:
-    order = served(DevicePool(TWO[:1]), ["dense", None, *["dense"] * 20])
-    assert order == [*["dense"] * (1 + PATIENCE), None, *["dense"] * (20 - PATIENCE)]
+def test_first_come_first_served() -> None:
+    asked: list[str | None] = ["dense", None, "pruned", "dense", "tuned", "pruned", "dense", "tuned"]
+    assert served(DevicePool(TWO[:1]), [(ONE, key) for key in asked]) == asked
 
 
-def test_the_place_with_the_model_is_taken_first() -> None:
-    places = DevicePool(TWO)
-    with places.one("dense") as first, places.one("pruned") as second:
-        pass
-    for _ in range(2):
-        with places.one("pruned") as place:
-            assert place == second
-        with places.one("dense") as place:
-            assert place == first
-    with places.one() as emptied:  # both held a model
-        pass
-    for key in (None, "tuned"):
-        with places.one(key) as place:
-            assert place == emptied, "the other still holds one"
-    with places.all():
-        pass
-    assert not places._loaded
+def test_who_waits_for_all_is_passed_by_nobody() -> None:
+    asked: list[tuple[Take, str | None]] = [(ONE, "a"), (ALL, "all"), *[(ONE, f"b{number}") for number in range(9)]]
+    order = served(DevicePool(TWO, evict_from=lambda place: None), asked, first=(ALL, None))
+    assert order[:2] == ["a", "all"]
+    assert sorted(order[2:], key=str) == [key for _, key in asked[2:]]
 
 
-def test_what_stays_is_let_go_before_the_lease_is_given_back() -> None:
+def test_a_model_is_evicted_before_the_lease_is_given_back() -> None:
     diary = Diary(LEASED[0])
     with diary.places.one("dense"):
         assert diary.read() == ["lease b"]
-    assert diary.read() == ["empty b", "return b"]
+    assert diary.read() == ["evict b", "return b"]
     with pytest.raises(RuntimeError), diary.places.one("dense"):
         raise RuntimeError
-    assert diary.read() == ["lease b", "empty b", "return b"]
-    assert not diary.places._loaded
+    assert diary.read() == ["lease b", "evict b", "return b"]
 
 
-def test_who_waits_for_what_is_loaded_gets_it_with_its_lease() -> None:
+def test_who_comes_next_and_needs_the_same_gets_it_with_its_lease() -> None:
     diary = Diary(LEASED[0])
-    assert served(diary.places, ["pruned", "dense", "dense"], first="dense") == ["dense", "dense", "pruned"]
-    assert diary.read() == ["lease b", "empty b", "return b"] * 2
+    served(diary.places, [(ONE, "dense"), (ONE, "dense"), (ONE, "pruned")], first=(ONE, "dense"))
+    assert diary.read() == ["lease b", "evict b", "return b"] * 2
 
 
 def test_a_slot_of_the_server_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefect ends the thread that took a slot if the slot is lost, and no other."""
     diary = Diary(LEASED[0])
-    monkeypatch.setattr(turns, "server_lease", diary.places._lease)
-    assert served(diary.places, ["dense"], first="dense") == ["dense"]
-    assert diary.read() == ["lease b", "empty b", "return b"] * 2
+    monkeypatch.setattr("tasks.devices.pool.server_lease", diary.places._lease)
+    served(diary.places, [(ONE, "dense")], first=(ONE, "dense"))
+    assert diary.read() == ["lease b", "evict b", "return b"] * 2
 
 
-def test_on_the_cpu_it_stays_until_something_else_comes_or_nobody_does() -> None:
+def test_on_the_cpu_a_model_stays_until_something_else_comes_or_nobody_does() -> None:
     diary = Diary(CPU)
     for needs in ("dense", "dense", "pruned"):
         with diary.places.one(needs):
             pass
     assert diary.read() == []
     with diary.places.one():
-        assert diary.read() == ["empty cpu"]
+        assert diary.read() == ["evict cpu"]
     with diary.places.one("dense"):
-        diary.places.empty()
+        diary.places.evict_idle()
         assert diary.read() == [], "it is used"
-    for _ in range(2):
-        diary.places.empty()
-    assert diary.read() == ["empty cpu"]
+    diary.places.evict_idle()
+    assert diary.read() == ["evict cpu"]
 
 
-def test_all_places_are_taken_empty_and_emptied_before_the_first_is_given_back() -> None:
+def test_all_places_are_taken_empty_and_evicted_before_the_first_is_given_back() -> None:
     diary = Diary(*LEASED)
     with diary.places.all():
-        assert diary.read() == ["lease a", "empty a", "lease b", "empty b"]
-    emptied = diary.read()
-    assert set(emptied[:2]) == {"empty a", "empty b"}
-    assert [line for line in emptied if line.startswith("return")] == ["return b", "return a"]
-    with diary.places.all("dense"):  # its model may be on the first one, nothing on the others
-        assert diary.read() == ["lease a", "empty a", "lease b"]
+        assert diary.read() == ["lease a", "lease b", "evict b", "evict a"]
+    assert diary.read() == ["evict b", "evict a", "return b", "return a"]
+    with diary.places.all("dense"):  # its model may be on the first one
+        assert diary.read() == ["lease a", "lease b"]
 
 
 def test_all_places_are_handed_on_to_who_needs_the_same() -> None:
     diary = Diary(*LEASED)
-    asked = ["pruned", "dense", None, "pruned", "dense"]
-    order = served(diary.places, asked, take=DevicePool.all, first="dense")
-    assert order == ["dense", "dense", "pruned", "pruned", None]
+    asked: list[tuple[Take, str | None]] = [(ALL, key) for key in ("dense", "dense", "pruned", "pruned", None)]
+    assert served(diary.places, asked, first=(ALL, "dense")) == [key for _, key in asked]
     assert [line for line in diary.read() if line.startswith("lease")] == ["lease a", "lease b"] * 3
     with diary.places.one() as place:
         assert place in LEASED
 
 
-def test_who_waits_for_all_is_not_passed_over_for_ever() -> None:
-    places, order = DevicePool(TWO[:1], let_go=lambda place: None), []
-
-    def work(needs: str | None) -> None:
-        with places.one(needs):
-            order.append(needs)
-
-    def everything() -> None:
-        with places.all():
-            order.append("all")
-
-    with ThreadPoolExecutor(30) as threads, places.one("dense"):
-        threads.submit(everything)
-        for number in range(1, 21):
-            while len(places._queue) < number:
-                time.sleep(0.001)
-            threads.submit(work, "dense")
-        while len(places._queue) < 21:
-            time.sleep(0.001)
-    assert order == [*["dense"] * PATIENCE, "all", *["dense"] * (20 - PATIENCE)]
+def test_one_place_is_not_handed_on_to_who_wants_all() -> None:
+    diary = Diary(*LEASED)
+    served(diary.places, [(ALL, "dense")], first=(ONE, "dense"))
+    assert diary.read()[:3] == ["lease b", "evict b", "return b"]
 
 
 def test_a_place_that_cannot_be_leased_leaves_the_others_free() -> None:
@@ -262,8 +223,9 @@ def test_a_place_that_cannot_be_leased_leaves_the_others_free() -> None:
         yield True
 
     places = DevicePool(LEASED, lease, lambda place: None)
-    with pytest.raises(OSError, match="b"), places.all("dense"):
-        pass
+    for take in (ALL, ONE):
+        with pytest.raises(OSError, match="b"), take(places, "dense"):
+            pass
     broken.clear()
     with places.all("dense") as place:
         assert place == LEASED[0]
@@ -274,21 +236,21 @@ def test_who_stops_waiting_as_a_place_is_handed_over_gives_it_back() -> None:
     gone = DeviceRequest("dense")
     with diary.places.one("dense"):
         diary.places._queue.append(gone)
-    assert gone.given is not None
+    assert gone.grant is not None
     assert diary.read() == ["lease b"]
     diary.places._withdraw(gone)
-    assert diary.read() == ["empty b", "return b"]
+    assert diary.read() == ["evict b", "return b"]
     with diary.places.one():
         pass
 
 
-def test_idle_places_of_the_process_are_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_models_of_the_process_are_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     emptied: list[Placement] = []
-    monkeypatch.setattr(pool("cpu"), "_let_go", emptied.append)
+    monkeypatch.setattr(pool("cpu"), "_evict", emptied.append)
     with pool("cpu").one("dense"):
-        empty_idle_places()
+        evict_idle_models()
         assert emptied == []
-    empty_idle_places()
+    evict_idle_models()
     assert emptied == [CPU]
 
 

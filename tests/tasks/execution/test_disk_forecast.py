@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from infra.artifacts.inventory import folder_bytes
 from infra.artifacts.store import ArtifactStore
 from infra.errors import DiskFull
 from infra.settings import Settings
 from infra.sources.find import sources_from
+from pruning.calibration import CalibrationSet
+from pruning.checkpoints.decoder import ResidentDecoder
+from pruning.layerwise.capture import capture_statistics
+from pruning.walk.sequential import WalkOptions
 from tasks.calibration_data import CalibrationData
 from tasks.execution.disk_forecast import Forecast, Need, check_room
 from tasks.execution.stage import RunContext, run_stage
@@ -70,10 +77,59 @@ def test_needs_follow_from_the_inputs_made_or_not(run_context: RunContext, model
     assert needs["prune"].artifact == needs["recover"].artifact == needs["import"].artifact
     assert needs["prune"].scratch == 4 * (6 + 2) * 10 * 32 * 4
     assert needs["one-shot"].scratch == 0
-    assert needs["capture"].artifact >= 3 * (32**2 + 48**2) * 4
+    assert needs["capture"].artifact == 3 * 2 * (32**2 + 48**2) * 4
     assert needs["recover"].scratch > 0
     assert needs["evaluate"].total <= 2**20
     assert {name for name, need in needs.items() if need.scratch} == {"prune", "recover"}
+
+
+@pytest.mark.parametrize(
+    ("num_heldout", "heads", "head_dim", "hidden", "ffn", "layers", "gib"),
+    [(16, 32, 128, 4096, 11008, 32, 32.9), (0, 32, 128, 4096, 11008, 32, 16.45), (16, 16, 128, 1024, 3072, 28, 2.84)],
+    ids=["llama-7b", "llama-7b without held-out samples", "qwen3-0.6b: heads wider than the hidden size"],
+)
+def test_a_capture_needs_what_it_writes(
+    run_context: RunContext, tmp_path: Path, num_heldout: int, heads: int, head_dim: int, hidden: int, ffn: int,
+    layers: int, gib: float,
+) -> None:  # fmt: skip
+    folder = tmp_path / "large"
+    folder.mkdir()
+    config = {
+        "model_type": "qwen3", "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": ffn,
+        "num_attention_heads": heads, "head_dim": head_dim,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    save_file({"model.norm.weight": torch.ones(hidden)}, folder / "model.safetensors")
+    forecast = Forecast(run_context.store, run_context.sources)
+    asked = requests(folder)
+    forecast.need(asked["import"])
+    forecast.need(asked["calibrate"].model_copy(update={"num_heldout": num_heldout}))
+    calibration = asked["calibrate"].model_copy(update={"num_heldout": num_heldout})
+    capture = CaptureRequest(checkpoint=asked["import"].ref, calibration=calibration.ref)
+    assert forecast.need(capture).artifact / 2**30 == pytest.approx(gib, rel=0.005)
+
+
+def test_a_capture_that_was_made_is_as_large_as_was_said(run_context: RunContext, tmp_path: Path) -> None:
+    """Heads wider than the hidden size, held-out samples: the files of the walk itself."""
+    model = tiny_model("qwen3")
+    calibration = CalibrationSet(torch.randint(0, 64, (2, 8)), torch.randint(0, 64, (1, 8)), {})
+    out = tmp_path / "capture"
+    out.mkdir()
+    capture_statistics(ResidentDecoder(model), calibration, out, WalkOptions(torch.device("cpu"), batch_size=2))
+    widths = (model.config.num_attention_heads * model.config.head_dim, model.config.intermediate_size)
+    assert widths[0] != model.config.hidden_size
+    said = model.config.num_hidden_layers * 2 * sum(width**2 for width in widths) * 4
+    assert said <= folder_bytes(out) <= said + 2**14
+
+
+def test_a_float64_checkpoint_is_forecast(run_context: RunContext, tmp_path: Path) -> None:
+    folder = tmp_path / "double"
+    tiny_model("llama").double().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    request = ImportRequest(source={"content": "x"}, dtype="auto", model_id=str(folder))
+    need = Forecast(run_context.store, run_context.sources).need(request)
+    assert need.artifact >= (folder / "model.safetensors").stat().st_size * 0.9
 
 
 def test_an_unknown_input_needs_nothing(run_context: RunContext, model: Path) -> None:

@@ -20,7 +20,7 @@ from infra.errors import SourceMissing
 from infra.settings import Settings
 from infra.sources.find import Sources
 from pruning.checkpoints.save_load import save_checkpoint
-from tasks.devices.model_cache import forget
+from tasks.devices.model_cache import evict
 from tasks.devices.placement import Placement
 from tasks.devices.pool import DevicePool
 from tasks.execution import stage
@@ -62,7 +62,7 @@ def filled(request: EvaluateRequest, run_context: RunContext, folder: Path, **se
     try:
         return fill_one(request, run_context, folder, **settings)
     finally:
-        forget()
+        evict()
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def crews(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ReplicaProcesses]]:
 
     monkeypatch.setattr(ReplicaProcesses, "start", noted)
     yield started
-    forget()
+    evict()
 
 
 def test_several_processes_and_batch_sizes_measure_the_same(run_context: RunContext, tmp_path: Path) -> None:

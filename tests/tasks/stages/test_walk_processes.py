@@ -19,7 +19,7 @@ from pruning.errors import PruningError
 from pruning.walk.sequential import WalkOptions
 from tasks.devices.placement import Placement
 from tasks.execution.stage import RunContext, StageContext
-from tasks.stages.walk_processes import run_walk
+from tasks.stages.walk_processes import COLLECTIVE_TIMEOUT, run_walk
 
 Tell = Callable[[float, str], None]
 
@@ -59,6 +59,53 @@ class Die:
         options.process_group.sum_of(1.0)
 
 
+class Unpicklable(Exception):
+    """Its arguments cannot be sent to another process."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, lambda: None)
+
+
+class NotRebuilt(Exception):
+    """It is sent, but cannot be made again from what was sent."""
+
+    def __init__(self, message: str, *, needed: int) -> None:
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class Raise:
+    """One process fails with an error of a library that knows nothing of pickle; the other one waits for it."""
+
+    error: type[Exception]
+
+    def __call__(self, options: WalkOptions, progress: Tell) -> None:
+        if options.process_group.rank == 1:
+            raise (
+                self.error("the kernel image is broken")
+                if self.error is Unpicklable
+                else NotRebuilt("the kernel image is broken", needed=1)
+            )
+        options.process_group.sum_of(1.0)
+
+
+class EndInSilence:
+    """One process ends as if all were well and says nothing."""
+
+    def __call__(self, options: WalkOptions, progress: Tell) -> None:
+        os._exit(0)
+
+
+class AskTimeout:
+    """How long a process waits for another one."""
+
+    def __call__(self, options: WalkOptions, progress: Tell) -> None:
+        from torch.distributed.distributed_c10d import _get_default_group
+
+        backend = _get_default_group()._get_backend(torch.device("cpu"))
+        progress(0.0, str(backend.options._timeout.total_seconds()))
+
+
 def context(home: Path, told: list[tuple[float, str]], **settings: Any) -> StageContext:
     chosen = Settings(home=home, device="cpu", **settings)
     sources = Sources((), None, hub=False, home=home)
@@ -81,6 +128,24 @@ def test_each_process_has_its_share_and_the_leader_is_heard(size: int, tmp_path:
 def test_the_leaders_error_is_raised_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(PruningError, match="sparsity 2 is too much; lower it"):
         run_walk(context(tmp_path, [], walk_processes=2), Refuse())
+
+
+@pytest.mark.parametrize("error", [Unpicklable, NotRebuilt])
+def test_an_error_that_cannot_be_pickled_is_raised_in_words(error: type[Exception], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=f"{error.__name__}: .*the kernel image is broken"):
+        run_walk(context(tmp_path, [], walk_processes=2), Raise(error))
+
+
+def test_processes_that_end_in_silence_end_the_walk(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ended before the walk was done"):
+        run_walk(context(tmp_path, [], walk_processes=2), EndInSilence())
+
+
+def test_a_long_solve_of_the_leader_is_waited_for(tmp_path: Path) -> None:
+    told: list[tuple[float, str]] = []
+    run_walk(context(tmp_path, told, walk_processes=2), AskTimeout())
+    assert [float(message) for _, message in told] == [COLLECTIVE_TIMEOUT.total_seconds()]
+    assert COLLECTIVE_TIMEOUT.total_seconds() >= 4 * 3600
 
 
 def test_a_killed_process_ends_the_walk_with_a_sentence(tmp_path: Path) -> None:
