@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation.profile.device import device_name
 from infra.errors import SettingsInvalid
 
 if TYPE_CHECKING:
     import torch
 
 BALANCED = "balanced"
+#: one of them is there wherever torch can have a CUDA device: NVIDIA on Linux, in a container, on Tegra; ROCm; WSL2
+GPU_DRIVERS = (
+    *("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvidia0", "/dev/nvgpu", "/dev/nvhost-gpu"),
+    *("/dev/kfd", "/dev/dxg"),
+)
 
 
 @dataclass(frozen=True)
@@ -70,22 +75,16 @@ def device_names(setting: str) -> tuple[str, ...]:
 
 def device_label(setting: str) -> str:
     """What a profile is a profile of: the name of the accelerator, or of the processor and its number of cores."""
+    cpu = f"cpu {device_name('cpu')} ({os.cpu_count()} cores)"
     # torch costs seconds to import and a fully cached run does not need it: no driver, no CUDA device
-    if setting == "cpu" or (setting in ("auto", BALANCED) and not Path("/proc/driver/nvidia").exists()):
-        return f"cpu {_processor()} ({os.cpu_count()} cores)"
+    if setting == "cpu" or (setting in ("auto", BALANCED) and not any(Path(path).exists() for path in GPU_DRIVERS)):
+        return cpu
     import torch
 
     names = device_names(setting)
+    if names[0] == "cpu":
+        return cpu
     if not names[0].startswith("cuda"):
-        return f"{names[0]} {_processor()}"
+        return f"{names[0]} {device_name('cpu')}"
     name = str(torch.cuda.get_device_name(names[0]))
     return f"{len(names)} x {name} (balanced)" if setting == BALANCED and len(names) > 1 else name
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from infra.errors import SettingsInvalid
-from tasks.devices.placement import BALANCED, Placement, device_label, device_names
+from tasks.devices.placement import BALANCED, GPU_DRIVERS, Placement, device_label, device_names
 from tasks.devices.pool import DevicePool, DeviceRequest, evict_idle_models, pool
 
 TWO = (Placement(torch.device("cuda:0")), Placement(torch.device("cuda:1")))
@@ -290,9 +290,26 @@ def test_a_label_is_the_hardware_not_the_setting() -> None:
         assert device_label("auto") == device_label(BALANCED) == label
 
 
+@pytest.mark.parametrize("driver", ["/proc/driver/nvidia", "/dev/kfd", "/dev/dxg", "/dev/nvidiactl", "/dev/nvgpu"])
+@pytest.mark.parametrize("setting", ["auto", BALANCED])
+def test_a_gpu_is_found_whatever_its_driver(setting: str, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm and WSL2 have no /proc/driver/nvidia, and neither have some containers."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda name: "AMD Instinct MI300X")
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == driver)
+    assert device_label(setting) == "AMD Instinct MI300X"
+
+
+def test_a_driver_without_a_device_changes_no_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    label = device_label("cpu")
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    assert device_label("auto") == label
+
+
 def test_a_label_needs_no_torch_on_a_machine_without_cuda() -> None:
-    if Path("/proc/driver/nvidia").exists():
-        pytest.skip("this machine has an NVIDIA driver")
+    if any(Path(path).exists() for path in GPU_DRIVERS):
+        pytest.skip("this machine has a GPU's driver")
     code = "import sys; from tasks.devices.placement import device_label; device_label('auto')"
     code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=True)
