@@ -30,10 +30,11 @@ from infra.secrets import redacted, secrets_kept
 from infra.settings import load_settings
 from infra.sources.find import sources_from
 from tasks.devices.pool import evict_idle_models
+from tasks.execution.context import RunContext, StageResult
 from tasks.execution.interrupts import refuse_interrupted
 from tasks.execution.progress import settle_bars
 from tasks.execution.retries import retry_options
-from tasks.execution.stage import RunContext, StageResult, log_cached, log_when_cached
+from tasks.execution.stage import log_cached, log_when_cached
 from tasks.requests import EvaluateRequest, ProfileRequest
 from tasks.stages.record import Measured, RunOutcome, record
 

@@ -21,9 +21,10 @@ from pruning.errors import PruningError
 from pruning.families import FAMILIES
 from tasks.devices.leases import check_lease
 from tasks.devices.placement import BALANCED, device_names
+from tasks.execution.context import RunContext
 from tasks.execution.disk_forecast import Forecast, Need, check_room
 from tasks.execution.sharing import sharing_of
-from tasks.execution.stage import RunContext, importing
+from tasks.execution.stage import importing
 from tasks.requests import CalibrateRequest, EvaluateRequest, ProfileRequest, RecoverRequest, Request
 from tasks.stages.evaluate import MISSING, check_local_data
 from tasks.stages.recover import record_data

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from prefect import Task
 
     from evaluation.suite import DataNeed
-    from tasks.execution.stage import StageResult
+    from tasks.execution.context import StageResult
 
 
 @dataclass(frozen=True)

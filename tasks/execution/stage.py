@@ -9,27 +9,24 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal, Self
-from uuid import UUID
+from typing import Any, Literal
 
 from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
-from pydantic import BaseModel, ConfigDict, model_validator
 
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 from infra.provenance import versions
 from infra.secrets import secrets_kept
 from infra.settings import Settings, load_settings
-from infra.sources.find import Sources
 from tasks.devices.placement import Placement
 from tasks.devices.pool import pool
+from tasks.execution.context import RunContext, StageContext, StageResult
 from tasks.execution.disk_forecast import Forecast, check_room
 from tasks.execution.interrupts import Interrupted, ended_by_marks, refuse_elsewhere, refuse_interrupted
-from tasks.execution.progress import Progress, stage_progress
+from tasks.execution.progress import stage_progress
 from tasks.execution.retries import passes_by_itself, with_smaller_batches
 from tasks.execution.sharing import sharing_of
 from tasks.requests import EvaluateRequest, Request
@@ -41,66 +38,10 @@ importing = threading.Lock()
 `datasets` (it looks into transformers) while another does, see it half initialised and fail."""
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """What a stage may use besides its request; none of it changes the answer, so none of it is in a key."""
-
-    settings: Settings
-    sources: Sources
-    refreshed_since: datetime | None = None
-    """A stage that is to be refreshed and was made after this moment has been refreshed."""
-    part_of: UUID | None = None
-    """The night's flow run, if it is one of its cells: when that is interrupted, the cell starts no further stage."""
-
-    @property
-    def store(self) -> ArtifactStore:
-        """Where artifacts live."""
-        return ArtifactStore(self.settings.store_root)
-
-
-@dataclass(frozen=True)
-class StageContext:
-    """What a running stage has on its bench: a folder to fill, a place to compute if it asked for one, and a voice."""
-
-    run_context: RunContext
-    folder: Path
-    ref: ArtifactRef
-    given_place: Placement | None
-    progress: Progress
-
-    @property
-    def store(self) -> ArtifactStore:
-        """Where artifacts live."""
-        return self.run_context.store
-
-    @property
-    def place(self) -> Placement:
-        """Where a stage that was declared with devices computes."""
-        assert self.given_place is not None, "this stage was declared without devices"
-        return self.given_place
-
-
-class StageResult(BaseModel):
-    """What a stage returns and Prefect caches: a reference that checks, whenever it is decoded, that the artifact is
-    still whole. If it is not, decoding fails and Prefect runs the stage again."""
-
-    model_config = ConfigDict(frozen=True)
-
-    ref: ArtifactRef
-    seconds: float
-    found: bool = False
-
-    @model_validator(mode="after")
-    def _still_there(self) -> Self:
-        if not ArtifactStore(load_settings().store_root).has(self.ref):
-            raise ValueError(f"{self.ref.kind} {self.ref.key} is no longer in the store")
-        return self
-
-
 Fill = Callable[[Any, StageContext], None]
-Devices = Literal["none", "one", "all", "team", "crew"]
-"""What a stage computes on; a team (of the walk) and a crew (of an evaluation) have as many devices as
-settings.walk_processes and settings.eval_processes say: one, or all."""
+Devices = Literal["none", "one", "all", "walk", "evaluation"]
+"""What a stage computes on; a walk and an evaluation have one device if settings.walk_processes or eval_processes is
+1, and else all."""
 
 
 def stage(
@@ -160,7 +101,7 @@ def run_stage(
                 requests=[request],
             )
             _import_in_turn(imports)
-            seconds = _run(request, stage_name, run_context, fill, devices)
+            seconds = _make(request, stage_name, run_context, fill, devices)
             log.info("%s: done in %.1f s", stage_name, seconds)
             sharing.share(ref, store, replace=True)
             return StageResult(ref=ref, seconds=seconds)
@@ -170,35 +111,29 @@ def _found(ref: ArtifactRef, store: ArtifactStore) -> StageResult:
     return StageResult(ref=ref, seconds=store.manifest(ref).seconds, found=True)
 
 
-def _run(request: Request, stage_name: str, run_context: RunContext, fill: Fill, devices: Devices) -> float:
+def _make(request: Request, stage_name: str, run_context: RunContext, fill: Fill, devices: Devices) -> float:
     """Make the artifact when there is a device for it; returns the seconds that it took. Raises Interrupted."""
-    with _placed(run_context.settings, devices, request) as place:
-        refuse_interrupted(run_context.settings, run_context.part_of)  # the wait for a device may have been long
-        reason = "refreshed" if _refreshing() else "not in the store"
-        log.info("%s: running, %s is %s", stage_name, request.ref.key, reason)
+    store, ref, settings = run_context.store, request.ref, run_context.settings
+    with _placed(settings, devices, request) as place:
+        refuse_interrupted(settings, run_context.part_of)  # the wait for a device may have been long
+        log.info("%s: running, %s is %s", stage_name, ref.key, "refreshed" if _refreshing() else "not in the store")
         started = time.monotonic()
         try:
-            _make(request, stage_name, run_context, fill, place)
+            with (
+                stage_progress(stage_name, ended_by_marks(settings, run_context.part_of)) as progress,
+                store.writing(
+                    ref, request=request.model_dump(mode="json"), versions=versions(), replace=_refreshing()
+                ) as folder,
+            ):
+                fill(request, StageContext(run_context, folder, ref, place, progress))
+                run_context.sources.require_unchanged(request.origins)
         except BaseException as error:
             if isinstance(error, Interrupted):
                 log.info("%s: %s", stage_name, error)
             _clear_frames(error)
             raise
+        store.drop_scratch(ref)
         return time.monotonic() - started
-
-
-def _make(request: Request, stage_name: str, run_context: RunContext, fill: Fill, place: Placement | None) -> None:
-    store, ref = run_context.store, request.ref
-    refuse = ended_by_marks(run_context.settings, run_context.part_of)
-    with (
-        stage_progress(stage_name, refuse) as progress,
-        store.writing(
-            ref, request=request.model_dump(mode="json"), versions=versions(), replace=_refreshing()
-        ) as folder,
-    ):
-        fill(request, StageContext(run_context, folder, ref, place, progress))
-        run_context.sources.require_unchanged(request.origins)
-    store.drop_scratch(ref)
 
 
 def _clear_frames(error: BaseException) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tasks.calibration_data import documents
-from tasks.execution.stage import StageContext, stage
+from tasks.execution.context import StageContext
+from tasks.execution.stage import stage
 from tasks.requests import CalibrateRequest
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.execution.stage import StageContext, stage
+from tasks.execution.context import StageContext
+from tasks.execution.stage import stage
 from tasks.requests import CaptureRequest
 
 if TYPE_CHECKING:
@@ -46,4 +47,4 @@ def fill(request: CaptureRequest, context: StageContext) -> None:
     run_walk(context, _Job(store.path(request.checkpoint), store.path(request.calibration), context.folder))
 
 
-capture = stage("capture", fill, devices="team", imports=("pruning.checkpoints.decoder", "pruning.layerwise.capture"))
+capture = stage("capture", fill, devices="walk", imports=("pruning.checkpoints.decoder", "pruning.layerwise.capture"))

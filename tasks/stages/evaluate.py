@@ -14,7 +14,8 @@ from infra.errors import SourceMissing
 from infra.sources.find import Sources, TextData
 from tasks.devices.model_cache import cached_replicas, load_cached
 from tasks.devices.placement import device_names
-from tasks.execution.stage import StageContext, stage
+from tasks.execution.context import StageContext
+from tasks.execution.stage import stage
 from tasks.requests import EvaluateRequest
 from tasks.stages.pairs import SAMPLES_FILE
 
@@ -73,7 +74,7 @@ def fill(request: EvaluateRequest, context: StageContext) -> None:
     tokenizer = load_tokenizer(context.store.path(request.checkpoint))
     model, *reference = load_cached(refs, context.store, context.place)
     settings = context.run_context.settings
-    with _crew(request, context) as replicas:
+    with _replicas(request, context) as replicas:
         result: SuiteResult = request.module.evaluate(
             model,
             tokenizer,
@@ -101,7 +102,7 @@ def _require(request: EvaluateRequest, sources: Sources) -> None:
             )
 
 
-def _crew(request: EvaluateRequest, context: StageContext) -> AbstractContextManager[ReplicaProcesses | None]:
+def _replicas(request: EvaluateRequest, context: StageContext) -> AbstractContextManager[ReplicaProcesses | None]:
     """Further processes with copies of the model, if the settings ask for them."""
     settings = context.run_context.settings
     if settings.eval_processes == 1 or request.reference is not None:
@@ -116,4 +117,4 @@ def _imports(request: EvaluateRequest) -> tuple[str, ...]:
     return (*common, *request.module.IMPORTS)
 
 
-evaluate = stage("evaluate", fill, devices="crew", imports=_imports)
+evaluate = stage("evaluate", fill, devices="evaluation", imports=_imports)

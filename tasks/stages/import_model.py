@@ -10,7 +10,8 @@ from pathlib import Path
 from infra.errors import SourceInvalid
 from infra.models.import_model import import_model as import_into
 from pruning.errors import PruningError
-from tasks.execution.stage import StageContext, stage
+from tasks.execution.context import StageContext
+from tasks.execution.stage import stage
 from tasks.requests import ImportRequest
 
 log = logging.getLogger("slimline")

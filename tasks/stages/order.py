@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tasks.execution.stage import StageContext, stage
+from tasks.execution.context import StageContext
+from tasks.execution.stage import stage
 from tasks.requests import OrderRequest
 
 

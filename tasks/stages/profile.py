@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from evaluation.profile.config import ProfileConfig
-from tasks.execution.stage import StageContext, stage
+from tasks.execution.context import StageContext
+from tasks.execution.stage import stage
 from tasks.requests import ProfileRequest
 
 _SHARE_OF_TIMING = 0.9

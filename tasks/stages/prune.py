@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tasks.execution.context import StageContext
 from tasks.execution.interrupts import something_to_save
-from tasks.execution.stage import StageContext, stage
+from tasks.execution.stage import stage
 from tasks.requests import PruneRequest
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def fill(request: PruneRequest, context: StageContext) -> None:
 prune = stage(
     "prune",
     fill,
-    devices="team",
+    devices="walk",
     imports=(
         "pruning.layerwise.streaming",
         "pruning.layerwise.split_search",

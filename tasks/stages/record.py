@@ -23,7 +23,7 @@ from infra.results.rows import LayerRow, MetricRow, PairRow, RunRow, StageRow
 from infra.results.store import ResultsStore
 from infra.secrets import secrets_kept
 from infra.tracking.tracker import MetricPoint, Tracker
-from tasks.execution.stage import RunContext
+from tasks.execution.context import RunContext
 from tasks.stages.pairs import as_json, beside_dense
 
 #: what can change a figure; Prefect, MLflow and DuckDB only carry it

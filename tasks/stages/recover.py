@@ -4,8 +4,9 @@ at that very step."""
 from __future__ import annotations
 
 from infra.sources.find import TextData
+from tasks.execution.context import StageContext
 from tasks.execution.interrupts import something_to_save
-from tasks.execution.stage import StageContext, stage
+from tasks.execution.stage import stage
 from tasks.requests import RecoverRequest
 
 

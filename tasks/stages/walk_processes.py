@@ -16,7 +16,7 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 from tasks.devices.placement import device_names
-from tasks.execution.stage import StageContext
+from tasks.execution.context import StageContext
 
 log = logging.getLogger("slimline")
 

@@ -17,7 +17,7 @@ from infra.sources.find import Sources, sources_from
 from pruning.calibration import CalibrationSet
 from pruning.instructions import InstructionColumns, prompt_of
 from tasks.calibration_data import PRESETS, CalibrationData, Template, documents, expanded
-from tasks.execution.stage import RunContext, StageContext
+from tasks.execution.context import RunContext, StageContext
 from tasks.requests import CalibrateRequest
 from tasks.stages import calibrate
 from tests.tiny import tiny_tokenizer

@@ -30,6 +30,7 @@ from infra.artifacts.store import ArtifactRef
 from infra.settings import load_settings
 from infra.sources.find import Sources
 from tasks.execution import stage
+from tasks.execution.context import RunContext
 from tasks.requests import CaptureRequest
 from tests.tasks.devices.test_leases import TWO, DevicePool
 
@@ -37,19 +38,19 @@ leases.FOLDER = Path(sys.argv[1])
 places = DevicePool(TWO if sys.argv[3] == "forward" else TWO[::-1])
 stage.pool = lambda *setting: places
 settings = load_settings()
-run_context = stage.RunContext(settings, Sources((), None, False, home=settings.home))
+run_context = RunContext(settings, Sources((), None, False, home=settings.home))
 
 def mark(name):
     path = Path(sys.argv[2]) / name
     os.close(os.open(path, os.O_CREAT | os.O_EXCL))
     return path
 
-def fill(request, bench):
-    names = [mark(place.accelerators[0]) for place in TWO if request.num_devices == 2 or place == bench.place]
+def fill(request, context):
+    names = [mark(place.accelerators[0]) for place in TWO if request.num_devices == 2 or place == context.place]
     time.sleep(0.02)
     for name in names:
         name.unlink()
-    (bench.folder / "answer.txt").write_text("42")
+    (context.folder / "answer.txt").write_text("42")
 
 class Numbered(CaptureRequest):
     number: str

@@ -19,8 +19,9 @@ from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.layerwise.capture import capture_statistics
 from pruning.walk.sequential import WalkOptions
 from tasks.calibration_data import CalibrationData
+from tasks.execution.context import RunContext
 from tasks.execution.disk_forecast import Forecast, Need, check_room
-from tasks.execution.stage import RunContext, run_stage
+from tasks.execution.stage import run_stage
 from tasks.requests import (
     CalibrateRequest,
     CaptureRequest,

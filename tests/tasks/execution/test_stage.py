@@ -22,11 +22,12 @@ from infra.artifacts.store import ArtifactRef
 from infra.errors import SourceInvalid
 from infra.settings import Settings
 from infra.sources.find import Sources
-from tasks.devices import model_cache as loaded
+from tasks.devices import model_cache
 from tasks.devices.placement import Placement
 from tasks.devices.pool import DevicePool
 from tasks.execution import stage
-from tasks.execution.stage import Devices, RunContext, StageContext, StageResult, run_stage
+from tasks.execution.context import RunContext, StageContext, StageResult
+from tasks.execution.stage import Devices, run_stage
 from tasks.requests import CaptureRequest, ImportRequest
 from tests.tiny import tiny_model
 
@@ -41,7 +42,8 @@ import sys, time
 from pathlib import Path
 from infra.settings import load_settings
 from infra.sources.find import Sources
-from tasks.execution.stage import RunContext, run_stage
+from tasks.execution.stage import run_stage
+from tasks.execution.context import RunContext
 from tests.tasks.execution.test_stage import REQUEST
 
 def fill(request, bench):
@@ -177,18 +179,18 @@ def test_a_stage_has_a_place_if_it_asked_for_one(run_context: RunContext) -> Non
     assert places[0].device.type == "cpu"
 
 
-@pytest.mark.parametrize("devices", ["all", "team"])
+@pytest.mark.parametrize("devices", ["all", "walk"])
 def test_a_stage_on_all_devices_finds_all_of_them_empty(
     run_context: RunContext, devices: Devices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = tuple(Placement(torch.device("cpu"), device_map=name) for name in ("first", "second"))
     monkeypatch.setattr(stage, "pool", lambda *setting: DevicePool(places))
     for place in places:
-        loaded._kept_on(place).models["dense"] = tiny_model("llama")
+        model_cache._cached_on(place).models["dense"] = tiny_model("llama")
     kept: list[int] = []
 
     def alone(request: CaptureRequest, context: StageContext) -> None:
-        kept.append(len(loaded._kept))
+        kept.append(len(model_cache._cache))
         answer(request, context)
 
     settings = run_context.settings.model_copy(update={"walk_processes": 2})

@@ -24,7 +24,8 @@ from tasks.devices.model_cache import evict
 from tasks.devices.placement import Placement
 from tasks.devices.pool import DevicePool
 from tasks.execution import stage
-from tasks.execution.stage import RunContext, StageContext, run_stage
+from tasks.execution.context import RunContext, StageContext
+from tasks.execution.stage import run_stage
 from tasks.requests import EvaluateRequest
 from tasks.stages.evaluate import MISSING, fill
 from tasks.stages.pairs import SAMPLES_FILE
@@ -123,8 +124,10 @@ def test_stages_on_all_devices_hand_their_processes_on(
     several = RunContext(run_context.settings.model_copy(update={"eval_processes": 2}), run_context.sources)
     requests = [asked(tmp_path, "perplexity", window) for window in (16, 32)]
     with ThreadPoolExecutor(2) as threads, places.all():
-        done = [threads.submit(run_stage, request, "evaluate", several, fill, devices="crew") for request in requests]
-        while len(places._turns._queue) < len(requests):
+        done = [
+            threads.submit(run_stage, request, "evaluate", several, fill, devices="evaluation") for request in requests
+        ]
+        while len(places._queue) < len(requests):
             time.sleep(0.01)
     for one in done:
         one.result()

@@ -18,7 +18,7 @@ from infra.sources.find import Sources
 from pruning.errors import PruningError
 from pruning.walk.sequential import WalkOptions
 from tasks.devices.placement import Placement
-from tasks.execution.stage import RunContext, StageContext
+from tasks.execution.context import RunContext, StageContext
 from tasks.stages.walk_processes import COLLECTIVE_TIMEOUT, run_walk
 
 Tell = Callable[[float, str], None]
