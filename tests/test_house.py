@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ ONLY_IMPORTER = {
     "peft": "pruning/recovery/lora.py",
     "datasets": "infra/sources/datasets.py",
 }
+#: files of a folder, without `__init__.py`
+MOST_FILES = 12
 HEAVY = ("torch", "transformers", "datasets", "mlflow", "lm_eval", "peft", "duckdb")
 PLUGINS = {
     "pruning.methods": ("needs_statistics", "order_config", "prune"),
@@ -51,7 +54,7 @@ def name_of(path: Path) -> str:
 
 def imports(path: Path) -> Iterator[str]:
     """Every module a file imports, anywhere in it; relative ones are written out."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -60,7 +63,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def reads_environment(path: Path) -> bool:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv"):
             return True
         if isinstance(node, ast.ImportFrom) and node.module == "os":
@@ -79,6 +82,86 @@ def test_imports_point_down_only(room: str) -> None:
         if module.partition(".")[0] in forbidden
     }
     assert found == set()
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def module_of(path: Path) -> str:
+    """Dotted; a package's `__init__.py` is the package."""
+    return ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Which file imports which, wherever in it that stands. `from a.b import c` is the file a.b.c if there is one."""
+    files = {module_of(path): path for path in FILES}
+    graph: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found = set(imports(path))
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        graph[name] = {module for module in found if module in files and module != name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Members of each circle, by what can be reached from where."""
+    reached = {name: set(targets) for name, targets in graph.items()}
+    for middle in graph:
+        for name in graph:
+            if middle in reached[name]:
+                reached[name] |= reached[middle]
+    inside = {
+        name: frozenset({name} | {other for other in reached[name] if name in reached.get(other, ())}) for name in graph
+    }
+    return sorted(sorted(circle) for circle in set(inside.values()) if len(circle) > 1)
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b"}, "b": set(), "c": {"a", "b"}}) == []
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    assert circles(import_graph()) == []
+
+
+def test_no_folder_imports_itself_through_others() -> None:
+    packages = {module_of(path) for path in FILES if path.name == "__init__.py"}
+    folders: dict[str, set[str]] = {package: set() for package in packages}
+
+    def folder_of(module: str) -> str:
+        return module if module in packages else module.rpartition(".")[0]
+
+    for module, targets in import_graph().items():
+        if not module.endswith("__main__"):  # the door of a room, not a part of it
+            folders[folder_of(module)] |= {folder_of(target) for target in targets} - {folder_of(module)}
+    assert circles(folders) == []
+
+
+def test_every_folder_is_small_and_says_what_lives_there() -> None:
+    counts = {path.parent: 0 for path in FILES}
+    for path in FILES:
+        counts[path.parent] += path.name != "__init__.py"
+    full = {name_of(folder): count for folder, count in counts.items() if count > MOST_FILES}
+    assert full == {}
+    silent = [
+        name_of(folder)
+        for folder in counts
+        if len((ast.get_docstring(tree_of(folder / "__init__.py")) or "").splitlines()) < 4
+    ]
+    assert silent == []
+
+
+def test_tests_lie_where_what_they_test_lies() -> None:
+    """tests/<room>/<folder> for each folder of a room; what spans rooms is in tests/scenarios."""
+    for room in ROOMS:
+        for folder in sorted((PROJECT / "tests" / room).rglob("test_*.py")):
+            inside = folder.parent.relative_to(PROJECT / "tests")
+            assert (PROJECT / inside).is_dir(), f"{name_of(folder)} tests nothing that is there"
 
 
 def test_mathematics_does_not_read_the_environment() -> None:
@@ -106,7 +189,7 @@ def test_files_are_small_enough_to_read() -> None:
 
 def test_names_say_something() -> None:
     assert [name_of(path) for path in FILES if path.stem in ("utils", "util", "helpers", "helper", "common")] == []
-    nodes = [(path, node) for path in FILES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    nodes = [(path, node) for path in FILES for node in ast.walk(tree_of(path))]
     classes = [f"{name_of(path)}: {node.name}" for path, node in nodes if isinstance(node, ast.ClassDef)]
     assert [name for name in classes if name.endswith(("Manager", "Handler"))] == []
 
