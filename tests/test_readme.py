@@ -22,7 +22,7 @@ from typer.main import get_command
 
 from evaluation.samples import Sample
 from flows.__main__ import app
-from flows.commands.help import keys_of, page, topics
+from flows.commands.help import page, topics
 from flows.spec.load import load_night, load_spec, parse_night, parse_spec, shipped_nights, shipped_specs
 from infra.registry import load
 from infra.results.rows import NightRow
@@ -278,11 +278,3 @@ def test_every_part_of_the_benchmarks_is_explained() -> None:
     asked = dict(word.split("=", 1) for command in of("make", TYPED) for word in command.values[0] if "=" in word)
     assert set(asked["PARTS"].split()) <= parts
     assert set(asked["FAULTS"].split()) <= keys_in("tests/chaos/faults.py", "FAULTS")
-
-
-def test_help_of_everything_can_be_shown() -> None:
-    for name, title in topics().items():
-        text = page(name)
-        assert title
-        assert "[keys: " not in text
-    assert keys_of(load("pruning.methods", "slimgpt", "method").Config) in page("slimgpt")
