@@ -10,7 +10,7 @@ STAMP := $(VENV)/.slimline-installed
 .PHONY: help install demo test bench chaos lint ui clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(STAMP)  ## create the virtual environment with the tested versions
 

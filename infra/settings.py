@@ -30,37 +30,46 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
     home: Path = Field(default=Path("~/.slimline"), validate_default=True)
+    """Artifact store, results, MLflow database."""
     mirror: str | None = None
-    """Folders separated by `os.pathsep`, or the word "offline"."""
+    """Where models and data come from: folders and the words "offline" and "hub", joined by `:`; default: the hub."""
     device: str = Field(default="auto", pattern=r"^[a-z]+(:\d+)?$")
-    """"auto" or a torch device such as "cpu", "cuda", "cuda:1"."""
+    """"auto" (every CUDA device, one stage each), "balanced" (each model spread over all), "cpu", "cuda:1"."""
     mlflow_uri: str | None = None
+    """An MLflow server; default: a file in `SLIMLINE_HOME`."""
     results_db: Path | None = None
+    """Another DuckDB file than results.duckdb in `SLIMLINE_HOME`."""
     results_folder: Path | None = None
-    """Folder of the results' files, perhaps one that machines share; by default beside the DuckDB file, their index."""
+    """Folder of the results' files, may be shared by machines (keep `SLIMLINE_RESULTS_DB` local to each); default:
+    `results/` beside the DuckDB file, their index."""
     eval_batch_size: Annotated[int, Field(ge=1, le=_LARGEST)] | Literal["auto"] = "auto"
-    """Most rows of a forward pass when measuring; "auto" is as many as keep the device busy."""
+    """Most rows per forward pass of an evaluation; "auto" is as many as keep the device busy."""
     eval_processes: int = Field(default=1, ge=1, le=_MOST_PROCESSES)
     """Processes that share the rows of one suite; on CUDA each has a device of its own."""
     walk_batch_size: int = Field(default=8, ge=1, le=_LARGEST)
+    """Calibration windows per forward pass."""
     walk_processes: int = Field(default=1, ge=1, le=_MOST_PROCESSES)
-    """Processes that share the calibration samples of a capture or a pruning; on CUDA each has a device of its own."""
+    """Processes that share the calibration windows of one pruning or capture; on CUDA each has a device of its own."""
     activation_budget_gib: float | None = Field(default=None, gt=0, le=_LARGEST, allow_inf_nan=False)
+    """Host memory for activations of the calibration windows; beyond it they lie in files. Default: unbounded."""
     disk_budget_gib: float | None = Field(default=None, gt=0, le=_LARGEST, allow_inf_nan=False)
-    """Size that the artifact store may reach; by default the free disk is the only limit."""
+    """Size the artifact store may reach; each stage's need is checked before it starts. Default: free disk only."""
     device_lease: Literal["host", "server"] = "host"
-    """Who must agree that an accelerator is free: all processes of the host, or also those of Prefect's server."""
+    """Who must agree that an accelerator is free: "host", or "server" too (containers that share a GPU but no `/tmp`;
+    needs `PREFECT_API_URL`)."""
     runner: Literal["threads", "dask", "ray"] = "threads"
+    """Where stages run; of a command, `--runner` goes before it."""
     runner_address: str | None = None
-    """Scheduler of a Dask or Ray cluster that runs already."""
+    """A Dask or Ray cluster that runs already."""
     runner_workers: int | None = Field(default=None, ge=1, le=_MOST_PROCESSES)
-    """Size of the cluster that slimline starts; by default one process per device, two on a CPU."""
+    """Size of the cluster that slimline starts (default: one process per device, 2 on a CPU), or number of threads
+    (default: 16, of a night 4)."""
     retries: int = Field(default=3, ge=0, le=20)
-    """How often a stage is tried again after network and out-of-memory errors."""
+    """Further tries of a stage after network and out-of-memory errors."""
     retry_delay: float = Field(default=10, gt=0, le=86_400, allow_inf_nan=False)
-    """Seconds before the first of them; each further pause is twice as long."""
+    """Seconds before the first of them; each pause doubles."""
     remote: str | None = None
-    """Object store behind the artifact store: any fsspec URL with exclusive creation, e.g. s3://bucket/prefix."""
+    """Object store behind the artifact store: `s3://bucket/prefix`, `gs://...`, `file:///folder`."""
 
     @field_validator("home", "results_db", "results_folder")
     @classmethod
