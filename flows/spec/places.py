@@ -29,12 +29,14 @@ StartFolder = Annotated[str, AfterValidator(_absolute)]
 def anchored(spec: S) -> S:
     """The spec with the current folder as its `folder`, if it has relative paths and names none. Raises SpecError if
     there is no current folder."""
-    if getattr(spec, "folder", None) is not None or not _has_relative_paths(spec.model_dump(mode="json")):
+    plain = spec.model_dump(mode="json")
+    if plain.get("folder") is not None or not _has_relative_paths(plain):
         return spec
     try:
-        return spec.model_copy(update={"folder": os.getcwd()})
+        folder = os.getcwd()
     except OSError as error:
         raise SpecError("relative paths start in the current folder, and that is gone; change to another") from error
+    return type(spec).model_validate(plain | {"folder": folder})  # a copy would keep a night's cells as they are
 
 
 def _has_relative_paths(plain: Any) -> bool:

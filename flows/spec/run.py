@@ -11,9 +11,8 @@ from evaluation.profile.config import ProfileConfig
 from flows.spec.branches import DENSE, Derivation, derive
 from flows.spec.parts import NAME, NAME_OR_DEFAULT, PluginEntry, SpecPart
 from flows.spec.places import StartFolder
-from flows.spec.refusals import refuse_unsafe
 from flows.spec.steps import PruneStep, Step
-from flows.spec.validation import first_problem
+from flows.spec.validation import first_problem, refuse_unsafe
 from infra import registry
 from pruning.bounds import Amount, Count, Seed
 from tasks.calibration_data import CalibrationData, expanded

@@ -1,20 +1,62 @@
-"""Errors as one sentence: pydantic's (where, what, the nearest key that exists), and any that a terminal shows."""
+"""What every spec is checked for before it is typed, and errors as one sentence: pydantic's (where, what, the nearest
+key that exists), and any that a terminal shows."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from infra.registry import did_you_mean
+from infra.secrets import place_of_secret
+from infra.sources.safe_names import check_data_files, check_name, check_revision
+
+#: of what a mapping with a `dataset` says, which may not lead out of the data set
+_NAME_CHECKS: Mapping[str, Callable[[str | None], str | None]] = {
+    "data_files": check_data_files,
+    "config": check_name,
+    "split": check_name,
+    "revision": check_revision,
+}
 
 #: what pydantic adds to the place of an error in a union: nothing that the user wrote
 _TAG = re.compile(r"prune|recover|str|int|function-.*|literal\[.*|`?tuple\[.*|\[key\]")
 
 #: of a word, which may be a path, and of a whole sentence
 _LONGEST_WORD, _LONGEST = 300, 1500
+
+
+def refuse_unsafe(raw: Any) -> Any:
+    """The plain values of a spec, as they are. Raises ValueError, naming the key, for tokens and passwords, and for
+    names that lead out of a data set: before values are typed, so that no later message can repeat a secret."""
+    place = place_of_secret(raw)
+    if place is not None:
+        raise ValueError(
+            f"{place} holds a token or password; a spec is recorded and shown: take it out, and give it to the program "
+            "that needs it as environment variable (HF_TOKEN, MLFLOW_TRACKING_PASSWORD, ...)"
+        )
+    for where, data in _data_sets(raw):
+        for key, check in _NAME_CHECKS.items():
+            if isinstance(data.get(key), str):
+                try:
+                    check(data[key])
+                except ValueError as error:
+                    raise ValueError(f"{where}.{key}".lstrip(".") + f": {error}") from error
+    return raw
+
+
+def _data_sets(raw: Any, place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every mapping that names a data set, and where it stands."""
+    if isinstance(raw, Mapping):
+        if "dataset" in raw:
+            yield place, raw
+        for key, inner in raw.items():
+            yield from _data_sets(inner, f"{place}.{key}".lstrip("."))
+    elif isinstance(raw, list | tuple):
+        for index, inner in enumerate(raw):
+            yield from _data_sets(inner, f"{place}.{index}".lstrip("."))
 
 
 def first_problem(
