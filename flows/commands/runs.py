@@ -90,7 +90,7 @@ def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:
     for name, key in lines:
         print(f"{'cached' if key in cached else 'to run':7} {name:{width}}  {key}")
     print(f"{'to run':7} {'record':{width}}  (never cached)")
-    for name, first in graph.twins.items():
+    for name, first in graph.aliases.items():
         print(f"{'same':7} {name} is {first} under another name")
     if as_json:
         print(json.dumps({"run_key": graph.run_key, "stages": stages}))
@@ -115,5 +115,10 @@ def _as_json(result: RunResult) -> dict[str, Any]:
     shown = {"name", "key", "status", "seconds", "message"}
     stages = [stage.model_dump(include=shown) | {"cached": stage.cached} for stage in result.stages]
     metrics = [plain(row) for row in result.metrics]
-    made = {"checkpoint": result.checkpoint, "checkpoints": result.checkpoints}
-    return {"run_key": result.run_key, "stages": stages, "metrics": metrics} | made
+    return {
+        "run_key": result.run_key,
+        "stages": stages,
+        "metrics": metrics,
+        "checkpoint": result.checkpoint,
+        "checkpoints": result.checkpoints,
+    }

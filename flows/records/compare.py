@@ -46,7 +46,7 @@ class ComparedFigure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All figures; a sentence for each thing that could not be compared; the figures that have no samples.
+    """All figures, a sentence for each evaluation or figure that could not be compared, the figures without samples.
 
     run: the first that was named. measured: one row of it for each evaluation compared, with the protocol.
     """

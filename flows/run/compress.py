@@ -41,6 +41,9 @@ from tasks.execution.stage import RunContext, StageResult, log_cached, log_when_
 from tasks.requests import EvaluateRequest, ProfileRequest
 from tasks.stages.record import Measured, RunOutcome, record
 
+#: what the results store keeps of a stage's outcome, beside its key
+_RECORDED = {"name", "kind", "status", "seconds", "message"}
+
 log = logging.getLogger("slimline")
 
 
@@ -168,7 +171,10 @@ def _finish(
             name=graph.spec.name,
             spec=graph.spec.model_dump(mode="json"),
             started_at=started_at,
-            stages=tuple(_row(graph, outcome) for outcome in outcomes),
+            stages=tuple(
+                StageRow(run_key=graph.run_key, stage_key=outcome.key, **outcome.model_dump(include=_RECORDED))
+                for outcome in outcomes
+            ),
             checkpoints={name: ref for name, ref in graph.checkpoints.items() if ref.key in done},
             measured=tuple(_measured(stage) for stage in graph.reports if stage.ref.key in done),
             failed=bool(problems),
@@ -219,11 +225,6 @@ def _outcome(stage: Stage, future: PrefectFuture[StageResult]) -> StageOutcome:
     message = redacted(sentence or f"{type(error).__name__}: {error}")
     log.error("%s: failed: %s", stage.name, message)
     return StageOutcome(**common, status="failed", seconds=None, message=message, by_user=sentence is not None)
-
-
-def _row(graph: StageGraph, outcome: StageOutcome) -> StageRow:
-    values = outcome.model_dump(include={"name", "kind", "status", "seconds", "message"})
-    return StageRow(run_key=graph.run_key, stage_key=outcome.key, **values)
 
 
 def _measured(stage: Stage) -> Measured:

@@ -34,11 +34,12 @@ def locate(spec: RunSpec, sources: Sources) -> Identities:
     EvaluationError for a suite's options that contradict each other."""
     model = sources.find(spec.model.id, "model", revision=spec.model.revision)
     datasets: dict[tuple[str, str | None], Identity] = {}
-    for made in spec.derivations:
-        asked = spec.calibration_of(made) if isinstance(made.step, PruneStep) else made.step.config
-        assert asked is not None, "RunSpec refuses to prune without calibration"
-        located = sources.find(asked.data.dataset, "dataset", revision=asked.data.revision)
-        datasets[asked.data.dataset, asked.data.revision] = located.identity
+    for derivation in spec.derivations:
+        step = derivation.step
+        reader = spec.calibration_of(derivation) if isinstance(step, PruneStep) else step.config
+        assert reader is not None, "RunSpec refuses to prune without calibration"
+        located = sources.find(reader.data.dataset, "dataset", revision=reader.data.revision)
+        datasets[reader.data.dataset, reader.data.revision] = located.identity
     missing: dict[str, SourceMissing] = {}
     evaluations = {entry.label: _read_by(entry, sources, missing) for entry in spec.evals}
     return Identities(model.identity, datasets, evaluations, missing)

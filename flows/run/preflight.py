@@ -86,8 +86,8 @@ def _check_family(card: ModelCard, spec: RunSpec) -> None:
 
 def _check_context(card: ModelCard, spec: RunSpec) -> None:
     longest = card.max_position_embeddings
-    asked = {made.variant: spec.calibration_of(made) for made in spec.derivations if made.changes.calibration}
-    for variant, calibration in ({"": spec.calibration} | asked).items():
+    changed = {each.variant: spec.calibration_of(each) for each in spec.derivations if each.changes.calibration}
+    for variant, calibration in ({"": spec.calibration} | changed).items():
         if longest is not None and calibration is not None and calibration.seq_len > longest:
             of_variant = f" of variant {variant}" if variant else ""
             raise SpecError(
@@ -142,10 +142,10 @@ class _DataCheck:
                 return self._identities.missing[identity[MISSING]]
         need = getattr(request.typed_config, "texts", None)
         data = TextData(**need.model_dump()) if isinstance(need, TextNeed) else None
-        asked = data.model_dump_json() if data else request.model_dump_json(include={"plugin", "config"})
-        if asked not in self._checked:
-            self._checked[asked] = self._read(request, data)
-        return self._checked[asked]
+        key = data.model_dump_json() if data else request.model_dump_json(include={"plugin", "config"})
+        if key not in self._checked:
+            self._checked[key] = self._read(request, data)
+        return self._checked[key]
 
     def _read(self, request: EvaluateRequest, data: TextData | None) -> DataProblem | None:
         try:
@@ -165,11 +165,11 @@ def _check_columns(data: TextData, columns: Sequence[str], sources: Sources) -> 
 
 
 def _check_device(settings: Settings) -> None:
-    asked = {"WALK": settings.walk_processes, "EVAL": settings.eval_processes}
-    if settings.device in ("auto", "cpu") and max(asked.values()) == 1:
-        return  # nothing to ask, and torch takes seconds to import
+    num_processes = {"WALK": settings.walk_processes, "EVAL": settings.eval_processes}
+    if settings.device in ("auto", "cpu") and max(num_processes.values()) == 1:
+        return  # any device will do, and torch takes seconds to import
     names = device_names(settings.device)
-    for word, processes in asked.items():
+    for word, processes in num_processes.items():
         if names[0].startswith("cuda") and processes > len(names):
             raise SettingsInvalid(
                 f"SLIMLINE_{word}_PROCESSES={processes}: each process needs a CUDA device of its own and there are "

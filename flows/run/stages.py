@@ -11,11 +11,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from flows.run.locate import Identities, locate
-from flows.spec.branches import DENSE, Derivation
+from flows.spec.branches import Derivation
 from flows.spec.run import EvalSpec, RunSpec
 from flows.spec.steps import PruneStep
 from infra.artifacts.store import ArtifactRef
 from infra.keys import slug, stage_key
+from infra.results.rows import DENSE
 from tasks.devices.placement import device_label
 from tasks.requests import (
     CalibrateRequest,
@@ -94,7 +95,7 @@ class StageGraph:
     reports: tuple[Stage, ...]
 
     @property
-    def twins(self) -> dict[str, str]:
+    def aliases(self) -> dict[str, str]:
         """Names of checkpoints that are the same as an earlier one, with that one's name."""
         first: dict[str, str] = {}
         for name, ref in self.checkpoints.items():
@@ -135,14 +136,14 @@ def build_stages(spec: RunSpec, identities: Identities, device: str) -> StageGra
     """The stages of a spec; asks neither disk nor network. device: what is profiled, part of profiles' keys."""
     dense = _import(spec, identities)
     stages, checkpoints = [dense], {DENSE: dense.ref}
-    for made in spec.derivations:
-        source = checkpoints[made.source]
-        if isinstance(made.step, PruneStep):
-            added = _prune(made, source, _calibrate(made, spec, dense.ref, identities))
+    for derivation in spec.derivations:
+        source = checkpoints[derivation.source]
+        if isinstance(derivation.step, PruneStep):
+            added = _prune(derivation, source, _calibrate(derivation, spec, dense.ref, identities))
         else:
-            added = [_recover(made, source, identities)]
+            added = [_recover(derivation, source, identities)]
         stages += added
-        checkpoints[made.name] = added[-1].ref
+        checkpoints[derivation.name] = added[-1].ref
     reports = [
         _evaluate(entry, name, checkpoints, identities) for entry in spec.evals for name in spec.measured_by(entry)
     ]
@@ -167,45 +168,47 @@ def _import(spec: RunSpec, identities: Identities) -> Stage:
     return Stage(import_model, request)
 
 
-def _calibrate(made: Derivation, spec: RunSpec, checkpoint: ArtifactRef, identities: Identities) -> Stage:
+def _calibrate(derivation: Derivation, spec: RunSpec, checkpoint: ArtifactRef, identities: Identities) -> Stage:
     """The calibration set that a pruning uses, named after its variant if that has one of its own."""
-    asked = spec.calibration_of(made)
-    assert asked is not None, "RunSpec refuses to prune without calibration"
+    config = spec.calibration_of(derivation)
+    assert config is not None, "RunSpec refuses to prune without calibration"
+    data = config.data
     request = CalibrateRequest(
         checkpoint=checkpoint,
-        source=identities.datasets[asked.data.dataset, asked.data.revision],
-        config=asked.data.config,
-        split=asked.data.split,
-        text_field=asked.data.text_field,
-        data_files=asked.data.data_files,
-        num_samples=asked.num_samples,
-        seq_len=asked.seq_len,
-        num_heldout=asked.num_heldout,
-        seed=asked.seed,
-        join=asked.join,
-        template=asked.data.template,
-        rows=asked.data.rows,
-        data=asked.data,
+        source=identities.datasets[data.dataset, data.revision],
+        config=data.config,
+        split=data.split,
+        text_field=data.text_field,
+        data_files=data.data_files,
+        num_samples=config.num_samples,
+        seq_len=config.seq_len,
+        num_heldout=config.num_heldout,
+        seed=config.seed,
+        join=config.join,
+        template=data.template,
+        rows=data.rows,
+        data=data,
     )
-    return Stage(calibrate, request, variant="" if asked == spec.calibration else made.variant)
+    return Stage(calibrate, request, variant="" if config == spec.calibration else derivation.variant)
 
 
-def _prune(made: Derivation, source: ArtifactRef, calibration: Stage) -> list[Stage]:
+def _prune(derivation: Derivation, source: ArtifactRef, calibration: Stage) -> list[Stage]:
     """Calibration, a capture and an order if the method wants them, and the pruning itself."""
-    step = made.step
+    step = derivation.step
     assert isinstance(step, PruneStep)
     needed: list[Stage] = [calibration]
     statistics = orders = None
     if step.module.needs_statistics(step.config):
         capturing = CaptureRequest(checkpoint=source, calibration=calibration.ref)
         # it serves every sparsity, so it is named after the checkpoint that it reads
-        needed.append(Stage(capture, capturing, checkpoint=made.source, variant=calibration.variant))
+        needed.append(Stage(capture, capturing, checkpoint=derivation.source, variant=calibration.variant))
         statistics = capturing.ref
-        if (asked := step.module.order_config(step.config)) is not None:
-            ordering = OrderRequest(plugin=step.method, config=_plain(asked), checkpoint=source, statistics=statistics)
-            own = made.changes.options.keys() & asked.model_dump().keys()
-            variant = calibration.variant or (made.variant if own else "")
-            needed.append(Stage(order, ordering, checkpoint=made.source, variant=variant))
+        if (order_config := step.module.order_config(step.config)) is not None:
+            options = _plain(order_config)
+            ordering = OrderRequest(plugin=step.method, config=options, checkpoint=source, statistics=statistics)
+            changed = derivation.changes.options.keys() & options.keys()
+            variant = calibration.variant or (derivation.variant if changed else "")
+            needed.append(Stage(order, ordering, checkpoint=derivation.source, variant=variant))
             orders = ordering.ref
     request = PruneRequest(
         plugin=step.method,
@@ -215,14 +218,14 @@ def _prune(made: Derivation, source: ArtifactRef, calibration: Stage) -> list[St
         statistics=statistics,
         orders=orders,
     )
-    return [*needed, Stage(prune, request, checkpoint=made.name)]
+    return [*needed, Stage(prune, request, checkpoint=derivation.name)]
 
 
-def _recover(made: Derivation, source: ArtifactRef, identities: Identities) -> Stage:
-    config = made.step.config
+def _recover(derivation: Derivation, source: ArtifactRef, identities: Identities) -> Stage:
+    config = derivation.step.config
     identity = identities.datasets[config.data.dataset, config.data.revision]
-    request = RecoverRequest(plugin=made.step.plugin, config=_plain(config), checkpoint=source, source=identity)
-    return Stage(recover, request, checkpoint=made.name)
+    request = RecoverRequest(plugin=derivation.step.plugin, config=_plain(config), checkpoint=source, source=identity)
+    return Stage(recover, request, checkpoint=derivation.name)
 
 
 def _evaluate(entry: EvalSpec, name: str, checkpoints: dict[str, ArtifactRef], identities: Identities) -> Stage:

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, JsonValue, ValidationError, model_validator
 
 from flows.spec.parts import NAME, SpecPart
-from flows.spec.places import StartFolder
 from flows.spec.run import CalibrationSpec, EvalSpec, ModelSpec, ProfileSpec, RunSpec
+from flows.spec.start_folder import StartFolder
 from flows.spec.steps import percent
 from flows.spec.validation import first_problem, refuse_unsafe
 from infra.registry import did_you_mean
@@ -32,9 +32,11 @@ def _named_by(noun: str) -> BeforeValidator:
             return entries
         pairs = [_pair(noun, entry) for entry in entries]
         names = [name for name, _ in pairs]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"two entries are called {twice!r}; write a mapping from names of your own to the entries")
+        duplicate = next((name for name in names if names.count(name) > 1), None)
+        if duplicate is not None:
+            raise ValueError(
+                f"two entries are called {duplicate!r}; write a mapping from names of your own to the entries"
+            )
         return dict(pairs)
 
     return BeforeValidator(named)
@@ -121,7 +123,7 @@ class Gate(SpecPart):
 
     @property
     def words(self) -> str:
-        """The gate as it is spoken of in tables."""
+        """E.g. "perplexity/* at_most 70 and not_worse": the gate in tables and in the results store."""
         demands = [
             f"{name} {value:g}"
             for name in ("at_most", "at_least", "max_loss")
@@ -152,7 +154,7 @@ class Cell:
 
 
 class NightSpec(SpecPart):
-    """What a night runs: one run per cell of the matrix, and the demands on what comes out."""
+    """A night: one run per cell of the matrix, and the gates that its figures must pass."""
 
     name: str = Field(pattern=NAME)
     description: str = ""

@@ -21,7 +21,7 @@ _NAME_CHECKS: Mapping[str, Callable[[str | None], str | None]] = {
     "revision": check_revision,
 }
 
-#: what pydantic adds to the place of an error in a union: nothing that the user wrote
+#: what pydantic adds to the place of an error in a union, which the user did not write
 _TAG = re.compile(r"prune|recover|str|int|function-.*|literal\[.*|`?tuple\[.*|\[key\]")
 
 #: of a word, which may be a path, and of a whole sentence
@@ -72,7 +72,7 @@ def first_problem(
         known = [*_keys_at(model, location[:-1]), *(also_known if len(location) == 1 else ())]
         return _unknown_key(str(location[-1]), location[:-1], known)
     where = ".".join(str(part) for part in location if not _TAG.fullmatch(str(part)))
-    message = _in_words(problem["msg"].removeprefix("Value error, "))
+    message = _without_python_types(problem["msg"].removeprefix("Value error, "))
     if problem["type"] in ("value_error", "step_kind"):
         return f"{where}: {message}" if where else message
     if problem["type"] == "missing":
@@ -85,12 +85,12 @@ def first_problem(
 
 def one_line(text: str) -> str:
     """A message as one line that a terminal can show: what a user, a file or a library put into it may be anything."""
-    text = "".join(sign if sign.isprintable() else _harmless(sign) for sign in text.strip())
+    text = "".join(sign if sign.isprintable() else _escaped(sign) for sign in text.strip())
     text = re.sub(rf"\S{{{_LONGEST_WORD},}}", lambda word: _shortened(word.group(), _LONGEST_WORD), text)
     return _shortened(text, _LONGEST)
 
 
-def _harmless(sign: str) -> str:
+def _escaped(sign: str) -> str:
     return " " if sign.isspace() else sign.encode("unicode_escape").decode()
 
 
@@ -101,8 +101,8 @@ def _shortened(text: str, longest: int) -> str:
     return f"{text[: longest * 2 // 3]} ... {text[-longest // 4 :]}"
 
 
-def _in_words(message: str) -> str:
-    """Names of Python's types are not what a YAML file is made of."""
+def _without_python_types(message: str) -> str:
+    """A YAML file has mappings and lists, no dictionaries and tuples."""
     message = re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping", message)
     return message.replace("a valid tuple", "a list").replace("tuple should", "list should")
 
@@ -129,5 +129,5 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     """The pydantic model inside X | None, tuple[X, ...] and the like, if there is just one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    found = {inner for part in getattr(annotation, "__args__", ()) if (inner := _model_in(part)) is not None}
-    return found.pop() if len(found) == 1 else None
+    models = {inner for part in getattr(annotation, "__args__", ()) if (inner := _model_in(part)) is not None}
+    return models.pop() if len(models) == 1 else None

@@ -240,7 +240,7 @@ def test_names_that_mean_the_same_are_one_stage_and_two_columns(mirror: Path) ->
         mirror, "steps.0.variants={full: , paper: {curve: log_increase}}", "profile=null", "evals.1.on=[paper]"
     )
     assert names_of(graph, "prune", "recover") == ["prune:full", "recover:full+lora"]
-    assert graph.twins == {"paper": "full", "paper+lora": "full+lora"}
+    assert graph.aliases == {"paper": "full", "paper+lora": "full+lora"}
     assert [(stage.name, stage.checkpoint) for stage in graph.reports] == [
         ("evaluate:perplexity:dense", "dense"),
         ("evaluate:perplexity:full", "full"),

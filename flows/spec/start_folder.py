@@ -1,5 +1,5 @@
 """Where the relative paths of a spec start: in the folder in which it is read, which the spec notes for whoever runs it
-later and elsewhere (`slimline retry`, a schedule, a worker). Keys hold what such a path leads to, as they always did.
+later and elsewhere (`slimline retry`, a schedule, a worker). Cache keys hold the content of what a path leads to.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _absolute(folder: str) -> str:
 StartFolder = Annotated[str, AfterValidator(_absolute)]
 
 
-def anchored(spec: S) -> S:
+def with_start_folder(spec: S) -> S:
     """The spec with the current folder as its `folder`, if it has relative paths and names none. Raises SpecError if
     there is no current folder."""
     plain = spec.model_dump(mode="json")
