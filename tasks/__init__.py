@@ -1,6 +1,6 @@
 """The adapters: each stage opens artifacts, calls a library room, and writes one artifact. No mathematics in here.
 
-* `requests`          what identifies a stage: a request has the fields that can change the answer, its key is their hash
+* `requests`          what identifies a stage: the fields that can change the answer, hashed into its key
 * `calibration_data`  which texts a calibration set is sampled from
 * `stages/`           one file per stage: what it opens, which library it calls, what it writes
 * `execution/`        what all stages share: Prefect task, lock, store, progress, retries, disk forecast

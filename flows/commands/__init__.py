@@ -1,1 +1,10 @@
-"""The commands of `slimline`, one module for each group of them."""
+"""The `slimline` command line, a file per group of commands; flows/__main__.py registers them. Read app.py first.
+
+* app.py: the typer application and the options that commands share.
+* runs.py: run, plan. nights.py: nightly, nights. retry.py: retry. serve.py: serve, ui.
+* results.py: results, list, doctor, compare. doctor.py: what the doctor examines.
+* store.py: verify, gc, export, import.
+
+Commands parse, call and print, and import what they call inside their functions: `slimline --help` must not wait for
+torch or Prefect. May import everything else in flows, and infra.
+"""

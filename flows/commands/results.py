@@ -1,8 +1,9 @@
-"""`slimline results`, `slimline list`, `slimline doctor`: what there is, and whether this machine is ready."""
+"""`slimline results`, `slimline compare`, `slimline list`, `slimline doctor`: commands that only read."""
 
 from __future__ import annotations
 
 import json
+import sys
 from enum import StrEnum
 from typing import Annotated
 
@@ -31,6 +32,9 @@ class Form(StrEnum):
     csv = "csv"
 
 
+_READABLE = (Form.table, Form.markdown)
+
+
 @app.command()
 def results(
     form: Annotated[
@@ -50,7 +54,7 @@ def results(
     if form is Form.table:
         print(f"{newest.name} ({newest.run_key}, {newest.status}, {newest.finished_at:%Y-%m-%d %H:%M} UTC)")
     print(render(metrics, form))
-    if form in (Form.table, Form.markdown):
+    if form in _READABLE:
         print("\n" + "\n".join(protocol_lines(metrics, json.loads(newest.spec))))
         if newest.message:
             print(f"failed: {newest.message}")
@@ -95,6 +99,37 @@ def doctor(
         print(f"{'BAD' if finding.level == 'bad' else finding.level:4} {finding.topic}: {redacted(finding.answer)}")
     if any(finding.level == "bad" for finding in findings):
         raise typer.Exit(2)
+
+
+@app.command()
+def compare(
+    run: Annotated[str, typer.Argument(metavar="A", help="RUN or RUN:CHECKPOINT; a run by its key or spec name.")],
+    other: Annotated[
+        str | None,
+        typer.Argument(metavar="[B]", help="What to compare with; without it, A's checkpoints with their dense model."),
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Only this evaluation (as named in the spec).")] = None,
+    alpha: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="The chance that any difference is called one although there is none."),
+    ] = 0.05,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resampling.")] = 0,
+    form: Annotated[Form, typer.Option("--format", help="json and csv: every value.")] = Form.table,
+) -> None:
+    """Compare checkpoints item by item: difference, interval, significance and flips of every figure."""
+    settings = prepared()
+    from flows.records.compare import ComparisonRequest, compare_checkpoints
+    from flows.records.compare_tables import notes, protocol, render_pairs
+    from infra.artifacts.store import ArtifactStore
+    from infra.results.store import ResultsStore
+
+    request = ComparisonRequest(run, other, suite, alpha, seed)
+    comparison = compare_checkpoints(request, ResultsStore.of(settings), ArtifactStore(settings.store_root))
+    print(render_pairs(comparison, form))
+    # the notes must not spoil what a program reads
+    print("\n" + "\n".join(notes(comparison, alpha)), file=sys.stdout if form in _READABLE else sys.stderr)
+    if form in _READABLE:
+        print("\n" + "\n".join(protocol(comparison)))
 
 
 def _first_line(package: str, name: str) -> str:

@@ -73,25 +73,24 @@ def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:
     prepared()
     import_prefect()
     from flows.run.compress import open_run_context
-    from flows.run.outline import outline
     from flows.run.preflight import check
-    from flows.run.stages import build_stages
+    from flows.run.stages import plan_stages
     from flows.spec.load import load_spec
 
     loaded = load_spec(spec, set_)
     run_context = open_run_context(loaded)
-    graph = build_stages(loaded, run_context.sources, run_context.settings.device)
+    graph = plan_stages(loaded, run_context)
     check(graph, run_context)
     stages = [
         {"name": stage.name, "key": stage.ref.key, "cached": run_context.store.has(stage.ref)} for stage in graph.stages
     ]
     cached = {entry["key"] for entry in stages if entry["cached"]}
-    lines = [("  " * depth + stage.name, stage.ref.key) for depth, stage in outline(graph)]
+    lines = [("  " * depth + stage.name, stage.ref.key) for depth, stage in graph.outline]
     width = max(len(name) for name, _ in lines)
     for name, key in lines:
         print(f"{'cached' if key in cached else 'to run':7} {name:{width}}  {key}")
     print(f"{'to run':7} {'record':{width}}  (never cached)")
-    for name, first in graph.twins.items():
+    for name, first in graph.aliases.items():
         print(f"{'same':7} {name} is {first} under another name")
     if as_json:
         print(json.dumps({"run_key": graph.run_key, "stages": stages}))
@@ -116,5 +115,10 @@ def _as_json(result: RunResult) -> dict[str, Any]:
     shown = {"name", "key", "status", "seconds", "message"}
     stages = [stage.model_dump(include=shown) | {"cached": stage.cached} for stage in result.stages]
     metrics = [plain(row) for row in result.metrics]
-    made = {"checkpoint": result.checkpoint, "checkpoints": result.checkpoints}
-    return {"run_key": result.run_key, "stages": stages, "metrics": metrics} | made
+    return {
+        "run_key": result.run_key,
+        "stages": stages,
+        "metrics": metrics,
+        "checkpoint": result.checkpoint,
+        "checkpoints": result.checkpoints,
+    }

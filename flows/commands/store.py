@@ -1,4 +1,4 @@
-"""`slimline verify`, `slimline gc`, `slimline export`, `slimline import`: keeping the artifact store in order."""
+"""`slimline verify`, `slimline gc`, `slimline export`, `slimline import`: commands on the artifact store."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def verify(
 ) -> None:
     """Read every artifact and compare it with the hashes of when it was written; exit code 2 if one is broken."""
     settings = prepared()
-    from flows.records.verify import take_out, verified
+    from flows.records.verify import remove_broken, verify_artifacts
     from infra.artifacts.store import ArtifactStore
 
     store = ArtifactStore(settings.store_root)
     with _progress("verify") as (total, read):
-        report = verified(settings, runs or (), total, read)
+        report = verify_artifacts(settings, runs or (), total, read)
     for finding in (*report.broken, *report.litter):
         print(f"{'BROKEN' if finding.ref else 'litter'} {finding.path}: {finding.problem}")
-    left = [finding for finding in report.broken if not (remove and take_out(store, finding))]
+    left = [finding for finding in report.broken if not (remove and remove_broken(store, finding))]
     print(f"{report.num_artifacts} artifacts read ({_size(report.num_bytes)}), {len(report.broken)} broken")
     if report.broken and remove:
         print(f"{len(report.broken) - len(left)} taken out; run their specs again (slimline retry RUN) to remake them")

@@ -22,15 +22,13 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from flows.night.outcome import CellFailed, CellOutcome, NightFailed, NightResult
 from flows.night.regressions import compare, pass_gates
 from flows.night.summary import headline, summary
-from flows.run.compress import compress, open_run_context, stages_to_refresh, unknown_stage
+from flows.run.compress import compress, open_run_context, recorded_result, unknown_stage
 from flows.run.outcome import RunResult, StagesFailed
-from flows.run.recorded import recorded_result
-from flows.run.stages import build_stages
+from flows.run.stages import Stage, plan_stages
 from flows.runtime.conditions import mendable
 from flows.runtime.task_runners import RunnerName, final_state, interruptible, runner_named
 from flows.spec.load import load_night, parse_night
 from flows.spec.night import Cell, NightSpec
-from flows.spec.run import RunSpec
 from infra.artifacts.store import ArtifactStore
 from infra.keys import slug
 from infra.provenance import git_revision, versions
@@ -164,17 +162,16 @@ def _refreshed(night: NightSpec, names: Sequence[str]) -> dict[str, tuple[str, .
     """For each cell those of the names that it has. Raises SpecError for one that no cell has."""
     if not names:
         return {cell.name: () for cell in night.cells}
-    known = {cell.name: _stage_names(cell.spec) for cell in night.cells}
-    everything = sorted({name for stages in known.values() for name in stages})
+    stages = {cell.name: plan_stages(cell.spec, open_run_context(cell.spec)).stages for cell in night.cells}
+    by_name: dict[str, Stage] = {stage.name: stage for graph in stages.values() for stage in graph}
+    wanted: dict[str, tuple[str, ...]] = {
+        cell: tuple(name for name in names if any(name in stage.names for stage in graph))
+        for cell, graph in stages.items()
+    }
     for name in names:
-        if not stages_to_refresh(everything, name):
-            raise unknown_stage(name, everything)
-    return {cell: tuple(name for name in names if stages_to_refresh(stages, name)) for cell, stages in known.items()}
-
-
-def _stage_names(spec: RunSpec) -> list[str]:
-    run_context = open_run_context(spec)
-    return [stage.name for stage in build_stages(spec, run_context.sources, run_context.settings.device).stages]
+        if not any(name in each for each in wanted.values()):
+            raise unknown_stage(name, [by_name[known] for known in sorted(by_name)])
+    return wanted
 
 
 def _night_row(night: NightSpec, result: NightResult, started_at: datetime) -> NightRow:

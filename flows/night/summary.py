@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from flows.night.outcome import CellOutcome, NightResult
+from flows.records.render import markdown_table as _table
 from infra.results.rows import NightFigureRow
 
 _TOLD = ("worse", "better", "gone")
@@ -111,8 +112,3 @@ def _distinct(figures: Iterable[NightFigureRow]) -> list[NightFigureRow]:
     for row in figures:
         seen.setdefault((row.stage_key, row.task, row.metric, row.verdict, row.before_stage_key or ""), row)
     return list(seen.values())
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

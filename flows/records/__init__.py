@@ -1,1 +1,10 @@
-"""TODO."""
+"""What recorded runs say: reads DuckDB and the artifact store, for the command line. Read lookup.py first.
+
+* lookup.py: a run or a night by its key, id or name.
+* tables.py: results as text, markdown, JSON, CSV; the protocol lines under them. render.py: markdown and CSV.
+* compare.py: two checkpoints item by item. compare_tables.py: that as tables. protocol_diff.py: what was measured
+  otherwise.
+* retention.py: which artifacts recorded runs need. verify.py: whether the store still has them whole.
+
+May import tasks, evaluation and infra, not flows.run.
+"""

@@ -1,10 +1,10 @@
-"""Two recorded checkpoints beside each other on the same items: which, whether they may be, and what is significant."""
+"""Two recorded checkpoints on the same items: which, whether they are comparable, and what differs significantly."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from evaluation.significance.verdicts import holm
 from flows.errors import SpecError
@@ -32,7 +32,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedFigure:
     """One figure of both sides. labels: what the sides are called. verdict: after Holm's correction over all rows.
 
     other_versions: the libraries that the two were measured with in different versions.
@@ -46,12 +46,12 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All figures; a sentence for each thing that could not be compared; the figures that have no samples.
+    """All figures, a sentence for each evaluation or figure that could not be compared, the figures without samples.
 
     run: the first that was named. measured: one row of it for each evaluation compared, with the protocol.
     """
 
-    rows: tuple[Compared, ...]
+    rows: tuple[ComparedFigure, ...]
     problems: tuple[str, ...]
     without_samples: tuple[str, ...]
     run: RunRow
@@ -59,8 +59,11 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Question:
-    """What to compare: RUN or RUN:CHECKPOINT; without `other`, checkpoints of one run with its dense one."""
+class ComparisonRequest:
+    """What to compare: RUN or RUN:CHECKPOINT; without `other`, checkpoints of one run with its dense one.
+
+    suite: only this evaluation. alpha: the chance of any false difference. seed: of the resampling.
+    """
 
     name: str
     other: str | None = None
@@ -69,82 +72,65 @@ class Question:
     seed: int = 0
 
 
-def compared(question: Question, results: ResultsStore, store: ArtifactStore) -> Comparison:
-    """The answer. Raises SpecError if a run, checkpoint or suite is unknown, or nothing of it can be compared."""
-    sides = list(_sides(question, results))
-    _check_suite(question.suite, sides)
+def compare_checkpoints(request: ComparisonRequest, results: ResultsStore, store: ArtifactStore) -> Comparison:
+    """Pair the figures and judge them. Raises SpecError if a run, checkpoint or suite is unknown, or nothing can be
+    compared."""
+    sides = list(_sides(request, results))
+    _check_suite(request.suite, sides)
     reports = Reports(store)
-    found: list[_Found] = []
+    paired: list[tuple[tuple[str, str], PairRow, Versions]] = []
     problems: list[str] = []
-    bare: list[str] = []
+    without_samples: list[str] = []
     measured: dict[str, MetricRow] = {}
-    for both in sides:
-        for suite in [name for name in both[0].suites if name in both[1].suites and question.suite in (None, name)]:
-            answer = _answer(suite, both, reports, store, question.seed)
-            found += answer.found
-            problems += answer.problems
-            bare += answer.without_samples
-            if answer.found:
-                measured.setdefault(suite, both[0].suites[suite][0])
+    for mine, theirs in sides:
+        labels = _labels(mine, theirs)
+        for suite in [name for name in mine.suites if name in theirs.suites and request.suite in (None, name)]:
+            if reason := _why_not_comparable(suite, (mine, theirs), labels, reports, store):
+                problems.append(reason)
+                continue
+            rows, others = mine.suites[suite], theirs.suites[suite]
+            answer = beside(rows, others, reports, reference=labels[1], seed=request.seed)
+            common = {(row.task, row.metric) for row in rows} & {(row.task, row.metric) for row in others}
+            answered = {(row.task, row.metric) for row in answer.rows} | answer.problems.keys()
+            if not (common or answered):
+                problems.append(f"{suite} of {labels[0]} and {labels[1]} has no figure in common")
+            problems += answer.problems.values()
+            without_samples += [
+                f"{row.suite}/{row.task}/{row.metric}" for row in rows if (row.task, row.metric) in common - answered
+            ]
+            paired += [(labels, row, other_versions(rows[0], others[0])) for row in answer.rows]
+            if answer.rows:
+                measured.setdefault(suite, rows[0])
     problems = list(dict.fromkeys(problems))
-    if not found:
+    if not paired:
         raise SpecError("nothing can be compared: " + ("; ".join(problems) or _nothing_common(sides)))
+    significant = holm([row.p_value for _, row, _ in paired], request.alpha)
     return Comparison(
-        rows=_judged(found, question.alpha),
+        rows=tuple(
+            ComparedFigure(labels, row, _verdict(row, differs), versions)
+            for (labels, row, versions), differs in zip(paired, significant, strict=True)
+        ),
         problems=tuple(problems),
-        without_samples=tuple(dict.fromkeys(bare)),
+        without_samples=tuple(dict.fromkeys(without_samples)),
         run=sides[0][0].run,
         measured=tuple(measured.values()),
     )
 
 
-class _Found(NamedTuple):
-    """A figure of both sides that is not judged yet."""
-
-    labels: tuple[str, str]
-    row: PairRow
-    other_versions: Versions
-
-
-class _Answer(NamedTuple):
-    """Of one evaluation of two sides, what a comparison has of all."""
-
-    found: Sequence[_Found] = ()
-    problems: Sequence[str] = ()
-    without_samples: Sequence[str] = ()
-
-
-def _answer(suite: str, sides: tuple[Side, Side], reports: Reports, store: ArtifactStore, seed: int) -> _Answer:
-    labels = _labels(*sides)
-    try:
-        _check_alike(suite, sides, labels)
-        _check_samples(suite, sides, labels, reports, store)
-        _check_reference(suite, sides, labels, store)
-    except SpecError as error:
-        return _Answer(problems=[str(error)])
-    rows, others = (side.suites[suite] for side in sides)
-    answer = beside(rows, others, reports, reference=labels[1], seed=seed)
-    versions = other_versions(rows[0], others[0])
-    bare = _without_samples(rows, others, answer.rows, answer.problems)
-    if not (answer.rows or answer.problems or bare):
-        return _Answer(problems=[f"{suite} of {labels[0]} and {labels[1]} has no figure in common"])
-    return _Answer([_Found(labels, row, versions) for row in answer.rows], answer.problems, bare)
-
-
-def _sides(question: Question, results: ResultsStore) -> Iterator[tuple[Side, Side]]:
+def _sides(request: ComparisonRequest, results: ResultsStore) -> Iterator[tuple[Side, Side]]:
     runs = recorded_runs(results)
     if not runs:
         raise SpecError(f"there are no results in {results.path} yet; run a spec first: slimline run demo")
-    run, name = _named(question.name, runs)
+    run, name = _named(request.name, runs)
     mine = _measured(run, results)
-    if question.other is None:
+    if request.other is None:
         others = [name] if name else [each for each in mine if each != DENSE]
         if not others:
             raise SpecError(f"run {run.name} has measured no checkpoint but {DENSE}; name another run to compare with")
         for each in others:
             yield _side(run, each, mine), _side(run, DENSE, mine)
         return
-    other_run, other_name = _named(question.other, runs)
+    other_run, other_name = _named(request.other, runs)
     theirs = _measured(other_run, results)
     if name is None and other_name is None:
         common = [each for each in mine if each in theirs]
@@ -174,12 +160,12 @@ def _named(name: str, runs: Sequence[RunRow]) -> tuple[RunRow, str | None]:
 
 def _measured(run: RunRow, results: ResultsStore) -> dict[str, dict[str, list[MetricRow]]]:
     """Rows by checkpoint and suite."""
-    found: dict[str, dict[str, list[MetricRow]]] = {}
+    measured: dict[str, dict[str, list[MetricRow]]] = {}
     for (checkpoint, suite), rows in by_evaluation(results.metrics(run.run_key)).items():
-        found.setdefault(checkpoint, {})[suite] = rows
-    if not found:
+        measured.setdefault(checkpoint, {})[suite] = rows
+    if not measured:
         raise SpecError(f"run {run.run_key} has measured nothing that has samples; add an evaluation to its spec")
-    return found
+    return measured
 
 
 def _side(run: RunRow, checkpoint: str, measured: Mapping[str, Mapping[str, Sequence[MetricRow]]]) -> Side:
@@ -206,60 +192,35 @@ def _check_suite(suite: str | None, sides: Sequence[tuple[Side, Side]]) -> None:
         raise SpecError(f"--suite: no evaluation {suite!r}{did_you_mean(suite, known)}; there are: {', '.join(known)}")
 
 
-def _check_alike(suite: str, sides: tuple[Side, Side], labels: tuple[str, str]) -> None:
-    """Raise SpecError, which names the difference, if the protocols say that the two were not measured alike."""
-    mine, theirs = (side.suites[suite][0] for side in sides)
-    found = differences(mine, theirs)
-    if found:
-        raise _not_alike(suite, labels, "; ".join(found[:3]))
-
-
-def _check_reference(suite: str, sides: tuple[Side, Side], labels: tuple[str, str], store: ArtifactStore) -> None:
-    """Raise SpecError if the two were measured against different dense models. Both reports are in the store."""
-    mine, theirs = (_dense_of(side.suites[suite][0].stage_key, store) for side in sides)
-    if mine != theirs:
-        raise _not_alike(suite, labels, "the dense model that they were measured against is another")
-
-
-def _not_alike(suite: str, labels: tuple[str, str], difference: str) -> SpecError:
-    return SpecError(
-        f"{suite} of {labels[0]} and {labels[1]} was not measured alike: {difference}; "
-        "measure one of them again as the other was"
-    )
-
-
-def _dense_of(stage_key: str, store: ArtifactStore) -> Any:
-    """What a suite that compares with the dense model compared with; None of other suites."""
-    return store.manifest(ArtifactRef(kind="report", key=stage_key)).request.get("reference")
-
-
-def _check_samples(
+def _why_not_comparable(
     suite: str, sides: tuple[Side, Side], labels: tuple[str, str], reports: Reports, store: ArtifactStore
-) -> None:
-    """Raise SpecError, which says what makes them, if the samples of one side cannot be had."""
-    for side, label in zip(sides, labels, strict=True):
-        key = side.suites[suite][0].stage_key
+) -> str | None:
+    """A sentence that says what to do, if the protocols differ, samples of one side cannot be had, or the two were
+    measured against different dense models; None if they can be compared."""
+    rows = [side.suites[suite][0] for side in sides]
+    refs = [ArtifactRef(kind="report", key=row.stage_key) for row in rows]
+    not_alike = f"{suite} of {labels[0]} and {labels[1]} was not measured alike: "
+    way_out = "; measure one of them again as the other was"
+    if different := differences(*rows):
+        return not_alike + "; ".join(different[:3]) + way_out
+    for side, label, ref in zip(sides, labels, refs, strict=True):
         try:
-            reports.read(key)
-        except ArtifactMissing as error:
-            if store.has(ArtifactRef(kind="report", key=key)):
-                raise SpecError(
+            reports.read(ref.key)
+        except ArtifactMissing:
+            if store.has(ref):
+                return (
                     f"{suite} of {label} has no samples that can be read, as before they were kept; run spec "
                     f"{side.run.name} with --refresh evaluate:{suite}"
-                ) from error
-            raise SpecError(
+                )
+            return (
                 f"the samples of {suite} of {label} are no longer in the store (slimline gc collects them with the "
-                f"report {key}); run spec {side.run.name} again"
-            ) from error
-
-
-def _without_samples(
-    rows: Sequence[MetricRow], others: Sequence[MetricRow], pairs: Sequence[PairRow], problems: Sequence[str]
-) -> list[str]:
-    both = {(row.task, row.metric) for row in others}
-    done = {f"{row.suite}/{row.task}/{row.metric}" for row in pairs} | {text.partition(": ")[0] for text in problems}
-    names = [f"{row.suite}/{row.task}/{row.metric}" for row in rows if (row.task, row.metric) in both]
-    return [name for name in names if name not in done]
+                f"report {ref.key}); run spec {side.run.name} again"
+            )
+    # only suites that compare with the dense model have a reference
+    mine, theirs = (store.manifest(ref).request.get("reference") for ref in refs)
+    if mine != theirs:
+        return f"{not_alike}the dense model that they were measured against is another{way_out}"
+    return None
 
 
 def _nothing_common(sides: Sequence[tuple[Side, Side]]) -> str:
@@ -268,14 +229,6 @@ def _nothing_common(sides: Sequence[tuple[Side, Side]]) -> str:
     return (
         f"{labels[0]} was measured by {', '.join(mine.suites)} and {labels[1]} by {', '.join(theirs.suites)}; "
         "they have no figures with samples in common"
-    )
-
-
-def _judged(found: Sequence[_Found], alpha: float) -> tuple[Compared, ...]:
-    significant = holm([each.row.p_value for each in found], alpha)
-    return tuple(
-        Compared(each.labels, each.row, _verdict(each.row, differs), each.other_versions)
-        for each, differs in zip(found, significant, strict=True)
     )
 
 

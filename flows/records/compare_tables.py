@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from flows.records.compare import Compared, Comparison
+from flows.records.compare import ComparedFigure, Comparison
+from flows.records.render import csv_table, markdown_table
 from flows.records.tables import protocol_lines
 from infra.results.rows import PairRow
 
@@ -21,9 +20,10 @@ def render_pairs(comparison: Comparison, form: str) -> str:
     if form == "json":
         return json.dumps([_plain(each) for each in comparison.rows])
     if form == "csv":
-        return _csv(comparison.rows)
-    draw = _markdown if form == "markdown" else _aligned
-    return "\n\n".join(draw(list(lines)) for lines in _tables(comparison.rows))
+        columns = [*PairRow.model_fields, "a", "b", "verdict", "other_versions"]
+        return csv_table(columns, [_plain(each) | {"other_versions": _versions(each)} for each in comparison.rows])
+    draw = markdown_table if form == "markdown" else _aligned
+    return "\n\n".join(draw(head, rows) for head, rows in _tables(comparison.rows))
 
 
 def notes(comparison: Comparison, alpha: float) -> Iterator[str]:
@@ -47,18 +47,18 @@ def protocol(comparison: Comparison) -> Iterator[str]:
     yield from protocol_lines(comparison.measured, json.loads(comparison.run.spec))
 
 
-def _version_lines(rows: Sequence[Compared]) -> Iterator[str]:
+def _version_lines(rows: Sequence[ComparedFigure]) -> Iterator[str]:
     """A line for each set of differences, with what it is of unless it is of all."""
     places: dict[str, list[str]] = {}
     for each in rows:
         if each.other_versions:
             places.setdefault(_versions(each), []).append(f"{each.row.suite} of {each.labels[0]} and {each.labels[1]}")
-    for text, found in places.items():
-        where = "" if len(found) == len(rows) else f" ({', '.join(dict.fromkeys(found))})"
+    for text, evaluations in places.items():
+        where = "" if len(evaluations) == len(rows) else f" ({', '.join(dict.fromkeys(evaluations))})"
         yield f"measured with other versions: {text}{where}"
 
 
-def _versions(compared: Compared) -> str:
+def _versions(compared: ComparedFigure) -> str:
     """ "transformers 5.23.0 / 5.24.0", first that of the measured side."""
     return ", ".join(
         f"{library} {mine or 'not recorded'} / {theirs or 'not recorded'}"
@@ -66,12 +66,13 @@ def _versions(compared: Compared) -> str:
     )
 
 
-def _tables(rows: Sequence[Compared]) -> Iterator[Iterator[list[str]]]:
+def _tables(rows: Sequence[ComparedFigure]) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Headings and rows for each two checkpoints."""
     for labels, group in groupby(rows, key=lambda each: each.labels):
-        yield iter([[*_COLUMNS[:3], *labels, *_COLUMNS[3:]], *(_cells(each) for each in group)])
+        yield [*_COLUMNS[:3], *labels, *_COLUMNS[3:]], [_cells(each) for each in group]
 
 
-def _cells(compared: Compared) -> list[str]:
+def _cells(compared: ComparedFigure) -> list[str]:
     row = compared.row
     flips = ["" if count is None else str(count) for count in (row.flips_lost, row.flips_gained)]
     figures = [f"{row.value:.4g}", f"{row.reference_value:.4g}", f"{row.difference:+.3g}"]
@@ -80,7 +81,8 @@ def _cells(compared: Compared) -> list[str]:
             str(row.num_items), *flips]  # fmt: skip
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     # names to the left, figures to the right
     return "\n".join(
@@ -92,21 +94,11 @@ def _aligned(lines: list[list[str]]) -> str:
     )
 
 
-def _markdown(lines: list[list[str]]) -> str:
-    head, *rows = lines
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
-
-
-def _plain(compared: Compared) -> dict[str, Any]:
+def _plain(compared: ComparedFigure) -> dict[str, Any]:
     mine, theirs = compared.labels
-    said = {"a": mine, "b": theirs, "verdict": compared.verdict, "other_versions": dict(compared.other_versions)}
-    return compared.row.model_dump(mode="json") | said
-
-
-def _csv(rows: Sequence[Compared]) -> str:
-    text = io.StringIO()
-    columns = [*PairRow.model_fields, "a", "b", "verdict", "other_versions"]
-    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_plain(each) | {"other_versions": _versions(each)} for each in rows)
-    return text.getvalue().rstrip("\n")
+    return compared.row.model_dump(mode="json") | {
+        "a": mine,
+        "b": theirs,
+        "verdict": compared.verdict,
+        "other_versions": dict(compared.other_versions),
+    }

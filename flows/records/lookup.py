@@ -48,7 +48,7 @@ def recorded_runs(store: ResultsStore) -> tuple[RunRow, ...]:
 
 
 def pick_run(runs: Sequence[RunRow], name: str | None) -> RunRow:
-    """The same as `find_run`, among runs that were read already, the newest last."""
+    """The same as `find_run` among these runs, the newest last."""
     for row in reversed(runs):
         if name in (None, row.run_key, row.name):
             return row

@@ -1,4 +1,4 @@
-"""What two measurements differ in by their protocols: what forbids to compare their figures, and what is only said."""
+"""Differences of the protocols of two measurements: those that forbid to compare figures, and those only reported."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from infra.results.rows import MetricRow
 
 _HARMLESS = frozenset({"bootstrap_iters"})
-"""Parts of a protocol that change no figure, only the standard error of some."""
+"""Options that change no figure, only the standard error of some."""
 
 _OF_OTHER_FIGURES = frozenset({"windows", "normalise", "measured"})
-"""Which figures there are beside one, and how much all took: a figure has its window length in its name."""
+"""Options that say which other figures there are: a figure has its window length in its name."""
 
-_APART = frozenset({"versions", "data_identity"})
-"""What was installed, which is said beside the figures, and where items came from, which have hashes of their own."""
+_NOT_COMPARED = frozenset({"versions", "data_identity"})
+"""Installed versions are reported beside the figures; items are compared by their own hashes, not by their source."""
 
 Versions = Mapping[str, tuple[str | None, str | None]]
 """By library the versions of the two sides, None where none was recorded."""
 
 
 def differences(mine: MetricRow, theirs: MetricRow) -> list[str]:
-    """A phrase for each thing that a figure of both was taken otherwise by; none if it may be compared."""
+    """A phrase for each option that differs; none if a figure of the two may be compared."""
     return list(_differences(_deciding(mine), _deciding(theirs)))
 
 
@@ -34,9 +34,9 @@ def other_versions(mine: MetricRow, theirs: MetricRow) -> Versions:
 
 
 def _deciding(row: MetricRow) -> dict[str, Any]:
-    """What must be the same for each single figure."""
+    """The options that must be the same for each single figure."""
     protocol: dict[str, Any] = json.loads(row.protocol)
-    return {key: said for key, said in protocol.items() if key not in _OF_OTHER_FIGURES | _APART}
+    return {key: value for key, value in protocol.items() if key not in _OF_OTHER_FIGURES | _NOT_COMPARED}
 
 
 def _differences(mine: Any, theirs: Any, place: str = "") -> Iterator[str]:

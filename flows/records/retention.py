@@ -20,7 +20,7 @@ _KIND: TypeAdapter[Kind] = TypeAdapter(Kind)
 
 
 def kept_artifacts(store: ResultsStore, *, keep_last: int | None, keep: Sequence[str] = ()) -> frozenset[ArtifactRef]:
-    """The artifacts that stages of kept runs made, found or still have to make.
+    """The artifacts that kept runs need: of all their stages, finished or not.
 
     keep_last: the newest so many runs of each name, and the runs of the newest so many nights; None keeps all. keep:
     further runs, by key or name. Raises SpecError for an unknown one.
@@ -33,13 +33,13 @@ def kept_artifacts(store: ResultsStore, *, keep_last: int | None, keep: Sequence
 
 
 def finished_artifacts(store: ResultsStore, run_key: str) -> tuple[ArtifactRef, ...]:
-    """The artifacts that the stages of a run made or found."""
+    """The artifacts of the completed and cached stages of a run."""
     stages = store.stages(run_key)
     return tuple(dict.fromkeys(_ref(stage) for stage in stages if stage.status in ("completed", "cached")))
 
 
 def check_kept(store: ResultsStore, *, keep_last: int | None, keep: Sequence[str], delete: bool) -> None:
-    """Refuse what cannot have been meant. Raises SpecError."""
+    """Raise SpecError for options that contradict each other, and for deleting all since nothing is recorded."""
     if keep and keep_last is None:
         raise SpecError("--keep adds to --keep-last, and without it every recorded run is kept; add e.g. --keep-last 0")
     if delete and keep_last is None and not store.runs():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections import Counter
@@ -11,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+from flows.records.render import csv_table, markdown_table
 from infra.results.rows import DENSE, MetricRow
 
 #: which figure of the profile stands in the table, under which heading, divided by what
@@ -32,8 +31,8 @@ _PROFILE_COLUMNS = {
 _NUM_SIZES = 2
 #: of a point of a grid, whose task is "profile b1 p128 n32" and not "profile", only these
 _GRID_COLUMNS = ("tokens_per_s", "latency_ms_p50", "latency_ratio", "peak_memory_gib", "power_w", "out_of_memory")
-#: of several metrics of one task the first of these stands in the table; the results store has all of them
 _MOST_DIGITS = 6
+#: of several metrics of one task the first of these stands in the table; the results store has all of them
 _PREFERRED = ("acc", "acc_norm", "exact_match", "f1", "score")
 
 Table = list[dict[str, str]]
@@ -79,8 +78,11 @@ def render(metrics: Sequence[MetricRow], form: str) -> str:
     if form == "json":
         return json.dumps([plain(row) | {"protocol": json.loads(row.protocol)} for row in metrics])
     if form == "csv":
-        return _csv(metrics)
-    return _markdown(table_rows(metrics)) if form == "markdown" else aligned(table_rows(metrics))
+        return csv_table(list(MetricRow.model_fields), [plain(row) for row in metrics])
+    rows = table_rows(metrics)
+    if form == "markdown" and rows:
+        return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
+    return aligned(rows)
 
 
 def plain(row: MetricRow) -> dict[str, Any]:
@@ -114,20 +116,20 @@ def aligned(rows: Table, width: int = 120) -> str:
 def protocol_lines(metrics: Iterable[MetricRow], spec: Mapping[str, Any]) -> list[str]:
     """One line each that says what was pruned, on which calibration text, what variants change, how each suite took its
     figures, from what data, and with which versions."""
-    asked = {name: spec[name] for name in ("model", "calibration") if spec.get(name)}
+    inputs = {name: spec[name] for name in ("model", "calibration") if spec.get(name)}
     variants = {
         f"variant {name}": changes
         for step in spec.get("steps", ())
         for name, changes in step.get("variants", {}).items()
     }
-    seen = {row.suite: json.loads(row.protocol) for row in metrics}
-    apart = [(protocol.pop("data_identity", []), protocol.pop("versions", {})) for protocol in seen.values()]
-    topics = asked | variants | seen
-    lines = [f"{topic}: {_words(protocol) or 'changes nothing'}" for topic, protocol in topics.items()]
-    data = dict.fromkeys(_source(identity) for identities, _ in apart for identity in identities)
-    libraries = dict.fromkeys(", ".join(f"{name} {number}" for name, number in each.items()) for _, each in apart)
-    said = {"data": "; ".join(data), "versions": " / ".join(filter(None, libraries))}
-    return lines + [f"{topic}: {words}" for topic, words in said.items() if words]
+    suites = {row.suite: json.loads(row.protocol) for row in metrics}
+    shared = [(protocol.pop("data_identity", []), protocol.pop("versions", {})) for protocol in suites.values()]
+    topics = inputs | variants | suites
+    lines = [f"{topic}: {_in_one_line(options) or 'changes nothing'}" for topic, options in topics.items()]
+    data = dict.fromkeys(_source(identity) for identities, _ in shared for identity in identities)
+    libraries = dict.fromkeys(", ".join(f"{name} {number}" for name, number in each.items()) for _, each in shared)
+    texts = {"data": "; ".join(data), "versions": " / ".join(filter(None, libraries))}
+    return lines + [f"{topic}: {text}" for topic, text in texts.items() if text]
 
 
 def _source(identity: Mapping[str, str]) -> str:
@@ -136,16 +138,15 @@ def _source(identity: Mapping[str, str]) -> str:
     return " ".join([name, *(f"{key} {value[:12]}" for key, value in identity.items() if key != "repo_id")])
 
 
-def _words(protocol: Mapping[str, object]) -> str:
-    said = _said(protocol)
-    assert isinstance(said, Mapping)
-    return ", ".join(f"{key} {json.dumps(value)}" for key, value in said.items() if value not in ([], {}))
+def _in_one_line(options: Mapping[str, object]) -> str:
+    given = ((key, _without_none(value)) for key, value in options.items() if value is not None)
+    return ", ".join(f"{key} {json.dumps(value)}" for key, value in given if value not in ([], {}))
 
 
-def _said(value: object) -> object:
-    """The value without what was left unsaid: a data set has options of which most are None."""
+def _without_none(value: object) -> object:
+    """A data set has options of which most are None."""
     if isinstance(value, Mapping):
-        return {key: _said(inner) for key, inner in value.items() if inner is not None}
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     return value
 
 
@@ -198,19 +199,3 @@ def _digits(row: MetricRow) -> int:
     if not 0 < smallest < math.inf:
         return usual
     return min(_MOST_DIGITS, max(usual, 1 - math.floor(math.log10(smallest))))
-
-
-def _markdown(rows: Table) -> str:
-    if not rows:
-        return "no results yet"
-    names = list(rows[0])
-    lines = [" | ".join(names), " | ".join("---" for _ in names)] + [" | ".join(row.values()) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def _csv(metrics: Sequence[MetricRow]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(MetricRow.model_fields), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(plain(row) for row in metrics)
-    return text.getvalue().rstrip("\n")

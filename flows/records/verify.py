@@ -1,4 +1,4 @@
-"""Whether the store still has what was written: all of it, or the artifacts of some runs."""
+"""Whether the artifacts of some runs, or all of the store, are still as they were written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was read and what was found. litter: what lies about in the store, asked only for the store as a whole."""
+    """How much was read, and what is wrong. litter: files that belong to no artifact, of the whole store only."""
 
     num_artifacts: int
     num_bytes: int
@@ -35,27 +35,28 @@ class Verification:
         }
 
 
-def verified(
+def verify_artifacts(
     settings: Settings, runs: Sequence[str], total: Callable[[int], None], read: Callable[[int], None]
 ) -> Verification:
     """Read the artifacts of the runs (by key or name), or of the whole store.
 
-    total: told how many bytes there are to read. read: told how many more were. Raises SpecError for an unknown run.
+    total: called with the number of bytes to read. read: with how many more were read. Raises SpecError for an unknown
+    run.
     """
     store = ArtifactStore(settings.store_root)
     wanted = _refs_of(settings, runs)
-    found = {each.ref: each.bytes for each in stored(store) if not runs or each.ref in wanted}
-    missing = [ref for ref in wanted if ref not in found]
-    total(sum(found.values()))
+    sizes = {each.ref: each.bytes for each in stored(store) if not runs or each.ref in wanted}
+    missing = [ref for ref in wanted if ref not in sizes]
+    total(sum(sizes.values()))
     problems = [Finding(store.root / ref.kind / ref.key, "is not in the store", ref) for ref in missing]
-    problems += broken(store, found, read)
-    return Verification(len(found), sum(found.values()), tuple(problems), tuple(() if runs else litter(store)))
+    problems += broken(store, sizes, read)
+    return Verification(len(sizes), sum(sizes.values()), tuple(problems), tuple(() if runs else litter(store)))
 
 
-def take_out(store: ArtifactStore, finding: Finding) -> bool:
-    """Remove what is broken, so that the next run makes it again; foreign files alone, if they are all that is wrong.
+def remove_broken(store: ArtifactStore, finding: Finding) -> bool:
+    """Remove a broken artifact, so that the next run makes it again; only its foreign files, if nothing else is wrong.
 
-    False if a run counts on the artifact or somebody is at work on it.
+    False if a run at work needs the artifact or another process holds it.
     """
     assert finding.ref is not None
     with store.trash() as trash, settled(store.root):

@@ -1,1 +1,10 @@
-"""TODO."""
+"""One run: from a spec to recorded results. Read compress.py first, then stages.py.
+
+* compress.py: the Prefect flow `compress`, which plans, checks, submits, records.
+* locate.py: finds the model and the data sets, once; what they are called in cache keys.
+* stages.py: from a spec and these identities to stages with their keys; pure.
+* preflight.py: what would fail after hours is refused in seconds.
+* outcome.py: what a run returns, and StagesFailed.
+
+May import flows.spec, flows.records, flows.runtime, and tasks, pruning, evaluation and infra.
+"""

@@ -1,9 +1,10 @@
-"""The flow: one run of a spec as cached Prefect tasks. The stages and their order are in flows/run/stages.py."""
+"""The flow: one run of a spec as cached Prefect tasks. Which stages there are is in flows/run/stages.py."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -18,17 +19,20 @@ from flows.errors import SpecError
 from flows.records.tables import table_rows
 from flows.run.outcome import RunResult, StageOutcome, StagesFailed
 from flows.run.preflight import check
-from flows.run.stages import Stage, StageGraph, build_stages
+from flows.run.stages import Stage, StageGraph, plan_stages
 from flows.runtime.conditions import mendable
 from flows.runtime.task_runners import THREADS, final_state, interruptible
 from flows.spec.branches import ends
 from flows.spec.run import RunSpec
 from infra.artifacts.claims import claimed
+from infra.keys import canonical_json
 from infra.registry import did_you_mean
-from infra.results.rows import StageRow
+from infra.results.rows import MetricRow, StageRow
+from infra.results.store import ResultsStore
 from infra.secrets import redacted, secrets_kept
 from infra.settings import load_settings
 from infra.sources.find import sources_from
+from infra.tracking.tracker import Tracker
 from tasks.devices.pool import evict_idle_models
 from tasks.execution.context import RunContext, StageResult
 from tasks.execution.interrupts import refuse_interrupted
@@ -37,6 +41,9 @@ from tasks.execution.retries import retry_options
 from tasks.execution.stage import log_cached, log_when_cached
 from tasks.requests import EvaluateRequest, ProfileRequest
 from tasks.stages.record import Measured, RunOutcome, record
+
+#: what the results store keeps of a stage's outcome, beside its key
+_RECORDED = {"name", "kind", "status", "seconds", "message"}
 
 log = logging.getLogger("slimline")
 
@@ -61,40 +68,70 @@ def compress(
     preflight's errors before any work.
     """
     with secrets_kept():
-        return _compress(spec, refresh, refreshed_since, part_of)
+        started_at = datetime.now(UTC)
+        run_context = replace(open_run_context(spec), refreshed_since=refreshed_since, part_of=part_of)
+        refuse_interrupted(run_context.settings, part_of)
+        graph = plan_stages(spec, run_context)
+        check(graph, run_context)
+        refreshed = _keys_to_refresh(graph, refresh)
+        # the run needs all of them up to its record: `slimline gc` must leave alone what is cached, too
+        with claimed(run_context.store.root, [stage.ref for stage in graph.stages], graph.run_key):
+            if not refreshed and _all_cached(graph, run_context):
+                outcomes = _cached_outcomes(graph, run_context)
+            else:
+                try:
+                    outcomes = _run_stages(graph, run_context, refreshed)
+                finally:
+                    evict_idle_models()
+                refuse_interrupted(run_context.settings, part_of)
+            return _finish(graph, outcomes, run_context, started_at)
 
 
-def _compress(
-    spec: RunSpec, refresh: tuple[str, ...], refreshed_since: datetime | None, part_of: UUID | None
-) -> RunResult:
-    started_at = datetime.now(UTC)
-    run_context = replace(open_run_context(spec), refreshed_since=refreshed_since, part_of=part_of)
-    refuse_interrupted(run_context.settings, part_of)
-    graph = build_stages(spec, run_context.sources, run_context.settings.device)
-    check(graph, run_context)
-    again = _keys_to_refresh(graph, refresh)
-    # the run needs all of them up to its record: `slimline gc` must leave alone what it found, too
-    with claimed(run_context.store.root, [stage.ref for stage in graph.stages], graph.run_key):
-        if not again and all(run_context.store.has(stage.ref) for stage in graph.stages):
-            outcomes = tuple(found(stage, run_context) for stage in graph.stages)
-        else:
-            try:
-                outcomes = _run_stages(graph, run_context, again)
-            finally:
-                evict_idle_models()
-            refuse_interrupted(run_context.settings, part_of)
-        return _finish(graph, outcomes, run_context, started_at)
+def recorded_result(spec: RunSpec) -> RunResult | None:
+    """The result of a run that needs nothing any more, without a flow run: of a night whose cells are all cached that
+    is most of the time.
+
+    None if the store lacks a stage, DuckDB or MLflow the run, or it was recorded from a spec with other words. Raises
+    SourceMissing and what the stores raise if they cannot be read.
+    """
+    run_context = open_run_context(spec)
+    graph = plan_stages(spec, run_context)
+    if not _all_cached(graph, run_context):
+        return None
+    results, plain_spec = ResultsStore.of(run_context.settings), canonical_json(spec.model_dump(mode="json"))
+    rows = [row for row in results.runs() if row.run_key == graph.run_key and row.status == "completed"]
+    if not rows or canonical_json(json.loads(rows[-1].spec)) != plain_spec:
+        return None
+    if not Tracker(run_context.settings.tracking_uri).has(graph.run_key):
+        return None
+    return _result(graph, _cached_outcomes(graph, run_context), results.metrics(graph.run_key), run_context)
 
 
-def _run_stages(graph: StageGraph, run_context: RunContext, again: set[str]) -> tuple[StageOutcome, ...]:
-    """Every stage as a Prefect task, of which those in the store are cached. again: keys to make anew."""
+def _all_cached(graph: StageGraph, run_context: RunContext) -> bool:
+    return all(run_context.store.has(stage.ref) for stage in graph.stages)
+
+
+def _cached_outcomes(graph: StageGraph, run_context: RunContext) -> tuple[StageOutcome, ...]:
+    """Of a run of which the store has everything: a task for each stage would cost 0.1 s and say no more."""
+    outcomes = []
+    for stage in graph.stages:
+        log_cached(stage.name, stage.ref)
+        seconds = run_context.store.manifest(stage.ref).seconds
+        outcomes.append(
+            StageOutcome(name=stage.name, key=stage.ref.key, kind=stage.ref.kind, status="cached", seconds=seconds)
+        )
+    return tuple(outcomes)
+
+
+def _run_stages(graph: StageGraph, run_context: RunContext, refreshed: set[str]) -> tuple[StageOutcome, ...]:
+    """Every stage as a Prefect task, of which those in the store are cached. refreshed: keys to make anew."""
     retries = retry_options(run_context.settings)
     futures: dict[str, PrefectFuture[StageResult]] = {}
     with interruptible() as submitted:
-        for stage in graph.stages:
+        for stage in in_order_of_submission(graph):
             # the key is no tag: Prefect takes seconds per task to ask its server for a concurrency limit on every tag
             task = stage.task.with_options(
-                refresh_cache=stage.ref.key in again, on_completion=[log_when_cached(stage.ref)], **retries
+                refresh_cache=stage.ref.key in refreshed, on_completion=[log_when_cached(stage.ref)], **retries
             )
             after = [futures[ref.key] for ref in stage.request.inputs]
             futures[stage.ref.key] = task.submit(stage.request, stage.name, run_context, wait_for=after)
@@ -102,15 +139,21 @@ def _run_stages(graph: StageGraph, run_context: RunContext, again: set[str]) -> 
         return tuple(_outcome(stage, futures[stage.ref.key]) for stage in graph.stages)
 
 
-def found(stage: Stage, run_context: RunContext) -> StageOutcome:
-    """A stage of a run of which the store has everything: a task for each would cost 0.1 s and say no more."""
-    log_cached(stage.name, stage.ref)
-    seconds = run_context.store.manifest(stage.ref).seconds
-    return StageOutcome(name=stage.name, key=stage.ref.key, kind=stage.ref.kind, status="cached", seconds=seconds)
+def in_order_of_submission(graph: StageGraph) -> list[Stage]:
+    """What makes artifacts, then evaluations, all of one checkpoint next to each other, then profiles: devices are
+    given to who comes first, and so load each model once."""
+    keys = [ref.key for ref in graph.checkpoints.values()]
+
+    def place(stage: Stage) -> tuple[int, int]:
+        if isinstance(stage.request, EvaluateRequest):
+            return 1, keys.index(stage.request.checkpoint.key)
+        return 2 if stage.ref.kind == "report" else 0, 0
+
+    return sorted(graph.stages, key=place)
 
 
 def open_run_context(spec: RunSpec) -> RunContext:
-    """Settings and sources for a spec, from the environment of this process."""
+    """Settings from the environment of this process, and where a spec's model and data are looked for."""
     settle_bars()
     settings = load_settings()
     return RunContext(settings, sources_from(spec.mirror, settings, start=spec.folder))
@@ -119,18 +162,21 @@ def open_run_context(spec: RunSpec) -> RunContext:
 def _finish(
     graph: StageGraph, outcomes: Sequence[StageOutcome], run_context: RunContext, started_at: datetime
 ) -> RunResult:
-    done = {stage.key for stage in outcomes if stage.status in ("completed", "cached")}
+    """Record the run, show its table in Prefect, and raise StagesFailed if a stage failed."""
+    done = _done(outcomes)
     problems = [f"{stage.name}: {stage.message}" for stage in outcomes if stage.status == "failed"]
     message = "; ".join(problems) or None
-    finished = {name: ref for name, ref in graph.checkpoints.items() if ref.key in done}
     metrics = record(
         RunOutcome(
             run_key=graph.run_key,
             name=graph.spec.name,
             spec=graph.spec.model_dump(mode="json"),
             started_at=started_at,
-            stages=tuple(_row(graph, outcome) for outcome in outcomes),
-            checkpoints=finished,
+            stages=tuple(
+                StageRow(run_key=graph.run_key, stage_key=outcome.key, **outcome.model_dump(include=_RECORDED))
+                for outcome in outcomes
+            ),
+            checkpoints={name: ref for name, ref in graph.checkpoints.items() if ref.key in done},
             measured=tuple(_measured(stage) for stage in graph.reports if stage.ref.key in done),
             failed=bool(problems),
             message=message,
@@ -138,64 +184,69 @@ def _finish(
         run_context,
     )
     create_table_artifact(table=table_rows(metrics), key="slimline-results", description=f"{graph.spec.name}: results")
-    last = ends(graph.spec.derivations)
-    result = RunResult(
-        run_key=graph.run_key,
-        name=graph.spec.name,
-        stages=tuple(outcomes),
-        metrics=metrics,
-        checkpoints={name: str(run_context.store.path(finished[name])) if name in finished else None for name in last},
-    )
+    result = _result(graph, outcomes, metrics, run_context)
     if message is not None:
         raise StagesFailed(message, result=result, by_user=all(stage.by_user for stage in result.failures))
     return result
 
 
+def _result(
+    graph: StageGraph, outcomes: Sequence[StageOutcome], metrics: Sequence[MetricRow], run_context: RunContext
+) -> RunResult:
+    done, refs = _done(outcomes), graph.checkpoints
+    return RunResult(
+        run_key=graph.run_key,
+        name=graph.spec.name,
+        stages=tuple(outcomes),
+        metrics=tuple(metrics),
+        checkpoints={
+            name: str(run_context.store.path(refs[name])) if refs[name].key in done else None
+            for name in ends(graph.spec.derivations)
+        },
+    )
+
+
+def _done(outcomes: Iterable[StageOutcome]) -> set[str]:
+    """The keys whose artifacts are there."""
+    return {outcome.key for outcome in outcomes if outcome.status in ("completed", "cached")}
+
+
 def _outcome(stage: Stage, future: PrefectFuture[StageResult]) -> StageOutcome:
     state = final_state(future)
-    ref = stage.ref
-    common = {"name": stage.name, "key": ref.key, "kind": ref.kind}
+    common = {"name": stage.name, "key": stage.ref.key, "kind": stage.ref.kind}
     if state.is_completed():
-        made = state.result()
-        cached = state.name == "Cached" or made.found
-        return StageOutcome(**common, status="cached" if cached else "completed", seconds=made.seconds)
+        result = state.result()
+        cached = state.name == "Cached" or result.found
+        return StageOutcome(**common, status="cached" if cached else "completed", seconds=result.seconds)
     if state.is_pending():
         log.warning("%s: skipped, a stage before it failed", stage.name)
         return StageOutcome(**common, status="skipped", seconds=None, message="a stage before it failed")
     error = state.result(raise_on_failure=False)
-    words = mendable(error)
-    by_user = words is not None
-    message = redacted(words or f"{type(error).__name__}: {error}")
+    sentence = mendable(error)
+    message = redacted(sentence or f"{type(error).__name__}: {error}")
     log.error("%s: failed: %s", stage.name, message)
-    return StageOutcome(**common, status="failed", seconds=None, message=message, by_user=by_user)
-
-
-def _row(graph: StageGraph, outcome: StageOutcome) -> StageRow:
-    values = outcome.model_dump(include={"name", "kind", "status", "seconds", "message"})
-    return StageRow(run_key=graph.run_key, stage_key=outcome.key, **values)
+    return StageOutcome(**common, status="failed", seconds=None, message=message, by_user=sentence is not None)
 
 
 def _measured(stage: Stage) -> Measured:
     request = stage.request
     assert isinstance(request, EvaluateRequest | ProfileRequest)
-    assert stage.checkpoint is not None
-    suite = request.plugin if isinstance(request, EvaluateRequest) else "profile"
-    label = stage.name.split(":")[1] if isinstance(request, EvaluateRequest) else "profile"
+    suite = request.plugin if isinstance(request, EvaluateRequest) else stage.action
     return Measured(
-        report=stage.ref, suite=suite, label=label, checkpoint_name=stage.checkpoint, checkpoint=request.checkpoint
+        report=stage.ref,
+        suite=suite,
+        label=stage.label or suite,
+        checkpoint_name=stage.checkpoint,
+        checkpoint=request.checkpoint,
     )
 
 
-def stages_to_refresh(stages: Sequence[str], name: str) -> set[str]:
-    """The stages that a name means: "prune" names every "prune:..."."""
-    return {stage for stage in stages if stage == name or stage.startswith(f"{name}:")}
-
-
-def unknown_stage(name: str, known: Sequence[str]) -> SpecError:
-    """The error for a stage to refresh that is none of the known ones."""
-    heads = dict.fromkeys(stage.partition(":")[0] for stage in known)
+def unknown_stage(name: str, stages: Sequence[Stage]) -> SpecError:
+    """The error for a stage to refresh that is none of these."""
+    known = [stage.name for stage in stages]
+    actions = dict.fromkeys(stage.action for stage in stages)
     return SpecError(
-        f"--refresh: unknown stage {name!r}{did_you_mean(name, [*heads, *known])}; there are: {', '.join(known)}"
+        f"--refresh: unknown stage {name!r}{did_you_mean(name, [*actions, *known])}; there are: {', '.join(known)}"
     )
 
 
@@ -203,11 +254,10 @@ def _keys_to_refresh(graph: StageGraph, names: Sequence[str]) -> set[str]:
     """Keys of the named stages and of all that follow from them."""
     keys: set[str] = set()
     for name in names:
-        known = [stage.name for stage in graph.stages]
-        meant = stages_to_refresh(known, name)
+        meant = {stage.ref.key for stage in graph.stages if name in stage.names}
         if not meant:
-            raise unknown_stage(name, known)
-        keys |= {stage.ref.key for stage in graph.stages if stage.name in meant}
+            raise unknown_stage(name, graph.stages)
+        keys |= meant
     for stage in graph.stages:  # inputs come first, so one pass reaches everything
         if any(ref.key in keys for ref in stage.request.inputs):
             keys.add(stage.ref.key)

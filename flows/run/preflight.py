@@ -1,4 +1,4 @@
-"""What can be known to fail before any work: asked in seconds, so that nothing fails after hours."""
+"""What can be known to fail before any work: checked in seconds, so that nothing fails after hours."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from evaluation.errors import EvaluationError
 from evaluation.profile.config import ProfileConfig
 from evaluation.suite import ModelFacts, TextNeed
 from flows.errors import SpecError
+from flows.run.locate import Identities
 from flows.run.stages import Stage, StageGraph
 from flows.spec.run import RunSpec
 from infra.errors import ResultsUnusable, SettingsInvalid, SourceMissing, SourceUnreadable
@@ -51,11 +52,12 @@ def check(graph: StageGraph, run_context: RunContext) -> None:
         return
     sharing.check()
     check_lease(settings)
-    card = _card(graph.spec, run_context.sources)
+    model = graph.spec.model
+    card = describe(run_context.sources.find(model.id, "model", revision=model.revision))
     _check_family(card, graph.spec)
     _check_context(card, graph.spec)
     _check_device(settings)
-    _check_evaluations(missing, card, run_context.sources)
+    _check_evaluations(missing, card, _DataCheck(graph.identities, run_context.sources))
     _check_profile(missing, card, settings)
     for request in (stage.request for stage in missing):
         if isinstance(request, CalibrateRequest):
@@ -75,10 +77,6 @@ def _check_disk(requests: Sequence[Request], run_context: RunContext) -> None:
     check_room(what, need, run_context.store, run_context.settings, requests=requests)
 
 
-def _card(spec: RunSpec, sources: Sources) -> ModelCard:
-    return describe(sources.find(spec.model.id, "model", revision=spec.model.revision))
-
-
 def _check_family(card: ModelCard, spec: RunSpec) -> None:
     known = sorted({model_type for family in FAMILIES for model_type in family.model_types})
     if card.model_type not in known:
@@ -89,8 +87,8 @@ def _check_family(card: ModelCard, spec: RunSpec) -> None:
 
 def _check_context(card: ModelCard, spec: RunSpec) -> None:
     longest = card.max_position_embeddings
-    asked = {made.variant: spec.calibration_of(made) for made in spec.derivations if made.changes.calibration}
-    for variant, calibration in ({"": spec.calibration} | asked).items():
+    changed = {each.variant: spec.calibration_of(each) for each in spec.derivations if each.changes.calibration}
+    for variant, calibration in ({"": spec.calibration} | changed).items():
         if longest is not None and calibration is not None and calibration.seq_len > longest:
             of_variant = f" of variant {variant}" if variant else ""
             raise SpecError(
@@ -99,26 +97,25 @@ def _check_context(card: ModelCard, spec: RunSpec) -> None:
             )
 
 
-def _check_evaluations(stages: Sequence[Stage], card: ModelCard, sources: Sources) -> None:
+def _check_evaluations(stages: Sequence[Stage], card: ModelCard, data: _DataCheck) -> None:
     """What cannot be measured on this model is refused, and so are texts without the split or column that the spec
-    names. Data that is not there or is damaged costs its own stages only, which is said now; if that were all of them,
-    there would be nothing to run for."""
+    names. Data that is not there or is damaged costs its own stages only, with a warning; only if that were all of them
+    is it raised, since there would be nothing to run for."""
     facts = ModelFacts(card.max_position_embeddings, card.has_chat_template)
     measured = [(stage.name, stage.request) for stage in stages if isinstance(stage.request, EvaluateRequest)]
     problems: dict[str, DataProblem] = {}
-    lacking = []
-    looks = _Looks(sources)
+    failing = []
     for name, request in measured:
         request.module.check_model(request.typed_config, facts)
-        if problem := looks.problem(request):
-            lacking.append(name)
+        if problem := data.problem(request):
+            failing.append(name)
             problems[str(problem)] = problem
-    if lacking and len(lacking) == len(measured):
+    if failing and len(failing) == len(measured):
         raise next(iter(problems.values()))
-    for words in problems:
-        log.warning("%s", words)
-    if lacking:
-        log.warning("these evaluations will fail for want of data, the others are run: %s", ", ".join(lacking))
+    for message in problems:
+        log.warning("%s", message)
+    if failing:
+        log.warning("these evaluations will fail for want of data, the others are run: %s", ", ".join(failing))
 
 
 def _check_profile(stages: Sequence[Stage], card: ModelCard, settings: Settings) -> None:
@@ -131,26 +128,27 @@ def _check_profile(stages: Sequence[Stage], card: ModelCard, settings: Settings)
             check_compiler(device_names(settings.device)[0])
 
 
-class _Looks:
-    """Why evaluations will find no data; each data is looked at once, since it is the same for every checkpoint."""
+class _DataCheck:
+    """Whether the data of evaluations can be read; the same data is read once, though every checkpoint asks for it."""
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, identities: Identities, sources: Sources) -> None:
+        self._identities = identities
         self._sources = sources
-        self._known: dict[str, DataProblem | None] = {}
+        self._checked: dict[str, DataProblem | None] = {}
 
     def problem(self, request: EvaluateRequest) -> DataProblem | None:
         """None if there is none. Raises SourceInvalid for a split or column that the texts do not have."""
         for identity in request.sources:
             if MISSING in identity:
-                return _why_missing(identity[MISSING], self._sources)
+                return self._identities.missing[identity[MISSING]]
         need = getattr(request.typed_config, "texts", None)
         data = TextData(**need.model_dump()) if isinstance(need, TextNeed) else None
-        asked = data.model_dump_json() if data else request.model_dump_json(include={"plugin", "config"})
-        if asked not in self._known:
-            self._known[asked] = self._look(request, data)
-        return self._known[asked]
+        key = data.model_dump_json() if data else request.model_dump_json(include={"plugin", "config"})
+        if key not in self._checked:
+            self._checked[key] = self._read(request, data)
+        return self._checked[key]
 
-    def _look(self, request: EvaluateRequest, data: TextData | None) -> DataProblem | None:
+    def _read(self, request: EvaluateRequest, data: TextData | None) -> DataProblem | None:
         try:
             if data is not None:
                 _check_columns(data, (data.text_field,), self._sources)
@@ -163,26 +161,16 @@ class _Looks:
 
 
 def _check_columns(data: TextData, columns: Sequence[str], sources: Sources) -> None:
-    with importing:  # by a stage of another cell of the night
+    with importing:  # `datasets` fails while a stage of another cell of the night imports transformers
         sources.check_columns(data, columns)
 
 
-def _why_missing(repo_id: str, sources: Sources) -> SourceMissing:
-    try:
-        sources.find(repo_id, "dataset")
-    except SourceMissing as error:
-        return error
-    return SourceMissing(
-        f"the data set {repo_id} was missing a moment ago and is there now; run the same command again"
-    )
-
-
 def _check_device(settings: Settings) -> None:
-    asked = {"WALK": settings.walk_processes, "EVAL": settings.eval_processes}
-    if settings.device in ("auto", "cpu") and max(asked.values()) == 1:
-        return  # nothing to ask, and torch takes seconds to import
+    num_processes = {"WALK": settings.walk_processes, "EVAL": settings.eval_processes}
+    if settings.device in ("auto", "cpu") and max(num_processes.values()) == 1:
+        return  # any device will do, and torch takes seconds to import
     names = device_names(settings.device)
-    for word, processes in asked.items():
+    for word, processes in num_processes.items():
         if names[0].startswith("cuda") and processes > len(names):
             raise SettingsInvalid(
                 f"SLIMLINE_{word}_PROCESSES={processes}: each process needs a CUDA device of its own and there are "

@@ -5,17 +5,18 @@ Nothing runs here. Requests hold references to artifacts that need not exist yet
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from evaluation.profile.config import ProfileConfig
-from flows.spec.branches import DENSE, Derivation
-from flows.spec.run import CalibrationSpec, EvalSpec, RunSpec
-from flows.spec.steps import PruneStep, RecoverStep
+from flows.run.locate import Identities, locate
+from flows.spec.branches import Derivation
+from flows.spec.run import EvalSpec, RunSpec
+from flows.spec.steps import PruneStep
 from infra.artifacts.store import ArtifactRef
-from infra.errors import SourceMissing
 from infra.keys import slug, stage_key
-from infra.sources.find import Sources
+from infra.results.rows import DENSE
 from tasks.devices.placement import device_label
 from tasks.requests import (
     CalibrateRequest,
@@ -30,7 +31,7 @@ from tasks.requests import (
 )
 from tasks.stages.calibrate import calibrate
 from tasks.stages.capture import capture
-from tasks.stages.evaluate import MISSING, evaluate
+from tasks.stages.evaluate import evaluate
 from tasks.stages.import_model import import_model
 from tasks.stages.order import order
 from tasks.stages.profile import profile
@@ -40,18 +41,38 @@ from tasks.stages.recover import recover
 if TYPE_CHECKING:
     from prefect import Task
 
-    from evaluation.suite import DataNeed
-    from tasks.execution.context import StageResult
+    from tasks.execution.context import RunContext, StageResult
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of one run. checkpoint: name in the run of the checkpoint that it makes or measures, if any."""
+    """One stage of one run, with all that its name says; what a stage does not have is "".
 
-    name: str
+    action: the name of its task. label: of an evaluation, as in the spec. checkpoint: the name in the run of what it
+    makes, measures or takes statistics of. variant: whose calibration or options it takes, if not those of the run.
+    """
+
     task: Task[..., StageResult]
     request: Request
-    checkpoint: str | None = None
+    label: str = ""
+    checkpoint: str = ""
+    variant: str = ""
+
+    @property
+    def action(self) -> str:
+        """E.g. "prune": the first part of its name."""
+        return str(self.task.name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a user may call it, from all that do the same to itself: "evaluate", "evaluate:mmlu", ..."""
+        parts = filter(None, (self.action, self.label, self.checkpoint, self.variant))
+        return tuple(accumulate(parts, "{}:{}".format))
+
+    @property
+    def name(self) -> str:
+        """E.g. "evaluate:perplexity:slimgpt-20", "capture:dense"; the key says the rest."""
+        return self.names[-1]
 
     @property
     def ref(self) -> ArtifactRef:
@@ -68,12 +89,13 @@ class StageGraph:
     """
 
     spec: RunSpec
+    identities: Identities
     stages: tuple[Stage, ...]
     checkpoints: dict[str, ArtifactRef]
     reports: tuple[Stage, ...]
 
     @property
-    def twins(self) -> dict[str, str]:
+    def aliases(self) -> dict[str, str]:
         """Names of checkpoints that are the same as an earlier one, with that one's name."""
         first: dict[str, str] = {}
         for name, ref in self.checkpoints.items():
@@ -86,148 +108,145 @@ class StageGraph:
         name = self.spec.name
         return stage_key(f"run-{slug(name)}", 1, {"name": name, "stages": [stage.ref.key for stage in self.stages]})
 
+    @property
+    def outline(self) -> tuple[tuple[int, Stage], ...]:
+        """Every stage once with its depth, as a tree is read: under each checkpoint what is taken from it, what
+        measures it, and last what it becomes."""
+        below: dict[str | None, list[Stage]] = {}
+        for stage in self.stages:
+            reads = getattr(stage.request, "checkpoint", None)
+            below.setdefault(reads.key if reads else None, []).append(stage)
 
-def build_stages(spec: RunSpec, sources: Sources, device_setting: str) -> StageGraph:
-    """The story of a run. Raises SourceMissing if a model, or a data set that the spec names, cannot be found."""
-    dense = _import(spec, sources)
+        def walk(parent: str | None, depth: int) -> Iterator[tuple[int, Stage]]:
+            for stage in sorted(below.get(parent, ()), key=lambda stage: stage.ref.kind == "checkpoint"):
+                yield depth, stage
+                yield from walk(stage.ref.key, depth + 1)
+
+        return tuple(walk(None, 0))
+
+
+def plan_stages(spec: RunSpec, run_context: RunContext) -> StageGraph:
+    """The stages of a spec on this machine. Raises what `locate` raises."""
+    # torch, which knows the device, takes seconds to import
+    device = device_label(run_context.settings.device) if spec.profile else ""
+    return build_stages(spec, locate(spec, run_context.sources), device)
+
+
+def build_stages(spec: RunSpec, identities: Identities, device: str) -> StageGraph:
+    """The stages of a spec; asks neither disk nor network. device: what is profiled, part of profiles' keys."""
+    dense = _import(spec, identities)
     stages, checkpoints = [dense], {DENSE: dense.ref}
-    for made in spec.derivations:
-        before = checkpoints[made.source]
-        if isinstance(made.step, PruneStep):
-            added = _prune(made.step, made, before, _calibration_for(made, spec, dense.ref, sources))
+    for derivation in spec.derivations:
+        source = checkpoints[derivation.source]
+        if isinstance(derivation.step, PruneStep):
+            added = _prune(derivation, source, _calibrate(derivation, spec, dense.ref, identities))
         else:
-            added = [_recover(made.step, made.name, before, sources)]
+            added = [_recover(derivation, source, identities)]
         stages += added
-        checkpoints[made.name] = added[-1].ref
-    reports = []
-    for entry in spec.evals:
-        reports += [_evaluate(entry, name, checkpoints, sources) for name in spec.measured_by(entry)]
+        checkpoints[derivation.name] = added[-1].ref
+    reports = [
+        _evaluate(entry, name, checkpoints, identities) for entry in spec.evals for name in spec.measured_by(entry)
+    ]
     if spec.profile:
-        label = device_label(device_setting)
-        for name in spec.measured(spec.profile.on):
-            reports.append(_profile(spec.profile.settings, name, checkpoints, label))
-    return StageGraph(spec, _once(stages + reports), checkpoints, tuple(reports))
+        settings = _plain(spec.profile.settings)
+        reports += [_profile(settings, name, checkpoints, device) for name in spec.measured(spec.profile.on)]
+    # each key once: what several branches ask for has the name of the first
+    first = {stage.ref.key: stage for stage in reversed(stages + reports)}
+    unique = tuple(stage for stage in stages + reports if first[stage.ref.key] is stage)
+    return StageGraph(spec, identities, unique, checkpoints, tuple(reports))
 
 
-def _once(stages: list[Stage]) -> tuple[Stage, ...]:
-    """Each key once: what several branches ask for has the name of the first."""
-    first = {stage.ref.key: stage for stage in reversed(stages)}
-    return tuple(stage for stage in stages if first[stage.ref.key] is stage)
-
-
-def _import(spec: RunSpec, sources: Sources) -> Stage:
+def _import(spec: RunSpec, identities: Identities) -> Stage:
     model = spec.model
-    located = sources.find(model.id, "model", revision=model.revision)
     request = ImportRequest(
-        source=located.identity,
+        source=identities.model,
         dtype=model.dtype,
         trust_remote_code=model.trust_remote_code,
         model_id=model.id,
         revision=model.revision,
     )
-    return Stage("import-model", import_model, request, DENSE)
+    return Stage(import_model, request)
 
 
-def _calibrate(asked: CalibrationSpec | None, checkpoint: ArtifactRef, sources: Sources) -> Stage:
-    assert asked is not None, "RunSpec refuses to prune without calibration"
-    located = sources.find(asked.data.dataset, "dataset", revision=asked.data.revision)
+def _calibrate(derivation: Derivation, spec: RunSpec, checkpoint: ArtifactRef, identities: Identities) -> Stage:
+    """The calibration set that a pruning uses, named after its variant if that has one of its own."""
+    config = spec.calibration_of(derivation)
+    assert config is not None, "RunSpec refuses to prune without calibration"
+    data = config.data
     request = CalibrateRequest(
         checkpoint=checkpoint,
-        source=located.identity,
-        config=asked.data.config,
-        split=asked.data.split,
-        text_field=asked.data.text_field,
-        data_files=asked.data.data_files,
-        num_samples=asked.num_samples,
-        seq_len=asked.seq_len,
-        num_heldout=asked.num_heldout,
-        seed=asked.seed,
-        join=asked.join,
-        template=asked.data.template,
-        rows=asked.data.rows,
-        data=asked.data,
+        source=identities.datasets[data.dataset, data.revision],
+        config=data.config,
+        split=data.split,
+        text_field=data.text_field,
+        data_files=data.data_files,
+        num_samples=config.num_samples,
+        seq_len=config.seq_len,
+        num_heldout=config.num_heldout,
+        seed=config.seed,
+        join=config.join,
+        template=data.template,
+        rows=data.rows,
+        data=data,
     )
-    return Stage("calibrate", calibrate, request)
+    return Stage(calibrate, request, variant="" if config == spec.calibration else derivation.variant)
 
 
-def _calibration_for(made: Derivation, spec: RunSpec, checkpoint: ArtifactRef, sources: Sources) -> Stage:
-    asked = spec.calibration_of(made)
-    stage = _calibrate(asked, checkpoint, sources)
-    return stage if asked == spec.calibration else replace(stage, name=f"{stage.name}:{made.variant}")
-
-
-def _prune(step: PruneStep, made: Derivation, checkpoint: ArtifactRef, calibration: Stage) -> list[Stage]:
+def _prune(derivation: Derivation, source: ArtifactRef, calibration: Stage) -> list[Stage]:
     """Calibration, a capture and an order if the method wants them, and the pruning itself."""
+    step = derivation.step
+    assert isinstance(step, PruneStep)
     needed: list[Stage] = [calibration]
     statistics = orders = None
     if step.module.needs_statistics(step.config):
-        request = CaptureRequest(checkpoint=checkpoint, calibration=calibration.ref)
-        # a capture serves every sparsity, so it is named after what it looks at: "capture:dense"
-        name = calibration.name.replace("calibrate", f"capture:{made.source}", 1)
-        needed.append(Stage(name, capture, request))
-        statistics = request.ref
-        if (asked := step.module.order_config(step.config)) is not None:
-            ordering = OrderRequest(
-                plugin=step.method, config=_plain(asked), checkpoint=checkpoint, statistics=statistics
-            )
-            if name == f"capture:{made.source}" and made.changes.options.keys() & asked.model_dump().keys():
-                name = f"{name}:{made.variant}"
-            needed.append(Stage(name.replace("capture", "order", 1), order, ordering))
+        capturing = CaptureRequest(checkpoint=source, calibration=calibration.ref)
+        # it serves every sparsity, so it is named after the checkpoint that it reads
+        needed.append(Stage(capture, capturing, checkpoint=derivation.source, variant=calibration.variant))
+        statistics = capturing.ref
+        if (order_config := step.module.order_config(step.config)) is not None:
+            options = _plain(order_config)
+            ordering = OrderRequest(plugin=step.method, config=options, checkpoint=source, statistics=statistics)
+            changed = derivation.changes.options.keys() & options.keys()
+            variant = calibration.variant or (derivation.variant if changed else "")
+            needed.append(Stage(order, ordering, checkpoint=derivation.source, variant=variant))
             orders = ordering.ref
-    pruning = PruneRequest(
+    request = PruneRequest(
         plugin=step.method,
         config=_plain(step.config),
-        checkpoint=checkpoint,
+        checkpoint=source,
         calibration=calibration.ref,
         statistics=statistics,
         orders=orders,
     )
-    return [*needed, Stage(f"prune:{made.name}", prune, pruning, made.name)]
+    return [*needed, Stage(prune, request, checkpoint=derivation.name)]
 
 
-def _recover(step: RecoverStep, name: str, checkpoint: ArtifactRef, sources: Sources) -> Stage:
-    data = step.config.data
-    located = sources.find(data.dataset, "dataset", revision=data.revision)
-    request = RecoverRequest(
-        plugin=step.recovery, config=_plain(step.config), checkpoint=checkpoint, source=located.identity
-    )
-    return Stage(f"recover:{name}", recover, request, name)
+def _recover(derivation: Derivation, source: ArtifactRef, identities: Identities) -> Stage:
+    config = derivation.step.config
+    identity = identities.datasets[config.data.dataset, config.data.revision]
+    request = RecoverRequest(plugin=derivation.step.plugin, config=_plain(config), checkpoint=source, source=identity)
+    return Stage(recover, request, checkpoint=derivation.name)
 
 
-def _evaluate(entry: EvalSpec, name: str, checkpoints: dict[str, ArtifactRef], sources: Sources) -> Stage:
-    entry.module.check(entry.config)
-    options = _plain(entry.config)
-    named = {value for value in options.values() if isinstance(value, str)}
-    needs = entry.module.needs(entry.config)
+def _evaluate(entry: EvalSpec, name: str, checkpoints: dict[str, ArtifactRef], identities: Identities) -> Stage:
     request = EvaluateRequest(
         plugin=entry.suite,
-        config=options,
+        config=_plain(entry.config),
         checkpoint=checkpoints[name],
         reference=checkpoints[DENSE] if entry.compares else None,
-        sources=tuple(_identity(need, sources, named=need.repo_id in named) for need in needs),
+        sources=identities.evaluations[entry.label],
     )
-    return Stage(f"evaluate:{entry.label}:{name}", evaluate, request, name)
+    return Stage(evaluate, request, label=entry.label, checkpoint=name)
 
 
-def _identity(need: DataNeed, sources: Sources, *, named: bool) -> dict[str, str]:
-    """What the key says of a data set. One that the spec does not name itself (a task of lm-eval reads it) and that is
-    not there fails its own stage, and no other. Raises SourceMissing for one that the spec names."""
-    try:
-        return sources.find(need.repo_id, "dataset", revision=need.revision).identity
-    except SourceMissing:
-        if named:
-            raise
-        return {MISSING: need.repo_id}
-
-
-def _profile(settings: ProfileConfig, name: str, checkpoints: dict[str, ArtifactRef], device: str) -> Stage:
+def _profile(settings: dict[str, Any], name: str, checkpoints: dict[str, ArtifactRef], device: str) -> Stage:
     request = ProfileRequest(
         checkpoint=checkpoints[name],
         reference=checkpoints[DENSE] if name != DENSE else None,
-        settings=_plain(settings),
+        settings=settings,
         device_name=device,
     )
-    return Stage(f"profile:{name}", profile, request, name)
+    return Stage(profile, request, checkpoint=name)
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From the steps as they are written to the tree of checkpoints that they stand for.
 
 A prune step with several sparsities or variants begins a branch for each, and all steps after it are applied to every
-branch. What branches have in common is made once: stages are found by their keys.
+branch. What branches have in common runs once: equal stages have equal keys.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 
 from flows.spec.steps import Choice, PruneStep, RecoverStep, Variant, percent
 from infra.results.rows import DENSE
-
-__all__ = ["DENSE", "Derivation", "derive", "ends"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,8 @@ def derive(steps: Sequence[PruneStep | RecoverStep]) -> tuple[Derivation, ...]:
 
 def ends(derivations: Sequence[Derivation]) -> tuple[str, ...]:
     """The last checkpoint of every branch."""
-    sources = {made.source for made in derivations}
-    return tuple(made.name for made in derivations if made.name not in sources) or (DENSE,)
+    sources = {derivation.source for derivation in derivations}
+    return tuple(each.name for each in derivations if each.name not in sources) or (DENSE,)
 
 
 def _grow(steps: Sequence[PruneStep | RecoverStep], source: str, branch: tuple[str, ...]) -> Iterator[Derivation]:

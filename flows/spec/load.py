@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from flows.errors import SpecError
 from flows.spec.night import NightSpec
-from flows.spec.places import anchored
 from flows.spec.run import RunSpec
+from flows.spec.start_folder import with_start_folder
 from flows.spec.validation import first_problem
 from infra.errors import YamlInvalid
 from infra.registry import did_you_mean
 from infra.secrets import redacted, secrets_kept
 from infra.strict_yaml import load_yaml
+
+S = TypeVar("S", bound=BaseModel)
 
 SHIPPED = Path(__file__).parents[1] / "specs"
 
@@ -44,7 +46,7 @@ def load_spec(name_or_path: str, overrides: Sequence[str] = ()) -> RunSpec:
         raise SpecError(
             f"{name_or_path} is a night, since it has a `matrix`; run it with: slimline nightly {name_or_path}"
         )
-    return anchored(parse_spec(raw, source=str(name_or_path)))
+    return with_start_folder(parse_spec(raw, source=str(name_or_path)))
 
 
 def load_night(name_or_path: str, overrides: Sequence[str] = ()) -> NightSpec:
@@ -52,7 +54,7 @@ def load_night(name_or_path: str, overrides: Sequence[str] = ()) -> NightSpec:
     raw = _read(name_or_path, overrides, shipped_nights(), "night")
     if "matrix" not in raw:
         raise SpecError(f"{name_or_path} has no `matrix`, so it is no night; run it with: slimline run {name_or_path}")
-    return anchored(parse_night(raw, source=str(name_or_path)))
+    return with_start_folder(parse_night(raw, source=str(name_or_path)))
 
 
 def find_spec(name_or_path: str) -> Path:
@@ -66,26 +68,26 @@ def is_night(name_or_path: str) -> bool:
 
 
 def parse_spec(raw: Any, *, source: str) -> RunSpec:
-    """A RunSpec from plain data; `source` names it in the error."""
-    with secrets_kept():  # pydantic's error repeats the input
-        try:
-            return RunSpec.model_validate(raw)
-        except ValidationError as error:
-            raise SpecError(f"{source}: {first_problem(error, model=RunSpec)}") from error
+    """A RunSpec from plain data; `source` names it in the error. Raises SpecError."""
+    return _parse(RunSpec, raw, source)
 
 
 def parse_night(raw: Any, *, source: str) -> NightSpec:
-    """A NightSpec from plain data; `source` names it in the error."""
-    with secrets_kept():
-        try:
-            return NightSpec.model_validate(raw)
-        except ValidationError as error:
-            raise SpecError(f"{source}: {first_problem(error, model=NightSpec)}") from error
+    """A NightSpec from plain data; `source` names it in the error. Raises SpecError."""
+    return _parse(NightSpec, raw, source)
 
 
 def dump_spec(spec: RunSpec) -> str:
     """The spec as YAML with every default written out; `parse_spec` of it gives the same spec."""
     return str(yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _parse(model: type[S], raw: Any, source: str) -> S:
+    with secrets_kept():  # pydantic's error repeats the input
+        try:
+            return model.model_validate(raw)
+        except ValidationError as error:
+            raise SpecError(f"{source}: {first_problem(error, model=model)}") from error
 
 
 def _read(name_or_path: str, overrides: Sequence[str], shipped: dict[str, Path], noun: str) -> dict[str, Any]:

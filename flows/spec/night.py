@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, JsonValue, ValidationError, model_validator
 
 from flows.spec.parts import NAME, SpecPart
-from flows.spec.places import StartFolder
-from flows.spec.refusals import refuse_unsafe
 from flows.spec.run import CalibrationSpec, EvalSpec, ModelSpec, ProfileSpec, RunSpec
+from flows.spec.start_folder import StartFolder
 from flows.spec.steps import percent
-from flows.spec.validation import first_problem
+from flows.spec.validation import first_problem, refuse_unsafe
 from infra.registry import did_you_mean
 
 #: the recovery that is none: the pruned checkpoint is measured as it is
@@ -33,9 +32,11 @@ def _named_by(noun: str) -> BeforeValidator:
             return entries
         pairs = [_pair(noun, entry) for entry in entries]
         names = [name for name, _ in pairs]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"two entries are called {twice!r}; write a mapping from names of your own to the entries")
+        duplicate = next((name for name in names if names.count(name) > 1), None)
+        if duplicate is not None:
+            raise ValueError(
+                f"two entries are called {duplicate!r}; write a mapping from names of your own to the entries"
+            )
         return dict(pairs)
 
     return BeforeValidator(named)
@@ -122,7 +123,7 @@ class Gate(SpecPart):
 
     @property
     def words(self) -> str:
-        """The gate as it is spoken of in tables."""
+        """E.g. "perplexity/* at_most 70 and not_worse": the gate in tables and in the results store."""
         demands = [
             f"{name} {value:g}"
             for name in ("at_most", "at_least", "max_loss")
@@ -153,7 +154,7 @@ class Cell:
 
 
 class NightSpec(SpecPart):
-    """What a night runs: one run per cell of the matrix, and the demands on what comes out."""
+    """A night: one run per cell of the matrix, and the gates that its figures must pass."""
 
     name: str = Field(pattern=NAME)
     description: str = ""
@@ -169,12 +170,10 @@ class NightSpec(SpecPart):
     tolerance: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """Relative change beyond which a figure without standard error (time, memory) counts as changed."""
 
-    @property
+    @cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """The runs, each called `<night>-<model>-<method>-<sparsity>-<recovery>`. Raises ValueError."""
-        return tuple(self._cells())
-
-    def _cells(self) -> Iterator[Cell]:
+        """The runs, each called `<night>-<model>-<method>-<sparsity>-<recovery>`, made when the night is validated."""
+        cells = []
         for model, method, sparsity, recovery in self.matrix.combinations:
             name = f"{model}-{method}-{percent(sparsity)}-{recovery}"
             steps: list[Any] = [
@@ -193,13 +192,14 @@ class NightSpec(SpecPart):
                 "profile": self.profile,
             }
             try:
-                yield Cell(name, RunSpec.model_validate(raw))
+                cells.append(Cell(name, RunSpec.model_validate(raw)))
             except ValidationError as error:
                 raise ValueError(f"cell {name}: {first_problem(error, model=RunSpec)}") from error
+        return tuple(cells)
 
     _safe = model_validator(mode="before")(refuse_unsafe)
 
     @model_validator(mode="after")
     def _valid_cells(self) -> Self:
-        list(self._cells())
+        _ = self.cells
         return self

@@ -32,7 +32,7 @@ class PluginEntry(SpecPart):
     PACKAGE: ClassVar[str]
     NOUN: ClassVar[str]
     TYPED: ClassVar[frozenset[str]] = frozenset({"config"})
-    """Fields that are made from the options and are no keys of the entry themselves."""
+    """Fields that are computed from the options and are no keys of the entry in YAML."""
 
     config: Any
     """The module's Config; its fields stand beside `method`, `recovery` or `suite` in YAML."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from evaluation.profile.config import ProfileConfig
-from flows.spec.branches import DENSE, Derivation, derive
+from flows.spec.branches import Derivation, derive
 from flows.spec.parts import NAME, NAME_OR_DEFAULT, PluginEntry, SpecPart
-from flows.spec.places import StartFolder
-from flows.spec.refusals import refuse_unsafe
+from flows.spec.start_folder import StartFolder
 from flows.spec.steps import PruneStep, Step
-from flows.spec.validation import first_problem
+from flows.spec.validation import first_problem, refuse_unsafe
 from infra import registry
+from infra.results.rows import DENSE
 from pruning.bounds import Amount, Count, Seed
 from tasks.calibration_data import CalibrationData, expanded
 
@@ -130,7 +131,7 @@ class RunSpec(SpecPart):
     @property
     def checkpoints(self) -> tuple[str, ...]:
         """Names of all checkpoints, the dense one first."""
-        return (DENSE, *(made.name for made in self.derivations))
+        return (DENSE, *(derivation.name for derivation in self.derivations))
 
     def measured(self, on: OnCheckpoints) -> tuple[str, ...]:
         """The checkpoints that an `on:` means."""
@@ -140,19 +141,19 @@ class RunSpec(SpecPart):
         """The checkpoints that an evaluation measures: the dense one is not compared with itself."""
         return tuple(name for name in self.measured(entry.on) if name != DENSE or not entry.compares)
 
-    def calibration_of(self, made: Derivation) -> CalibrationSpec | None:
+    def calibration_of(self, derivation: Derivation) -> CalibrationSpec | None:
         """The run's calibration with what the branch changes in it. Raises ValidationError."""
-        if not made.changes.calibration:
+        if not derivation.changes.calibration:
             return self.calibration
         own = self.calibration.model_dump(mode="json") if self.calibration else {}
-        return CalibrationSpec.model_validate(own | made.changes.calibration)
+        return CalibrationSpec.model_validate(own | derivation.changes.calibration)
 
     _safe = model_validator(mode="before")(refuse_unsafe)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        _refuse_twice("checkpoint", self.checkpoints, "give one of the steps another `name`")
-        _refuse_twice("evaluation", [entry.label for entry in self.evals], "give one of them a `name`")
+        _refuse_duplicates("checkpoint", self.checkpoints, "give one of the steps another `name`")
+        _refuse_duplicates("evaluation", [entry.label for entry in self.evals], "give one of them a `name`")
         for entry in self.evals:
             if not self.measured_by(entry):
                 raise ValueError(
@@ -166,22 +167,22 @@ class RunSpec(SpecPart):
                         f"on: unknown checkpoint {name!r}{registry.did_you_mean(name, self.checkpoints)}; "
                         f"this run has: {', '.join(self.checkpoints)}"
                     )
-        _refuse_twice("variant", [v for step in self.steps for v in getattr(step, "variants", ())], "rename one")
-        for made in self.derivations:
-            self._check_calibration(made)
+        _refuse_duplicates("variant", [v for step in self.steps for v in getattr(step, "variants", ())], "rename one")
+        for derivation in self.derivations:
+            self._check_calibration(derivation)
         return self
 
-    def _check_calibration(self, made: Derivation) -> None:
+    def _check_calibration(self, derivation: Derivation) -> None:
         try:
-            calibration = self.calibration_of(made)
+            calibration = self.calibration_of(derivation)
         except ValidationError as error:
             problem = first_problem(error, model=CalibrationSpec)
-            raise ValueError(f"variants.{made.variant}.calibration: {problem}") from error
-        if calibration is None and isinstance(made.step, PruneStep):
+            raise ValueError(f"variants.{derivation.variant}.calibration: {problem}") from error
+        if calibration is None and isinstance(derivation.step, PruneStep):
             raise ValueError("steps prune but there is no `calibration`; add one (data, num_samples, seq_len)")
 
 
-def _refuse_twice(what: str, names: tuple[str, ...] | list[str], way_out: str) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"two {what}s are called {twice[0]!r}; {way_out}")
+def _refuse_duplicates(what: str, names: Iterable[str], way_out: str) -> None:
+    duplicates = [name for name, count in Counter(names).items() if count > 1]
+    if duplicates:
+        raise ValueError(f"two {what}s are called {duplicates[0]!r}; {way_out}")

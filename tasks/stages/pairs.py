@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -36,10 +36,11 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Beside:
-    """The figures of one checkpoint beside another's, and a sentence for each that could not be paired."""
+    """The figures of one checkpoint beside another's, and by figure a sentence for each that could not be paired."""
 
     rows: tuple[PairRow, ...]
-    problems: tuple[str, ...] = ()
+    problems: Mapping[tuple[str, str], str]
+    """By task and metric."""
 
 
 class Reports:
@@ -81,7 +82,9 @@ def beside(
     mine, theirs = reports.read(rows[0].stage_key), reports.read(others[0].stage_key)
     averages = [average for average in mine.averages if average in theirs.averages]
     found, refused = pair(mine.samples, theirs.samples, averages=averages, seed=seed)
-    problems = [f"{rows[0].suite}/{each.task}/{each.metric}: {each.reason}" for each in refused]
+    problems = {
+        (each.task, each.metric): f"{rows[0].suite}/{each.task}/{each.metric}: {each.reason}" for each in refused
+    }
     by_figure = {(each.task, each.metric): each for each in found}
     there = {(row.task, row.metric): row for row in others}
     pairs: list[PairRow] = []
@@ -92,8 +95,9 @@ def beside(
         if is_of(paired, row.value, other.value):
             pairs.append(_row(row, other, paired, reference))
         else:
-            problems.append(f"{row.suite}/{row.task}/{row.metric}: the figure is not the mean of its samples")
-    return Beside(tuple(pairs), tuple(problems))
+            figure = f"{row.suite}/{row.task}/{row.metric}"
+            problems[row.task, row.metric] = f"{figure}: the figure is not the mean of its samples"
+    return Beside(tuple(pairs), problems)
 
 
 def beside_dense(metrics: Iterable[MetricRow], store: ArtifactStore) -> tuple[PairRow, ...]:
@@ -112,7 +116,7 @@ def beside_dense(metrics: Iterable[MetricRow], store: ArtifactStore) -> tuple[Pa
         except ArtifactMissing as error:
             log.warning("%s of %s is not compared with %s: %s", suite, checkpoint, DENSE, error)
             continue
-        for problem in answer.problems:
+        for problem in answer.problems.values():
             log.warning("%s: not compared with %s: %s", checkpoint, DENSE, problem)
         found += answer.rows
     return tuple(found)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from flows.records.tables import protocol_lines
+from flows.run.locate import locate
 from flows.run.stages import StageGraph, build_stages
 from flows.spec.load import dump_spec, load_spec, shipped_specs
 from flows.spec.run import RunSpec
@@ -27,14 +28,14 @@ def steps(spec: RunSpec) -> dict[str, PruneStep]:
 
 
 def planned(spec: RunSpec, mirror: Path) -> StageGraph:
-    """The story of a spec whose model and data sets are folders of a few bytes."""
+    """The stages of a spec whose model and data sets are folders of a few bytes."""
     calibrations = [spec.calibration_of(made) for made in spec.derivations]
     needed = {spec.model.id, *(asked.data.dataset for asked in calibrations if asked is not None)}
     needed |= {need.repo_id for entry in spec.evals for need in entry.module.needs(entry.config)}
     for repo_id in needed:
         (mirror / repo_id).mkdir(parents=True)
         (mirror / repo_id / "data.txt").write_text(repo_id, encoding="utf-8")
-    return build_stages(spec, Sources((mirror,), None, False, home=mirror / "home"), "cpu")
+    return build_stages(spec, locate(spec, Sources((mirror,), None, False, home=mirror / "home")), "cpu")
 
 
 def test_every_table_and_figure_has_its_spec() -> None:

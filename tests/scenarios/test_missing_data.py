@@ -10,7 +10,7 @@ import yaml
 
 from flows.run import preflight
 from flows.run.compress import open_run_context
-from flows.run.stages import build_stages
+from flows.run.stages import plan_stages
 from flows.spec.load import load_spec
 from infra.errors import SourceUnreadable
 from infra.offline.default import OfflineDefault
@@ -110,7 +110,7 @@ def test_data_is_looked_at_while_no_other_thread_imports(
     with home.lived_in():
         for loaded in (load_spec("smoke"), load_spec(str(spec))):
             run_context = open_run_context(loaded)
-            preflight.check(build_stages(loaded, run_context.sources, "cpu"), run_context)
+            preflight.check(plan_stages(loaded, run_context), run_context)
     assert held == [True] * 4, "smoke's perplexity, calibration and training records, and the other's perplexity"
     assert len(tables) >= len(TASKS)
     assert all(tables)
@@ -132,9 +132,9 @@ def test_damaged_task_data_costs_its_own_evaluation_and_is_said_first(
             str(spec), ["evals=[{suite: zero_shot, tasks: [piqa]}, {suite: zero_shot, name: b, tasks: [boolq]}]"]
         )
         run_context = open_run_context(asked)
-        preflight.check(build_stages(asked, run_context.sources, run_context.settings), run_context)
+        preflight.check(plan_stages(asked, run_context), run_context)
         assert [sentence in record.message for record in caplog.records] == [True, False]
         assert caplog.records[1].message.endswith("the others are run: evaluate:zero_shot:dense")
         asked = load_spec(str(spec), ["evals=[{suite: zero_shot, tasks: [piqa]}]"])
         with pytest.raises(SourceUnreadable, match=sentence):
-            preflight.check(build_stages(asked, run_context.sources, run_context.settings), run_context)
+            preflight.check(plan_stages(asked, run_context), run_context)

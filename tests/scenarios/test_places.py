@@ -14,7 +14,7 @@ import yaml
 
 from flows.errors import SpecError
 from flows.run.compress import open_run_context
-from flows.run.stages import build_stages
+from flows.run.stages import plan_stages
 from flows.runtime.environment import write_out_paths
 from flows.serve import automations
 from flows.serve import schedule as serving
@@ -64,7 +64,7 @@ def here(tmp_path: Path, offline_root: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def keys(spec: RunSpec) -> list[str]:
-    graph = build_stages(spec, open_run_context(spec).sources, "cpu")
+    graph = plan_stages(spec, open_run_context(spec))
     return [graph.run_key, *(stage.ref.key for stage in graph.stages)]
 
 

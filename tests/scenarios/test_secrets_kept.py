@@ -110,10 +110,10 @@ def test_a_night_with_a_secret_is_refused() -> None:
     ("steps.0.name=a/../b", "name = 'a/../b'"),
 ])  # fmt: skip
 def test_names_in_a_spec_do_not_leave_what_they_name(override: str, sentence: str) -> None:
-    from flows.run.stages import build_stages
+    from flows.run.locate import locate
     from infra.settings import load_settings
     from infra.sources.find import sources_from
 
     with pytest.raises(ValueError, match=r"leaves the data set|is no name|a name is made of") as caught:
-        build_stages(load_spec("smoke", [override]), sources_from("offline", load_settings()), "cpu")
+        locate(load_spec("smoke", [override]), sources_from("offline", load_settings()))
     assert sentence in str(caught.value)

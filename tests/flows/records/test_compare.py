@@ -22,7 +22,7 @@ from evaluation.report import Average, Metric
 from evaluation.samples import Sample
 from flows.__main__ import main
 from flows.errors import SpecError
-from flows.records.compare import Comparison, Question, compared
+from flows.records.compare import Comparison, ComparisonRequest, compare_checkpoints
 from flows.records.compare_tables import notes
 from tests.flows.recorded_runs import Evaluation, Records
 
@@ -72,7 +72,7 @@ def demo(shared: Records, records: Records) -> Records:
 
 
 def ask(records: Records, *names: str, suite: str | None = None, alpha: float = 0.05) -> Comparison:
-    return compared(Question(*names, suite=suite, alpha=alpha), records.results, records.store)
+    return compare_checkpoints(ComparisonRequest(*names, suite=suite, alpha=alpha), records.results, records.store)
 
 
 def verdicts(comparison: Comparison) -> dict[tuple[str, str, str], str]:
@@ -434,3 +434,13 @@ def test_forms_for_programs(demo: Records, command: Command) -> None:
 def test_a_mistake_is_one_sentence_and_code_2(demo: Records, command: Command) -> None:
     _, told = command("dmeo", code=2)
     assert told == "slimline: no run 'dmeo'; did you mean 'demo'?; there are: demo\n"
+
+
+def test_a_bar_in_a_name_is_no_column_of_markdown(records: Records, command: Command) -> None:
+    records.add(
+        "demo", {name: [Evaluation(answers(share, 1, "my|task"))] for name, share in {"dense": 0.7, "a": 0.5}.items()}
+    )
+    out, _ = command("demo", "--format", "markdown")
+    head, _, row = out.split("\n\nverdict")[0].splitlines()
+    assert row.startswith("| zero_shot | my\\|task | acc |")
+    assert len(row.replace("\\|", "").split("|")) == len(head.split("|"))

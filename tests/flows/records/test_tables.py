@@ -139,6 +139,11 @@ def test_markdown_has_a_rectangle() -> None:
     assert lines[0].startswith("| checkpoint | parameters (M) |")
 
 
+def test_a_bar_in_a_name_is_no_column_of_markdown() -> None:
+    lines = render([row("dense", "perplexity", "my|texts", "ppl@64", 20.0)], "markdown").splitlines()
+    assert lines[0] == "| checkpoint | my\\|texts ppl@64 |"
+
+
 def test_json_is_everything_with_its_protocol() -> None:
     data = json.loads(render(ROWS, "json"))
     assert len(data) == len(ROWS)

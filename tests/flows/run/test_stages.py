@@ -15,6 +15,8 @@ import evaluation.suites.perplexity
 import pruning.methods.slimgpt
 import pruning.recovery.lora
 import tasks.requests
+from flows.run.compress import in_order_of_submission
+from flows.run.locate import locate
 from flows.run.stages import StageGraph, build_stages
 from flows.spec.load import load_spec
 from infra.settings import Settings
@@ -51,9 +53,9 @@ def mirror(tmp_path: Path) -> Path:
     return make_mirror(tmp_path / "mirror")
 
 
-def told(mirror: Path, *overrides: str, device: str = "cpu") -> StageGraph:
-    sources = Sources((mirror,), None, False, home=mirror.parent / "home")
-    return build_stages(load_spec("smoke", [*SPEC, *overrides]), sources, device)
+def planned(mirror: Path, *overrides: str, device: str = "cpu") -> StageGraph:
+    spec = load_spec("smoke", [*SPEC, *overrides])
+    return build_stages(spec, locate(spec, Sources((mirror,), None, False, home=mirror.parent / "home")), device)
 
 
 def keys(graph: StageGraph) -> dict[str, str]:
@@ -67,7 +69,7 @@ def changed(before: StageGraph | dict[str, str], after: StageGraph) -> set[str]:
 
 
 def test_stages_come_after_what_they_read(mirror: Path) -> None:
-    graph = told(mirror, "steps.0.propagate_error=false")
+    graph = planned(mirror, "steps.0.propagate_error=false")
     seen = set()
     for stage in graph.stages:
         assert {ref.key for ref in stage.request.inputs} <= seen, stage.name
@@ -77,7 +79,7 @@ def test_stages_come_after_what_they_read(mirror: Path) -> None:
 
 
 def test_keys_say_what_and_which_version(mirror: Path) -> None:
-    graph = keys(told(mirror))
+    graph = keys(planned(mirror))
     version = pruning.methods.slimgpt.VERSION
     assert graph["import-model"].startswith(f"import-model-v{IMPORT_VERSION}-")
     assert graph["prune:slimgpt-20"].startswith(f"prune-slimgpt-v{version}-")
@@ -86,8 +88,8 @@ def test_keys_say_what_and_which_version(mirror: Path) -> None:
 
 def test_keys_are_equal_in_another_process(mirror: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tests.flows.run.test_stages import keys, told\n"
-        "print(*keys(told(Path(sys.argv[1]))).values())"
+        "import sys; from pathlib import Path; from tests.flows.run.test_stages import keys, planned\n"
+        "print(*keys(planned(Path(sys.argv[1]))).values())"
     )
     child = subprocess.run(
         [sys.executable, "-c", code, str(mirror)],
@@ -97,15 +99,15 @@ def test_keys_are_equal_in_another_process(mirror: Path) -> None:
         text=True,
         check=True,
     )
-    assert child.stdout.split() == list(keys(told(mirror)).values())
+    assert child.stdout.split() == list(keys(planned(mirror)).values())
 
 
 def test_where_things_lie_is_in_no_key(mirror: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere" / "deep"
-    before = told(mirror)
+    before = planned(mirror)
     shutil.copytree(mirror, elsewhere)
     shutil.rmtree(mirror)
-    after = told(elsewhere)
+    after = planned(elsewhere)
     assert changed(before, after) == set()
     assert after.run_key == before.run_key
 
@@ -121,16 +123,54 @@ def test_where_things_lie_is_in_no_key(mirror: Path, tmp_path: Path) -> None:
     ],
 )
 def test_how_is_in_no_key(variable: str, value: str, mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = told(mirror)
+    before = planned(mirror)
     monkeypatch.setenv(variable, value)
     Settings()
-    assert changed(before, told(mirror)) == set()
+    assert changed(before, planned(mirror)) == set()
 
 
-def test_the_device_is_in_no_key_but_that_of_a_profile(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = told(mirror)
-    monkeypatch.setattr("flows.run.stages.device_label", lambda setting: "another device")
-    assert changed(before, told(mirror)) == PROFILES
+def test_the_device_is_in_no_key_but_that_of_a_profile(mirror: Path) -> None:
+    assert changed(planned(mirror), planned(mirror, device="another device")) == PROFILES
+
+
+def test_stages_are_built_without_a_look_at_the_sources(mirror: Path) -> None:
+    spec = load_spec("smoke", SPEC)
+    identities = locate(spec, Sources((mirror,), None, False, home=mirror.parent / "home"))
+    before = keys(build_stages(spec, identities, "cpu"))
+    shutil.rmtree(mirror)
+    assert keys(build_stages(spec, identities, "cpu")) == before
+
+
+def test_a_stage_may_be_called_by_what_its_name_begins_with(mirror: Path) -> None:
+    graph = planned(
+        mirror, "steps.0.variants={short: {calibration: {num_samples: 4}}}", "steps.0.propagate_error=false"
+    )
+    assert {stage.name: stage.names for stage in graph.stages if "lora" not in stage.name} == {
+        "import-model": ("import-model",),
+        "calibrate:short": ("calibrate", "calibrate:short"),
+        "capture:dense:short": ("capture", "capture:dense", "capture:dense:short"),
+        "order:dense:short": ("order", "order:dense", "order:dense:short"),
+        "prune:short": ("prune", "prune:short"),
+        "profile:dense": ("profile", "profile:dense"),
+        "profile:short": ("profile", "profile:short"),
+    } | {
+        f"evaluate:{suite}:{name}": ("evaluate", f"evaluate:{suite}", f"evaluate:{suite}:{name}")
+        for suite in ("perplexity", "zero_shot")
+        for name in ("dense", "short")
+    }
+
+
+def test_the_evaluations_of_a_checkpoint_are_submitted_next_to_each_other(mirror: Path) -> None:
+    """So that a device, which is given to who comes first, loads each model once; the graph keeps the spec's order."""
+    graph = planned(mirror, "evals.0.on=[slimgpt-20+lora, slimgpt-20, dense]")
+    submitted = in_order_of_submission(graph)
+    assert sorted(stage.name for stage in submitted) == sorted(stage.name for stage in graph.stages)
+    made, measured = submitted[:4], submitted[4:]
+    assert [stage.action for stage in made] == ["import-model", "calibrate", "prune", "recover"]
+    assert [stage.name for stage in measured] == [
+        *(f"evaluate:{suite}:{name}" for name in graph.checkpoints for suite in ("perplexity", "zero_shot")),
+        *(f"profile:{name}" for name in graph.checkpoints),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +178,7 @@ def test_the_device_is_in_no_key_but_that_of_a_profile(mirror: Path, monkeypatch
     ["description=other", "mirror=[hub]", "evals.0.name=perplexity", "steps.0.name=slimgpt-20", "profile.on=all"],
 )
 def test_words_are_in_no_key(override: str, mirror: Path) -> None:
-    assert changed(told(mirror), told(mirror, override)) == set()
+    assert changed(planned(mirror), planned(mirror, override)) == set()
 
 
 @pytest.mark.parametrize(
@@ -179,28 +219,28 @@ def test_words_are_in_no_key(override: str, mirror: Path) -> None:
     ],
 )
 def test_a_field_changes_its_stage_and_what_follows(overrides: str, stages: set[str], mirror: Path) -> None:
-    before, after = told(mirror), told(mirror, overrides)
+    before, after = planned(mirror), planned(mirror, overrides)
     assert changed(before, after) == stages
     assert before.run_key != after.run_key
 
 
 def test_every_config_field_of_every_step_and_eval_is_in_the_key(mirror: Path) -> None:
-    for stage in told(mirror).stages:
+    for stage in planned(mirror).stages:
         config = getattr(stage.request, "typed_config", None)
         if config is not None:
             assert stage.request.config == config.model_dump(mode="json"), stage.name
 
 
 def test_sparsity_changes_the_pruning_and_the_names(mirror: Path) -> None:
-    before, after = told(mirror), told(mirror, "steps.0.sparsity=0.3", "steps.0.name=slimgpt-20")
+    before, after = planned(mirror), planned(mirror, "steps.0.sparsity=0.3", "steps.0.name=slimgpt-20")
     assert changed(before, after) == PRUNED | RECOVERED
-    assert "prune:slimgpt-30" in keys(told(mirror, "steps.0.sparsity=0.3"))
+    assert "prune:slimgpt-30" in keys(planned(mirror, "steps.0.sparsity=0.3"))
 
 
 def test_the_dense_statistics_serve_every_sparsity(mirror: Path) -> None:
     two = "steps=[{method: slimgpt, sparsity: 0.2, propagate_error: false, name: a}]"
     other = "steps=[{method: slimgpt, sparsity: 0.3, propagate_error: false, name: a}]"
-    assert keys(told(mirror, two))["capture:dense"] == keys(told(mirror, other))["capture:dense"]
+    assert keys(planned(mirror, two))["capture:dense"] == keys(planned(mirror, other))["capture:dense"]
 
 
 @pytest.mark.parametrize(
@@ -214,9 +254,9 @@ def test_the_dense_statistics_serve_every_sparsity(mirror: Path) -> None:
     ],
 )
 def test_new_content_changes_the_keys_of_those_who_read_it(repo_id: str, stages: set[str], mirror: Path) -> None:
-    before = told(mirror)
+    before = planned(mirror)
     (mirror / repo_id / "data.txt").write_text("another content", encoding="utf-8")
-    assert changed(before, told(mirror)) == stages
+    assert changed(before, planned(mirror)) == stages
 
 
 @pytest.mark.parametrize(
@@ -230,9 +270,9 @@ def test_new_content_changes_the_keys_of_those_who_read_it(repo_id: str, stages:
 def test_a_new_version_of_a_plugin_changes_its_stage_and_what_follows(
     module: ModuleType, stages: set[str], mirror: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = keys(told(mirror))
+    before = keys(planned(mirror))
     monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
-    assert changed(before, told(mirror)) == stages
+    assert changed(before, planned(mirror)) == stages
 
 
 @pytest.mark.parametrize(
@@ -246,14 +286,14 @@ def test_a_new_version_of_a_plugin_changes_its_stage_and_what_follows(
 def test_a_new_version_of_a_stage_changes_it_and_what_follows(
     request_class: str, stages: set[str], mirror: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = keys(told(mirror))
+    before = keys(planned(mirror))
     monkeypatch.setattr(getattr(tasks.requests, request_class), "VERSION", 99)
-    assert changed(before, told(mirror)) == stages
+    assert changed(before, planned(mirror)) == stages
 
 
 def test_two_names_for_one_question_are_one_stage_each(mirror: Path) -> None:
     twice = "evals=[{suite: zero_shot, tasks: [piqa], name: a}, {suite: zero_shot, tasks: [piqa], name: b}]"
-    names = [stage.name for stage in told(mirror, twice, "profile=null").stages if stage.ref.kind == "report"]
+    names = [stage.name for stage in planned(mirror, twice, "profile=null").stages if stage.ref.kind == "report"]
     assert names == [f"evaluate:a:{checkpoint}" for checkpoint in ("dense", "slimgpt-20", "slimgpt-20+lora")]
 
 
@@ -261,21 +301,23 @@ def test_the_order_of_evals_is_not_the_order_of_keys(mirror: Path) -> None:
     spec = load_spec("smoke", SPEC)
     assert {entry.label for entry in spec.evals} == {"perplexity", "zero_shot"}
     swapped = "evals=[{suite: zero_shot, tasks: [piqa], limit: 10}]"
-    assert keys(told(mirror, swapped))["evaluate:zero_shot:dense"] == keys(told(mirror))["evaluate:zero_shot:dense"]
+    assert (
+        keys(planned(mirror, swapped))["evaluate:zero_shot:dense"] == keys(planned(mirror))["evaluate:zero_shot:dense"]
+    )
 
 
 @pytest.mark.parametrize("name", ["Smoke", "my.run", "my_run", "a--b", "a-", "9"])
 def test_every_name_that_a_spec_may_have_makes_a_run_key(name: str, mirror: Path) -> None:
-    graph = told(mirror, f"name={name!r}")
+    graph = planned(mirror, f"name={name!r}")
     assert graph.run_key.startswith("run-")
-    assert graph.run_key != told(mirror).run_key
+    assert graph.run_key != planned(mirror).run_key
 
 
 def test_names_that_differ_in_punctuation_are_different_runs(mirror: Path) -> None:
-    assert told(mirror, "name=a.b").run_key != told(mirror, "name=a-b").run_key
+    assert planned(mirror, "name=a.b").run_key != planned(mirror, "name=a-b").run_key
 
 
 def test_measuring_fewer_checkpoints_leaves_the_other_keys(mirror: Path) -> None:
-    graph = keys(told(mirror, "evals.1.on=[dense]", "profile=null"))
+    graph = keys(planned(mirror, "evals.1.on=[dense]", "profile=null"))
     assert set(graph) == EVERYTHING - PROFILES - ZERO_SHOT | {"evaluate:zero_shot:dense"}
-    assert graph.items() <= keys(told(mirror)).items()
+    assert graph.items() <= keys(planned(mirror)).items()

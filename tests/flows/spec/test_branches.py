@@ -8,11 +8,10 @@ import pytest
 import yaml
 
 from flows.errors import SpecError
-from flows.run.outline import outline
 from flows.run.stages import StageGraph
 from flows.spec.load import dump_spec, load_spec, parse_spec
 from flows.spec.run import RunSpec
-from tests.flows.run.test_stages import keys, make_mirror, told
+from tests.flows.run.test_stages import keys, make_mirror, planned
 
 LORA = "{recovery: lora, data: {dataset: slimline/instructions}}"
 VARIANTS = "full: , no-gcd: {grouped_cholesky: false}, 16: {calibration: {num_samples: 16}}"
@@ -186,19 +185,19 @@ def test_variants_with_calibrations_of_their_own_need_none_of_the_run() -> None:
         smoke("calibration=null", both, "steps.0.variants.b=null")
 
 
-def told_stages(graph: StageGraph, *starts: str) -> list[str]:
+def names_of(graph: StageGraph, *starts: str) -> list[str]:
     return [stage.name for stage in graph.stages if stage.name.startswith(starts)]
 
 
 def test_branches_are_the_runs_that_they_stand_for(mirror: Path) -> None:
     """Stages of a run with two sparsities are those of two runs with one each: nothing is made again."""
-    both = keys(told(mirror, "steps.0.sparsity=[0.2, 0.5]"))
-    assert both == keys(told(mirror)) | keys(told(mirror, "steps.0.sparsity=0.5"))
+    both = keys(planned(mirror, "steps.0.sparsity=[0.2, 0.5]"))
+    assert both == keys(planned(mirror)) | keys(planned(mirror, "steps.0.sparsity=0.5"))
     assert len([name for name in both if name.endswith(":dense")]) == 3
 
 
 def test_the_order_of_stages_suits_their_inputs(mirror: Path) -> None:
-    graph = told(mirror, f"steps.0.variants={{{VARIANTS}}}", "steps.0.sparsity=[0.2, 0.5]")
+    graph = planned(mirror, f"steps.0.variants={{{VARIANTS}}}", "steps.0.sparsity=[0.2, 0.5]")
     seen: set[str] = set()
     for stage in graph.stages:
         assert {ref.key for ref in stage.request.inputs} <= seen, stage.name
@@ -207,13 +206,13 @@ def test_the_order_of_stages_suits_their_inputs(mirror: Path) -> None:
 
 
 def test_one_capture_serves_all_sparsities_and_solvers(mirror: Path) -> None:
-    graph = told(
+    graph = planned(
         mirror,
         "steps.0.sparsity=[0.2, 0.25, 0.33, 0.5]",
         "steps.0.propagate_error=false",
         f"steps.0.variants={{{VARIANTS}, walked: {{propagate_error: true}}}}",
     )
-    assert told_stages(graph, "calibrate", "capture", "order") == [
+    assert names_of(graph, "calibrate", "capture", "order") == [
         "calibrate",
         "capture:dense",
         "order:dense",
@@ -222,26 +221,26 @@ def test_one_capture_serves_all_sparsities_and_solvers(mirror: Path) -> None:
         "capture:dense:16",
         "order:dense:16",
     ]
-    assert len(told_stages(graph, "prune")) == 4 * 4
+    assert len(names_of(graph, "prune")) == 4 * 4
     assert len(keys(graph)) == len(graph.stages), "no two stages have one name"
 
 
 def test_a_calibration_that_is_the_runs_own_is_the_runs(mirror: Path) -> None:
-    graph = told(mirror, "steps.0.variants={n-8: {calibration: {num_samples: 8}}, full: {}}")
-    assert told_stages(graph, "calibrate", "prune") == ["calibrate", "prune:n-8"]
+    graph = planned(mirror, "steps.0.variants={n-8: {calibration: {num_samples: 8}}, full: {}}")
+    assert names_of(graph, "calibrate", "prune") == ["calibrate", "prune:n-8"]
 
 
 def test_a_second_step_captures_each_branch(mirror: Path) -> None:
     steps = "steps=[{method: slimgpt, sparsity: [0.2, 0.3]}, {method: slimgpt, sparsity: 0.4, propagate_error: false}]"
-    assert told_stages(told(mirror, steps), "capture") == ["capture:slimgpt-20", "capture:slimgpt-30"]
+    assert names_of(planned(mirror, steps), "capture") == ["capture:slimgpt-20", "capture:slimgpt-30"]
 
 
 def test_names_that_mean_the_same_are_one_stage_and_two_columns(mirror: Path) -> None:
-    graph = told(
+    graph = planned(
         mirror, "steps.0.variants={full: , paper: {curve: log_increase}}", "profile=null", "evals.1.on=[paper]"
     )
-    assert told_stages(graph, "prune", "recover") == ["prune:full", "recover:full+lora"]
-    assert graph.twins == {"paper": "full", "paper+lora": "full+lora"}
+    assert names_of(graph, "prune", "recover") == ["prune:full", "recover:full+lora"]
+    assert graph.aliases == {"paper": "full", "paper+lora": "full+lora"}
     assert [(stage.name, stage.checkpoint) for stage in graph.reports] == [
         ("evaluate:perplexity:dense", "dense"),
         ("evaluate:perplexity:full", "full"),
@@ -253,15 +252,15 @@ def test_names_that_mean_the_same_are_one_stage_and_two_columns(mirror: Path) ->
 
 
 def test_the_branches_are_part_of_the_runs_identity(mirror: Path) -> None:
-    first = told(mirror, "steps.0.sparsity=[0.2, 0.5]").run_key
-    assert told(mirror, "steps.0.sparsity=[0.2, 0.4]").run_key != first
-    assert told(mirror).run_key != first
-    assert told(mirror, "steps.0.sparsity=[0.2, 0.50]", "description=x").run_key == first
+    first = planned(mirror, "steps.0.sparsity=[0.2, 0.5]").run_key
+    assert planned(mirror, "steps.0.sparsity=[0.2, 0.4]").run_key != first
+    assert planned(mirror).run_key != first
+    assert planned(mirror, "steps.0.sparsity=[0.2, 0.50]", "description=x").run_key == first
 
 
 def test_the_outline_is_a_tree(mirror: Path) -> None:
-    graph = told(mirror, "steps.0.sparsity=[0.2, 0.5]", "evals.1.on=[dense]", "profile=null")
-    assert [(depth, stage.name) for depth, stage in outline(graph)] == [
+    graph = planned(mirror, "steps.0.sparsity=[0.2, 0.5]", "evals.1.on=[dense]", "profile=null")
+    assert [(depth, stage.name) for depth, stage in graph.outline] == [
         (0, "import-model"),
         (1, "calibrate"),
         (1, "evaluate:perplexity:dense"),
@@ -275,4 +274,4 @@ def test_the_outline_is_a_tree(mirror: Path) -> None:
         (2, "recover:slimgpt-50+lora"),
         (3, "evaluate:perplexity:slimgpt-50+lora"),
     ]
-    assert {stage.name for _, stage in outline(graph)} == set(keys(graph))
+    assert {stage.name for _, stage in graph.outline} == set(keys(graph))

@@ -11,6 +11,7 @@ import yaml
 from flows.errors import SpecError
 from flows.spec.load import load_night, load_spec, parse_night, shipped_nights, shipped_specs
 from flows.spec.night import NightSpec
+from flows.spec.run import RunSpec
 
 NEWS = {"data": {"dataset": "slimline/news"}, "num_samples": 8, "seq_len": 64}
 MATRIX: dict[str, Any] = {
@@ -35,6 +36,22 @@ def test_cells_are_the_product_of_the_axes() -> None:
     assert cells[0].spec.checkpoints == ("dense", "slimgpt-20")
     last = cells[-1].spec.derivations[0].step
     assert (last.config.sparsity, last.config.split) == (0.5, "equal")
+
+
+def test_the_matrix_is_validated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    validate, names = RunSpec.model_validate, []
+    monkeypatch.setattr(RunSpec, "model_validate", lambda raw: (names.append(raw["name"]), validate(raw))[1])
+    asked = night()
+    assert asked.cells[0].spec is asked.cells[0].spec
+    assert len(names) == len(set(names)) == 8
+
+
+def test_cells_start_where_the_night_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is noted after the cells were made."""
+    monkeypatch.chdir(tmp_path)
+    local = night({"models": {"own": {"id": "./model"}}}).model_dump(mode="json")
+    Path("night.yaml").write_text(yaml.safe_dump(local), encoding="utf-8")
+    assert {cell.spec.folder for cell in load_night("night.yaml").cells} == {str(tmp_path)}
 
 
 def test_excluded_combinations_are_no_cells() -> None:

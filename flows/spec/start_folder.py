@@ -1,5 +1,5 @@
 """Where the relative paths of a spec start: in the folder in which it is read, which the spec notes for whoever runs it
-later and elsewhere (`slimline retry`, a schedule, a worker). Keys hold what such a path leads to, as they always did.
+later and elsewhere (`slimline retry`, a schedule, a worker). Cache keys hold the content of what a path leads to.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ def _absolute(folder: str) -> str:
 StartFolder = Annotated[str, AfterValidator(_absolute)]
 
 
-def anchored(spec: S) -> S:
+def with_start_folder(spec: S) -> S:
     """The spec with the current folder as its `folder`, if it has relative paths and names none. Raises SpecError if
     there is no current folder."""
-    if getattr(spec, "folder", None) is not None or not _has_relative_paths(spec.model_dump(mode="json")):
+    plain = spec.model_dump(mode="json")
+    if plain.get("folder") is not None or not _has_relative_paths(plain):
         return spec
     try:
-        return spec.model_copy(update={"folder": os.getcwd()})
+        folder = os.getcwd()
     except OSError as error:
         raise SpecError("relative paths start in the current folder, and that is gone; change to another") from error
+    return type(spec).model_validate(plain | {"folder": folder})  # a copy would keep a night's cells as they are
 
 
 def _has_relative_paths(plain: Any) -> bool:
