@@ -15,6 +15,13 @@ from infra.secrets import keep_secrets_out_of_logs
 from infra.settings import PREFIX, Settings, absolute_mirror, load_settings
 
 _DEFAULTS = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+_PREFECT_DEFAULTS = {
     # a first start creates Prefect's database; twenty seconds, the default, is not always enough
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -23,26 +30,35 @@ _DEFAULTS = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    # a sign of life every so many seconds (Prefect allows no fewer), for the automation that finds dead flow runs
+    # a heartbeat every so many seconds (Prefect allows no fewer), for the automation that finds dead flow runs
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "true",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
 
 def prepare_environment(settings: Settings) -> None:
-    """Put defaults into the environment. Prefect's cache records lie beside the artifacts they point to."""
+    """Put defaults into the environment, before any library is imported. Prefect's: `set_prefect_defaults`."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("PREFECT_LOCAL_STORAGE_PATH", str(settings.home / "prefect-results"))
     write_out_paths(settings)
     if not sys.stderr.isatty():  # libraries draw their bars even into log files; ours look first
         os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     atexit.register(_silence_interpreter_exit)
+
+
+def set_prefect_defaults(settings: Settings) -> None:
+    """Put those defaults of Prefect's into the environment, for children too, that the user has set nowhere.
+
+    Prefect itself says what is set: its variables have several names each, and a profile, a .env file, prefect.toml or
+    pyproject.toml counts as well, but less than a variable does. Cache records lie beside the artifacts they point to.
+    """
+    from prefect.context import refresh_global_settings_context
+    from prefect.settings import get_current_settings
+
+    chosen = get_current_settings().to_environment_variables(exclude_unset=True, include_aliases=True)
+    defaults = _PREFECT_DEFAULTS | {"PREFECT_LOCAL_STORAGE_PATH": str(settings.home / "prefect-results")}
+    os.environ.update({name: value for name, value in defaults.items() if name not in chosen})
+    refresh_global_settings_context()
 
 
 def write_out_paths(settings: Settings) -> None:
@@ -61,15 +77,17 @@ def entered_by_prefect() -> bool:
     return by_engine or by_command_line or multiprocessing.parent_process() is not None
 
 
-def prepare_engine() -> None:
-    """What the command line does before it imports Prefect, for a process that has imported it: our environment, our
-    log. Raises SettingsInvalid."""
-    prepare_environment(load_settings())
+def prepare_process() -> None:
+    """What the command line does, for a process of Prefect's, Dask's or Ray's: our environment, our log.
+
+    Prefect may have been imported before, so its settings and its logging are read again. Raises SettingsInvalid.
+    """
+    settings = load_settings()
+    prepare_environment(settings)
     log_to_terminal(verbose=False)
-    from prefect.context import refresh_global_settings_context
+    set_prefect_defaults(settings)
     from prefect.logging.configuration import setup_logging
 
-    refresh_global_settings_context()
     setup_logging(incremental=False)
 
 

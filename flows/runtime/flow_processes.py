@@ -33,7 +33,7 @@ _SERVED_BY = "_SLIMLINE_SERVED_BY"
 _FLOW_RUN = "PREFECT__FLOW_RUN_ID"
 
 
-def serve_until_told(deployments: Sequence[RunnerDeployment], limit: int) -> None:
+def serve_until_stopped(deployments: Sequence[RunnerDeployment], limit: int) -> None:
     """Run flow runs of the deployments, so many at once, until a signal comes; then all that run are ended too."""
     from prefect.runner import Runner
 
@@ -42,7 +42,7 @@ def serve_until_told(deployments: Sequence[RunnerDeployment], limit: int) -> Non
     for deployment in deployments:
         runner.add_deployment(deployment)
     with suppress(asyncio.CancelledError):
-        asyncio.run(_until_told(runner))
+        asyncio.run(_until_stopped(runner))
     log.info("ended")
 
 
@@ -51,7 +51,7 @@ def is_served() -> bool:
     return os.environ.get(_SERVED_BY) == str(os.getppid())
 
 
-def leave_interrupts_to_server() -> None:
+def ignore_sigint_if_served() -> None:
     """In the process of a flow run: a terminal tells all of Ctrl-C, and `slimline serve` tells us when to end."""
     if is_served() and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -71,7 +71,7 @@ def end_with_server() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-async def _until_told(runner: Runner) -> None:
+async def _until_stopped(runner: Runner) -> None:
     """What `prefect.serve` does, but that a signal does not have flow runs cancelled, or killed at once."""
     loop, told = asyncio.get_running_loop(), asyncio.Event()
 

@@ -32,7 +32,7 @@ _first_at = 0.0
 _taken = False
 
 
-def take_interrupts() -> None:
+def handle_interrupts() -> None:
     """Handle the signals in two steps. A stage in a thread cannot be stopped half-way, only waited for or dropped."""
     global _taken
     _taken = True
@@ -42,7 +42,7 @@ def take_interrupts() -> None:
 @contextmanager
 def interruptible_command() -> Iterator[None]:
     """The body of a command that runs stages; a signal that ends it gives exit code 1."""
-    take_interrupts()
+    handle_interrupts()
     try:
         yield
     except KeyboardInterrupt:
@@ -50,7 +50,7 @@ def interruptible_command() -> Iterator[None]:
 
 
 @contextmanager
-def until_told() -> Iterator[None]:
+def until_stopped() -> Iterator[None]:
     """The body of a command that serves until one of the signals ends it, well; the second does not wait for what ends
     with this process anyway."""
 
@@ -64,7 +64,7 @@ def until_told() -> Iterator[None]:
         yield
 
 
-def take_over(number: signal.Signals | None) -> None:
+def handle_later_signals(number: signal.Signals | None) -> None:
     """Take what follows the first signal ourselves, within Prefect's engine too; number: of the first, if the engine
     took it, so that nobody has said yet what it means."""
     if number is not None:

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from pydantic import ValidationError
 
 from flows.errors import PrefectUnusable
+from flows.runtime.environment import set_prefect_defaults
 from flows.runtime.prefect_database import check_database
 from infra.filesystem.disk import why_unwritable
 from infra.secrets import redacted
+from infra.settings import load_settings
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -32,7 +34,7 @@ _PATIENCE, _PAUSE = 5.0, 1.0
 
 def import_prefect() -> None:
     """Import Prefect, which reads its settings then. Raises PrefectUnusable for settings that it cannot read."""
-    profiles = _profiles_file()
+    profiles, settings = _profiles_file(), load_settings()
     try:
         tomllib.loads(profiles.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -45,7 +47,9 @@ def import_prefect() -> None:
     try:
         with redirect_stderr(cast("TextIO", said)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Failed to create the Prefect home")  # check_database says it
-            import prefect.main  # noqa: F401 (the settings, the profile, the logging)
+            if "prefect.context" not in sys.modules:  # else somebody before us did this
+                set_prefect_defaults(settings)
+            import prefect.main  # noqa: F401 (the logging, by these settings)
         said.let_go()
     except Exception as error:
         raise PrefectUnusable(f"Prefect cannot be used: {_reason(error, profiles)}") from error
@@ -75,9 +79,17 @@ def reach_prefect() -> None:
     from prefect.settings import PREFECT_API_URL
 
     if not PREFECT_API_URL.value():
-        from flows.runtime.temporary_server import start_temporary_server
+        from flows.runtime.servers import start_temporary_server
 
         start_temporary_server()
+
+
+def cache_records() -> Path:
+    """The folder in which Prefect keeps the records of its cache. Raises PrefectUnusable."""
+    import_prefect()
+    from prefect.settings import Settings as PrefectSettings
+
+    return PrefectSettings().results.local_storage_path
 
 
 class _Held:

@@ -108,20 +108,20 @@ def interruptible() -> Iterator[list[PrefectFuture[Any]]]:
     from prefect.exceptions import TerminationSignal
     from prefect.task_runners import ThreadPoolTaskRunner
 
-    from flows.runtime.flow_processes import leave_interrupts_to_server
+    from flows.runtime.flow_processes import ignore_sigint_if_served
     from infra.settings import load_settings
     from tasks.execution.interrupts import interrupted, not_interrupted
 
     context = FlowRunContext.get()
     assert context is not None, "inside a flow"
     assert context.flow_run is not None, "inside a flow"
-    leave_interrupts_to_server()
+    ignore_sigint_if_served()
     not_interrupted(load_settings(), context.flow_run.id)
     submitted: list[PrefectFuture[Any]] = []
     try:
         yield submitted
     except (KeyboardInterrupt, TerminationSignal) as error:
-        interrupt.take_over(signal.SIGTERM if isinstance(error, TerminationSignal) else None)
+        interrupt.handle_later_signals(signal.SIGTERM if isinstance(error, TerminationSignal) else None)
         with interrupted(load_settings(), context.flow_run.id, at_once=interrupt.ends_soon()):
             _wait_for(submitted, in_threads=isinstance(context.task_runner, ThreadPoolTaskRunner))
         if interrupt.taken():  # Prefect would send us the signal once more

@@ -7,9 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flows.runtime.environment import log_to_terminal, prepare_environment
-from infra.secrets import keep_secrets_out_of_logs
-from infra.settings import load_settings
+from flows.runtime.environment import prepare_process
 
 
 def prepare() -> None:
@@ -20,9 +18,7 @@ def prepare() -> None:
         if signal.getsignal(number) is signal.SIG_DFL:  # else whoever started the cluster needs it
             # not ignored: the processes that a stage starts would inherit that, and could not be ended so
             signal.signal(number, lambda number, frame: None)
-    prepare_environment(load_settings())
-    log_to_terminal(verbose=False)
-    keep_secrets_out_of_logs()
+    prepare_process()
 
 
 def dask_setup(worker: object) -> None:

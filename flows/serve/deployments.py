@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 
-from flows.runtime.environment import entered_by_prefect, prepare_engine
+from flows.runtime.environment import entered_by_prefect, prepare_process
 from flows.runtime.flow_processes import end_with_server
 
 if entered_by_prefect():
-    prepare_engine()
+    prepare_process()
     end_with_server()
 
 from prefect import flow

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from flows.errors import SpecError
-from flows.runtime.flow_processes import serve_until_told
+from flows.runtime.flow_processes import serve_until_stopped
 from flows.runtime.prefect_access import check_prefect
 from flows.runtime.servers import prefect_server
 from flows.spec.load import is_night, load_night, load_spec
@@ -94,7 +94,7 @@ def serve_specs(
         for deployment in deployments:
             log.info("serving %s/%s", deployment.flow_name, deployment.name)
         log.info("Prefect: %s; Ctrl-C ends the serving", url.removesuffix("/api"))
-        serve_until_told(deployments, limit)
+        serve_until_stopped(deployments, limit)
 
 
 def _anchor(spec: str, overrides: Sequence[str]) -> list[str]:

@@ -155,7 +155,7 @@ def test_what_is_served_is_read_from_where_it_was_served(
     served: list[Any] = []
     monkeypatch.setattr(serving, "_server", lambda port: nullcontext("http://127.0.0.1/api"))
     monkeypatch.setattr(automations, "ensure_zombie_automation", lambda: None)
-    monkeypatch.setattr(serving, "serve_until_told", lambda deployments, limit: served.extend(deployments))
+    monkeypatch.setattr(serving, "serve_until_stopped", lambda deployments, limit: served.extend(deployments))
     serve_specs([spec], Timetable())
     monkeypatch.chdir(tmp_path)
     (one,) = served

@@ -10,8 +10,8 @@ import pytest
 
 _CHILD = """
 import time
-from flows.runtime.interrupts import take_interrupts
-take_interrupts()
+from flows.runtime.interrupts import handle_interrupts
+handle_interrupts()
 try:
     print("ready", flush=True)
     time.sleep(30)
@@ -55,6 +55,6 @@ def test_first_waits_second_drops(number: signal.Signals, seconds: int, again: b
 
 
 def test_what_runs_under_nohup_outlives_its_terminal() -> None:
-    code = "import os, signal\nfrom flows.runtime.interrupts import take_interrupts\n"
+    code = "import os, signal\nfrom flows.runtime.interrupts import handle_interrupts\n"
     code += "signal.signal(signal.SIGHUP, signal.SIG_IGN)\ntake_interrupts()\nos.kill(os.getpid(), signal.SIGHUP)"
     subprocess.run([sys.executable, "-c", code], check=True)
