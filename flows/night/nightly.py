@@ -18,6 +18,7 @@ from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run as running
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from pydantic.json_schema import SkipJsonSchema
 
 from flows.night.outcome import CellFailed, CellOutcome, NightFailed, NightResult
 from flows.night.regressions import compare, pass_gates
@@ -48,7 +49,7 @@ _CELLS_AT_ONCE = 4
 
 def _flow_run_name() -> str:
     spec = running.parameters["spec"]
-    return spec["name"] if isinstance(spec, dict) else str(spec)
+    return spec.name if isinstance(spec, NightSpec) else spec["name"] if isinstance(spec, dict) else str(spec)
 
 
 @flow(
@@ -57,13 +58,18 @@ def _flow_run_name() -> str:
     task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_CELLS_AT_ONCE)),
     persist_result=False,
 )
-def nightly(spec: str | dict[str, Any], overrides: Sequence[str] = (), refresh: Sequence[str] = ()) -> NightResult:
+def nightly(
+    spec: str | dict[str, Any] | SkipJsonSchema[NightSpec], overrides: Sequence[str] = (), refresh: Sequence[str] = ()
+) -> NightResult:
     """Run a night and record it.
 
-    spec: name of a shipped night, a path, or the spec itself as plain data. A cell that fails leaves the others alone.
-    Raises NightFailed after everything is recorded if a cell failed or a gate does not hold; SpecError before any work.
+    spec: name of a shipped night, a path, or the spec itself, parsed or as plain data. A cell that fails leaves the
+    others alone. Raises NightFailed after everything is recorded if a cell failed or a gate does not hold; SpecError
+    before any work.
     """
-    night = load_night(spec, overrides) if isinstance(spec, str) else parse_night(spec, source="spec")
+    if isinstance(spec, str):
+        spec = load_night(spec, overrides)
+    night = spec if isinstance(spec, NightSpec) else parse_night(spec, source="spec")
     settings, started_at, clock = load_settings(), datetime.now(UTC), time.monotonic()
     wanted = _refreshed(night, refresh)
     outcomes = _run_cells(night, wanted)
