@@ -12,7 +12,7 @@ from flows.commands.app import AsJson, Overrides, Refresh, Runner, SpecName, app
 from flows.errors import SpecError
 from flows.runtime.interrupts import interruptible_command
 from flows.runtime.prefect_access import reach_prefect
-from flows.runtime.task_runners import check_runner, runner_called
+from flows.runtime.task_runners import check_runner
 from infra.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ def run_night(
 
     runner: where cells run, "threads", "dask" or "ray"; by default as the settings say.
     """
-    chosen = runner_called(runner or settings.runner)
-    check_runner(chosen, settings)
+    chosen = check_runner(runner or settings.runner, settings)
     with interruptible_command():
         reach_prefect()
         from flows.night.nightly import on_runner

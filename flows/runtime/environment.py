@@ -1,4 +1,4 @@
-"""Settings of the libraries we stand on, made before they are imported; whatever the user has set wins."""
+"""Environment variables and logging of a process of ours; whatever the user has set wins."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def prepare_environment(settings: Settings) -> None:
     """Put defaults into the environment, before any library is imported. Prefect's: `set_prefect_defaults`."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    write_out_paths(settings)
+    make_paths_absolute(settings)
     if not sys.stderr.isatty():  # libraries draw their bars even into log files; ours look first
         os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -61,7 +61,7 @@ def set_prefect_defaults(settings: Settings) -> None:
     refresh_global_settings_context()
 
 
-def write_out_paths(settings: Settings) -> None:
+def make_paths_absolute(settings: Settings) -> None:
     """Make relative paths in our own variables absolute, for children that start in other folders."""
     for name in ("home", "results_db", "results_folder", "mirror"):
         variable, value = f"{PREFIX}{name.upper()}", getattr(settings, name)
@@ -69,7 +69,7 @@ def write_out_paths(settings: Settings) -> None:
             os.environ[variable] = absolute_mirror(value) if name == "mirror" else str(value)
 
 
-def entered_by_prefect() -> bool:
+def started_by_prefect() -> bool:
     """Whether this process runs our flows for Prefect, so that our own command line has prepared nothing: an engine
     that a worker started, a child of `slimline serve`, or Prefect's own command line (`prefect flow-run retry`)."""
     by_engine = "PREFECT__FLOW_RUN_ID" in os.environ
@@ -101,7 +101,7 @@ def _silence_interpreter_exit() -> None:
 
 
 class _OneLine(logging.Formatter):
-    """Of a message, that is: a traceback has its own."""
+    """Line breaks in a message are shown as spaces; a traceback keeps its own."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = one_line(record.message)

@@ -47,11 +47,19 @@ class Timetable:
         if self.timezone not in zoneinfo.available_timezones():
             raise SpecError(f"--timezone {self.timezone!r} is no time zone; give one such as UTC or Europe/Berlin")
         if self.cron is not None:
-            _check_cron(self.cron)
+            from prefect.schedules import Cron
+
+            try:
+                Cron(self.cron)
+            except ValueError as error:
+                raise SpecError(
+                    f"--cron {self.cron!r} is no cron expression; give minute, hour, day, month and weekday, e.g. "
+                    "'0 2 * * *'"
+                ) from error
 
     @property
     def schedules(self) -> list[Schedule]:
-        """As Prefect has it."""
+        """Prefect's schedules for a deployment: one, or none."""
         from prefect.schedules import Cron, Interval
 
         if self.cron is not None:
@@ -158,14 +166,3 @@ def _server(port: int) -> Iterator[str]:
         os.environ["PREFECT_API_URL"] = url  # children get it too
         refresh_global_settings_context()
         yield url
-
-
-def _check_cron(cron: str) -> None:
-    from prefect.schedules import Cron
-
-    try:
-        Cron(cron)
-    except ValueError as error:
-        raise SpecError(
-            f"--cron {cron!r} is no cron expression; give minute, hour, day, month and weekday, e.g. '0 2 * * *'"
-        ) from error

@@ -15,7 +15,7 @@ import yaml
 from flows.errors import SpecError
 from flows.run.compress import open_run_context
 from flows.run.stages import build_stages
-from flows.runtime.environment import write_out_paths
+from flows.runtime.environment import make_paths_absolute
 from flows.serve import automations
 from flows.serve import schedule as serving
 from flows.serve.schedule import Timetable, serve_specs
@@ -140,7 +140,7 @@ def test_children_find_what_our_variables_name(here: Path, monkeypatch: pytest.M
     monkeypatch.setenv("SLIMLINE_MIRROR", os.pathsep.join(["./mirror", "~/mirror", "/mirror", "offline"]))
     monkeypatch.setenv("SLIMLINE_RESULTS_DB", "")
     settings = load_settings()
-    write_out_paths(settings)
+    make_paths_absolute(settings)
     mirror = os.pathsep.join([str(here / "mirror"), os.path.expanduser("~/mirror"), "/mirror", "offline"])
     assert (os.environ["SLIMLINE_HOME"], os.environ["SLIMLINE_MIRROR"]) == (str(here / "home"), mirror)
     assert os.environ["SLIMLINE_RESULTS_DB"] == ""
