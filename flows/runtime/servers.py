@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import http.client
+import logging
 import os
 import re
 import signal
@@ -25,6 +26,8 @@ from infra.secrets import redacted
 
 if TYPE_CHECKING:
     from infra.settings import Settings
+
+log = logging.getLogger("slimline")
 
 HOST = "127.0.0.1"
 #: seconds; a first start creates the database, on a slow disk in half a minute
@@ -97,10 +100,14 @@ class Server:
     def last_words(self) -> str:
         """Of a server that ended: its last exception without the name of the class, or else its last lines."""
         assert self.process.stderr is not None
-        with self.process.stderr as log:
-            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        with self.process.stderr as output:
+            lines = [line for line in output.read().decode(errors="replace").splitlines() if line.strip()]
         exceptions = [found.group(1) for line in lines if (found := re.fullmatch(r"[a-zA-Z_][\w.]*: (.+)", line))]
-        words = exceptions[-1][:_LAST_WORDS] if exceptions else " / ".join(lines[-3:])[-_LAST_WORDS:]
+        words = (
+            exceptions[-1][:_LAST_WORDS]
+            if exceptions
+            else " / ".join(line.strip() for line in lines[-3:])[-_LAST_WORDS:]
+        )
         return redacted(words) or "it said nothing"
 
 
@@ -130,8 +137,8 @@ def serve_pages(settings: Settings, *, prefect_port: int, mlflow_port: int) -> N
 def prefect_server(port: int) -> Iterator[str]:
     """A Prefect server with its pages while the block lasts; yields the URL of its API.
 
-    Raises SpecError if the port is taken, or if the server does not come up or ends in the block, which is then told to
-    end by a SIGTERM to this process.
+    Raises SpecError if the port is taken, or if the server does not come up or ends before the block, which is then
+    ended by a SIGTERM to this process.
     """
     _refuse_taken_prefect(port)
     server, url, over = _start_prefect(port), f"http://{HOST}:{port}/api", threading.Event()
@@ -145,9 +152,10 @@ def prefect_server(port: int) -> Iterator[str]:
             threading.Thread(target=_terminate_without, args=(server, over), daemon=True).start()
             try:
                 yield url
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, Exception) as error:  # clients cannot reach a server that ended
                 if server.running:
                     raise
+                log.debug("without Prefect's server", exc_info=error)
             over.set()
         if not server.running:
             raise SpecError(f"{server.how_it_ended()}; mend that, or try: prefect server start")
@@ -159,6 +167,7 @@ def prefect_server(port: int) -> Iterator[str]:
 def _terminate_without(server: Server, over: threading.Event) -> None:
     while not over.wait(1.0):
         if not server.running:
+            log.error("Prefect's server has ended, and without it this command ends")
             os.kill(os.getpid(), signal.SIGTERM)
             return
 
