@@ -10,8 +10,8 @@ from flows.commands import help, nights, results, retry, runs, serve, store
 from flows.commands.app import app
 from flows.night.outcome import NightFailed
 from flows.run.outcome import StagesFailed
-from flows.runtime.conditions import mendable
 from flows.runtime.environment import log_to_terminal
+from flows.runtime.user_errors import user_message
 from flows.spec.validation import one_line
 from infra.secrets import redacted
 
@@ -36,7 +36,7 @@ def main() -> None:
         _fail(str(error), _GATE if not error.result.failures else 2 if error.by_user else 1, verbose)
     except Exception as error:
         log.debug("traceback", exc_info=True)
-        words = mendable(error)
+        words = user_message(error)
         if words is not None:
             _fail(words, 2, verbose)
         # the last resort: an unforeseen error still gets one line and a way to see more

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,12 +12,13 @@ from flows.commands.app import AsJson, Overrides, Refresh, Runner, SpecName, app
 from flows.errors import SpecError
 from flows.runtime.interrupts import interruptible_command
 from flows.runtime.prefect_access import reach_prefect
-from flows.runtime.task_runners import check_runner, runner_called
+from flows.runtime.task_runners import check_runner
 from infra.registry import did_you_mean
-from infra.settings import load_settings
 
 if TYPE_CHECKING:
     from flows.night.outcome import NightResult
+    from flows.spec.night import NightSpec
+    from infra.settings import Settings
 
 
 @app.command()
@@ -32,11 +33,10 @@ def nightly(
 
     Exit codes: 0 good; 3 a gate does not hold; 1 or 2 a cell failed (2: all for reasons that you can mend).
     """
-    prepared()
+    settings = prepared()
     from flows.spec.load import load_night
 
-    load_night(spec, set_)
-    run_night(spec, set_, refresh=refresh, runner=runner, as_json=as_json)
+    run_night(load_night(spec, set_), settings, refresh=refresh, runner=runner, as_json=as_json)
 
 
 @app.command()
@@ -73,8 +73,8 @@ def nights(
 
 
 def run_night(
-    spec: str | dict[str, Any],
-    overrides: Sequence[str] = (),
+    night: NightSpec,
+    settings: Settings,
     *,
     refresh: Sequence[str] = (),
     runner: str | None = None,
@@ -84,16 +84,14 @@ def run_night(
 
     runner: where cells run, "threads", "dask" or "ray"; by default as the settings say.
     """
-    settings = load_settings()
-    chosen = runner_called(runner or settings.runner)
-    check_runner(chosen, settings)
+    chosen = check_runner(runner or settings.runner, settings)
     with interruptible_command():
         reach_prefect()
         from flows.night.nightly import on_runner
         from flows.night.outcome import NightFailed
 
         try:
-            result = on_runner(chosen, settings)(spec, overrides, refresh)
+            result = on_runner(chosen, settings)(night, (), refresh)
         except NightFailed as failed:
             _print(failed.result, as_json)
             raise

@@ -31,8 +31,8 @@ def retry(
     row = find_recorded(ResultsStore.of(settings), recorded)
     spec = json.loads(row.spec)
     if isinstance(row, NightRow):
-        parse_night(spec, source=f"the recorded spec of {row.night_id}")
-        run_night(spec, refresh=refresh, runner=runner, as_json=as_json)
+        night = parse_night(spec, source=f"the recorded spec of {row.night_id}")
+        run_night(night, settings, refresh=refresh, runner=runner, as_json=as_json)
     else:
         loaded = parse_spec(spec, source=f"the recorded spec of {row.run_key}")
         run_spec(loaded, settings, refresh=refresh, runner=runner, as_json=as_json)

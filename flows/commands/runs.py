@@ -12,7 +12,7 @@ from flows.commands.app import AsJson, Overrides, Refresh, Runner, SpecName, app
 from flows.run.outcome import StagesFailed
 from flows.runtime.interrupts import interruptible_command
 from flows.runtime.prefect_access import import_prefect, reach_prefect
-from flows.runtime.task_runners import check_runner, runner_called, runner_named
+from flows.runtime.task_runners import check_runner, create_runner
 
 if TYPE_CHECKING:
     from flows.run.outcome import RunResult
@@ -50,8 +50,7 @@ def run_spec(
     runner: "threads", "dask" or "ray"; by default as the settings say.
     """
     started = time.monotonic()
-    chosen = runner_called(runner or settings.runner)
-    check_runner(chosen, settings)
+    chosen = check_runner(runner or settings.runner, settings)
     with interruptible_command():
         import_prefect()
         from flows.run.compress import compress
@@ -59,7 +58,7 @@ def run_spec(
         reach_prefect()
         ready = time.monotonic()
         try:
-            result = compress.with_options(task_runner=runner_named(chosen, settings))(spec, tuple(refresh))
+            result = compress.with_options(task_runner=create_runner(chosen, settings))(spec, tuple(refresh))
         except StagesFailed as failed:
             print_result(failed.result, settings, as_json)
             raise

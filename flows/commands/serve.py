@@ -8,7 +8,7 @@ import typer
 
 from flows.commands.app import Overrides, app, prepared
 from flows.errors import SpecError
-from flows.runtime.interrupts import until_told
+from flows.runtime.interrupts import until_stopped
 from flows.runtime.prefect_access import check_prefect, import_prefect
 from flows.runtime.prefect_database import check_database
 
@@ -26,7 +26,7 @@ def ui(
     check_database()
     from flows.runtime.servers import serve_pages
 
-    with until_told():
+    with until_stopped():
         serve_pages(settings, prefect_port=prefect_port, mlflow_port=mlflow_port)
 
 
@@ -51,7 +51,7 @@ def serve(
     from flows.serve.schedule import Timetable, serve_specs
 
     timetable = Timetable(cron, interval, timezone)
-    with until_told():
+    with until_stopped():
         serve_specs(specs, timetable, overrides=set_, name=name, paused=paused, limit=limit, prefect_port=prefect_port)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import typer
 
 from flows.commands.app import AsJson, app, prepared
 from flows.errors import SpecError
+from flows.runtime.prefect_access import cache_records
 
 if TYPE_CHECKING:
     from infra.artifacts.garbage import Clearing
@@ -74,11 +74,7 @@ def gc(
     results, store, age = ResultsStore.of(settings), ArtifactStore(settings.store_root), _age(older_than)
     check_kept(results, keep_last=keep_last, keep=keep, delete=delete)
     wanted = partial(kept_artifacts, results, keep_last=keep_last, keep=keep)
-    if delete:
-        records = Path(os.environ["PREFECT_LOCAL_STORAGE_PATH"])
-        clearing = clear(store, wanted, age, records=records)
-    else:
-        clearing = survey(store, wanted, age)
+    clearing = clear(store, wanted, age, records=cache_records()) if delete else survey(store, wanted, age)
     _print_clearing(clearing, delete)
     if as_json:
         print(json.dumps(clearing.as_json() | {"deleted": delete}))

@@ -1,4 +1,4 @@
-"""The nightly flow: every cell of a matrix as a run of its own, side by side, then one verdict on the whole night."""
+"""The nightly flow: every cell of a matrix as a run of its own, several at a time, then one verdict on them all."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run as running
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from pydantic.json_schema import SkipJsonSchema
 
 from flows.night.outcome import CellFailed, CellOutcome, NightFailed, NightResult
 from flows.night.regressions import compare, pass_gates
@@ -25,8 +26,8 @@ from flows.night.summary import headline, summary
 from flows.run.compress import compress, open_run_context, recorded_result, unknown_stage
 from flows.run.outcome import RunResult, StagesFailed
 from flows.run.stages import Stage, plan_stages
-from flows.runtime.conditions import mendable
-from flows.runtime.task_runners import RunnerName, final_state, interruptible, runner_named
+from flows.runtime.task_runners import RunnerName, create_runner, final_state, interruptible
+from flows.runtime.user_errors import user_message
 from flows.spec.load import load_night, parse_night
 from flows.spec.night import Cell, NightSpec
 from infra.artifacts.store import ArtifactStore
@@ -46,7 +47,7 @@ _CELLS_AT_ONCE = 4
 
 def _flow_run_name() -> str:
     spec = running.parameters["spec"]
-    return spec["name"] if isinstance(spec, dict) else str(spec)
+    return spec.name if isinstance(spec, NightSpec) else spec["name"] if isinstance(spec, dict) else str(spec)
 
 
 @flow(
@@ -55,17 +56,22 @@ def _flow_run_name() -> str:
     task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=_CELLS_AT_ONCE)),
     persist_result=False,
 )
-def nightly(spec: str | dict[str, Any], overrides: Sequence[str] = (), refresh: Sequence[str] = ()) -> NightResult:
+def nightly(
+    spec: str | dict[str, Any] | SkipJsonSchema[NightSpec], overrides: Sequence[str] = (), refresh: Sequence[str] = ()
+) -> NightResult:
     """Run a night and record it.
 
-    spec: name of a shipped night, a path, or the spec itself as plain data. A cell that fails leaves the others alone.
-    Raises NightFailed after everything is recorded if a cell failed or a gate does not hold; SpecError before any work.
+    spec: name of a shipped night, a path, or the spec itself, parsed or as plain data. A cell that fails leaves the
+    others alone. Raises NightFailed after everything is recorded if a cell failed or a gate does not hold; SpecError
+    before any work.
     """
-    night = load_night(spec, overrides) if isinstance(spec, str) else parse_night(spec, source="spec")
+    if isinstance(spec, str):
+        spec = load_night(spec, overrides)
+    night = spec if isinstance(spec, NightSpec) else parse_night(spec, source="spec")
     settings, started_at, clock = load_settings(), datetime.now(UTC), time.monotonic()
     wanted = _refreshed(night, refresh)
     outcomes = _run_cells(night, wanted)
-    result = _judged(night, outcomes, settings, time.monotonic() - clock)
+    result = _compared(night, outcomes, settings, time.monotonic() - clock)
     text = summary(result, alpha=night.alpha, tolerance=night.tolerance)
     create_markdown_artifact(text, key=f"slimline-night-{slug(night.name)}", description=headline(result))
     record_night(_night_row(night, result, started_at), _cell_rows(result), result.figures, text, settings)
@@ -79,11 +85,11 @@ def on_runner(name: RunnerName, settings: Settings) -> Flow[..., NightResult]:
     """The flow with its cells in threads of this process, or as tasks of a cluster. Raises SpecError."""
     if name == "threads" and settings.runner_workers is None:
         return nightly
-    return nightly.with_options(task_runner=runner_named(name, settings))
+    return nightly.with_options(task_runner=create_runner(name, settings))
 
 
 def _run_cells(night: NightSpec, wanted: Mapping[str, tuple[str, ...]]) -> tuple[CellOutcome, ...]:
-    """All cells, side by side. wanted: what each refreshes."""
+    """All cells at once, _CELLS_AT_ONCE unless a cluster runs them. wanted: stages that each refreshes."""
     this = _this_flow_run()
     with interruptible() as submitted:
         for cell in night.cells:
@@ -119,7 +125,7 @@ def run_cell(cell: Cell, refresh: tuple[str, ...], since: datetime | None, night
     except StagesFailed as error:
         raise CellFailed(outcome(error.result, str(error), error.by_user)) from error
     except Exception as error:
-        words = mendable(error)
+        words = user_message(error)
         raise CellFailed(outcome(None, words or f"{type(error).__name__}: {error}", words is not None)) from error
 
 
@@ -134,9 +140,11 @@ def _outcome(cell: Cell, future: PrefectFuture[CellOutcome]) -> CellOutcome:
     return CellOutcome(name=cell.name, run_key=None, seconds=0.0, message=message)
 
 
-def _judged(night: NightSpec, cells: tuple[CellOutcome, ...], settings: Settings, seconds: float) -> NightResult:
-    """The cells' figures beside those of the last good night, and the gates' say."""
-    results, night_id = ResultsStore.of(settings), _night_id(night)
+def _compared(night: NightSpec, cells: tuple[CellOutcome, ...], settings: Settings, seconds: float) -> NightResult:
+    """The cells' figures compared with the last good night's, and the outcome of every gate."""
+    results = ResultsStore.of(settings)
+    # the same when Prefect retries the flow run: a night that goes on is one night
+    night_id = f"night-{slug(night.name)}-{_this_flow_run().id.hex[-12:]}"
     good = [
         row.night_id
         for row in results.nights(night.name)
@@ -183,7 +191,7 @@ def _night_row(night: NightSpec, result: NightResult, started_at: datetime) -> N
         gates_passed=result.gates_passed,
         started_at=started_at,
         finished_at=datetime.now(UTC),
-        prefect_run_id=_flow_run_id(),
+        prefect_run_id=str(_this_flow_run().id),
         slimline_version=versions().get("slimline", "unknown"),
         git_revision=git_revision(),
         previous_night_id=result.previous_night_id,
@@ -213,17 +221,8 @@ def _cell_rows(result: NightResult) -> tuple[NightCellRow, ...]:
     )
 
 
-def _night_id(night: NightSpec) -> str:
-    """The same when Prefect retries the flow run: a night that goes on is one night."""
-    return f"night-{slug(night.name)}-{_flow_run_id().replace('-', '')[-12:]}"
-
-
-def _flow_run_id() -> str:
-    return str(_this_flow_run().id)
-
-
 def _this_flow_run() -> FlowRun:
-    """The night's. It was created when the night was begun, also in a retry: what was refreshed since is refreshed."""
+    """The night's. A retry has the first try's date of creation: stages refreshed since then are not run again."""
     context = FlowRunContext.get()
     assert context is not None, "inside the flow"
     assert context.flow_run is not None, "inside the flow"

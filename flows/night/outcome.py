@@ -1,4 +1,4 @@
-"""What a night came to: cells, figures beside those of the last good night, gates."""
+"""Results of a night: cells, figures compared with the last good night, gates."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class CellOutcome(BaseModel):
 
     @property
     def status(self) -> Literal["completed", "failed"]:
-        """Failed if anything in it failed."""
+        """Failed if a stage failed or the run could not begin."""
         return "completed" if self.message is None else "failed"
 
     def count(self, status: str) -> int:
-        """Stages that ended so."""
+        """Stages of this status."""
         return sum(stage.status == status for stage in self.stages)
 
 
 class CellFailed(RuntimeError):
-    """Raised by a cell's task, so that Prefect shows it as failed, with all that the cell came to."""
+    """Raised by a cell's task, so that Prefect shows it as failed; carries the cell's outcome."""
 
     def __init__(self, outcome: CellOutcome) -> None:
         super().__init__(outcome)
@@ -45,7 +45,7 @@ class CellFailed(RuntimeError):
 
 
 class GateOutcome(BaseModel):
-    """One demand of the spec and what it met. problems: a sentence for each figure that does not hold."""
+    """One gate of the spec. num_figures: how many it guards. problems: a sentence for each that does not hold."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -60,7 +60,7 @@ class GateOutcome(BaseModel):
 
 
 class NightResult(BaseModel):
-    """All that a night came to."""
+    """Everything that is recorded and printed of a night. seconds: wall time."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -98,7 +98,7 @@ class NightResult(BaseModel):
         return best
 
     def count(self, status: str) -> int:
-        """Distinct stages that ended so."""
+        """Distinct stages of this status; a stage that cells share counts once."""
         return sum(stage.status == status for stage in self.stages.values())
 
     @property

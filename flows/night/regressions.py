@@ -1,4 +1,4 @@
-"""The figures of a night beside those of the last good one, and what the gates say of them."""
+"""The figures of a night compared with the last good one's, and the gates applied to them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 _FEWEST_ITEMS = 20
 """Of fewer items no paired test can show a difference beside many others: its p-value is at least 2 / 2^items."""
 
-_Place = tuple[str, str, str, str, str]
-"""Cell, checkpoint, suite, task, metric: what a figure is a figure of, from night to night."""
-_Question = tuple[str, str, str, str | None]
+_FigureKey = tuple[str, str, str, str, str]
+"""Cell, checkpoint, suite, task, metric: the same from night to night."""
+_TestKey = tuple[str, str, str, str | None]
 """Stage key now, task, metric, stage key then: cells share stages, and a shared figure is tested once."""
 
 
@@ -35,31 +35,31 @@ def compare(
 ) -> tuple[NightFigureRow, ...]:
     """A row per figure of this night, then one for each that is gone. before: the figures of the last good night.
 
-    A figure that comes from the very stage from which it came before was not measured again and is the same. Where the
-    samples of both nights are in the store and are of the same items, the test is paired.
+    A figure of the same stage with the same value was not measured again and is the same. Where the samples of both
+    nights are in the store and are of the same items, the test is paired.
     """
-    known = {_place(row.cell, row): row for row in before if row.verdict != "gone"}
-    pairs = [(cell.name, now, known.get(_place(cell.name, now))) for cell in cells for now in cell.metrics]
-    questions = {_question(now, then): (now, then) for _, now, then in pairs if not _untouched(now, then)}
-    paired = _paired(questions, reports)
+    known = {_figure_key(row.cell, row): row for row in before if row.verdict != "gone"}
+    pairs = [(cell.name, now, known.get(_figure_key(cell.name, now))) for cell in cells for now in cell.metrics]
+    tests = {_test_key(now, then): (now, then) for _, now, then in pairs if not _same_measurement(now, then)}
+    paired = _paired(tests, reports)
     answers = judge(
-        [(_figure(now), _figure(then) if then else None) for now, then in questions.values()],
+        [(_figure(now), _figure(then) if then else None) for now, then in tests.values()],
         alpha=alpha,
         tolerance=tolerance,
-        paired=[paired[question].p_value if question in paired else None for question in questions],
+        paired=[paired[key].p_value if key in paired else None for key in tests],
     )
-    judged = dict(zip(questions, answers, strict=True))
+    judged = dict(zip(tests, answers, strict=True))
     rows = [_judged_row(night_id, cell, now, then, judged, paired) for cell, now, then in pairs]
-    here = {_place(row.cell, row) for row in rows}
+    here = {_figure_key(row.cell, row) for row in rows}
     names = {cell.name for cell in cells}
-    gone = [row for place, row in known.items() if place not in here and row.cell in names]
+    gone = [row for key, row in known.items() if key not in here and row.cell in names]
     return (*rows, *(_gone(night_id, row) for row in gone))
 
 
 def pass_gates(
     gates: Iterable[Gate], figures: Sequence[NightFigureRow]
 ) -> tuple[tuple[NightFigureRow, ...], tuple[GateOutcome, ...]]:
-    """The figures with what the gates say of each, and every gate's outcome."""
+    """The figures, each marked with what the gates that guard it demand, and the outcome of every gate."""
     outcomes: list[GateOutcome] = []
     problems: dict[int, list[str]] = {}
     for gate in gates:
@@ -68,7 +68,7 @@ def pass_gates(
             for index, row in enumerate(figures)
             if gate.guards(cell=row.cell, checkpoint=row.checkpoint, figure=f"{row.suite}/{row.task}/{row.metric}")
         ]
-        found = {index: list(_problems(gate, figures[index])) for index in guarded}
+        found = {index: list(_gate_problems(gate, figures[index])) for index in guarded}
         for index, sentences in found.items():
             problems.setdefault(index, []).extend(sentences)
         unique = dict.fromkeys(sentence for sentences in found.values() for sentence in sentences)
@@ -87,7 +87,7 @@ def pass_gates(
     return marked, tuple(outcomes)
 
 
-def _problems(gate: Gate, row: NightFigureRow) -> Iterator[str]:
+def _gate_problems(gate: Gate, row: NightFigureRow) -> Iterator[str]:
     where = f"{row.cell} {row.checkpoint} {row.suite}/{row.task}/{row.metric}"
     if row.verdict == "gone":
         yield f"{where} is gone"
@@ -113,17 +113,17 @@ def _loss(row: NightFigureRow) -> float:
 
 
 def _paired(
-    questions: Mapping[_Question, tuple[MetricRow, NightFigureRow | None]], reports: Reports
-) -> dict[_Question, Paired]:
-    """What is known of questions from the samples of both nights."""
-    stages = {(now.stage_key, then.stage_key) for now, then in questions.values() if then is not None}
-    # a stage that was made again has replaced the samples of before
+    tests: Mapping[_TestKey, tuple[MetricRow, NightFigureRow | None]], reports: Reports
+) -> dict[_TestKey, Paired]:
+    """Paired tests of those whose samples are in the store for both nights."""
+    stages = {(now.stage_key, then.stage_key) for now, then in tests.values() if then is not None}
+    # a refreshed stage has replaced its samples
     known = {both: _pairs(both, reports) for both in sorted(stages) if both[0] != both[1]}
-    found: dict[_Question, Paired] = {}
-    for question, (now, then) in questions.items():
+    found: dict[_TestKey, Paired] = {}
+    for key, (now, then) in tests.items():
         pair = known.get((now.stage_key, then.stage_key), {}).get((now.task, now.metric)) if then else None
         if pair is not None and then is not None and is_of(pair, now.value, then.value):
-            found[question] = pair
+            found[key] = pair
     return found
 
 
@@ -139,16 +139,16 @@ def _pairs(stages: tuple[str, str], reports: Reports) -> dict[tuple[str, str], P
     return {(each.task, each.metric): each for each in found if each.num_items >= _FEWEST_ITEMS}
 
 
-def _place(cell: str, row: MetricRow | NightFigureRow) -> _Place:
+def _figure_key(cell: str, row: MetricRow | NightFigureRow) -> _FigureKey:
     return cell, row.checkpoint, row.suite, row.task, row.metric
 
 
-def _question(now: MetricRow, then: NightFigureRow | None) -> _Question:
+def _test_key(now: MetricRow, then: NightFigureRow | None) -> _TestKey:
     return now.stage_key, now.task, now.metric, then.stage_key if then else None
 
 
-def _untouched(now: MetricRow, then: NightFigureRow | None) -> bool:
-    """Whether both are one measurement. (A stage made again on request has its key, and perhaps another value.)"""
+def _same_measurement(now: MetricRow, then: NightFigureRow | None) -> bool:
+    """Whether both are one measurement; a stage that was refreshed has the same key, and perhaps another value."""
     return then is not None and then.stage_key == now.stage_key and then.value == now.value
 
 
@@ -162,12 +162,12 @@ def _judged_row(
     cell: str,
     now: MetricRow,
     then: NightFigureRow | None,
-    judged: Mapping[_Question, Judgement],
-    paired: Mapping[_Question, Paired],
+    judged: Mapping[_TestKey, Judgement],
+    paired: Mapping[_TestKey, Paired],
 ) -> NightFigureRow:
-    question = _question(now, then)
-    judgement = judged.get(question, Judgement("same"))
-    tested = paired[question].test if question in paired else "z"
+    key = _test_key(now, then)
+    judgement = judged.get(key, Judgement("same"))
+    tested = paired[key].test if key in paired else "z"
     copied = set(NightFigureRow.model_fields) & set(MetricRow.model_fields)
     return NightFigureRow(
         night_id=night_id,
@@ -183,7 +183,7 @@ def _judged_row(
 
 
 def _gone(night_id: str, row: NightFigureRow) -> NightFigureRow:
-    """The value of a figure that is gone is its last one."""
+    """A figure that is gone keeps its last value."""
     return row.model_copy(
         update={
             "night_id": night_id,

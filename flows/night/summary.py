@@ -1,4 +1,4 @@
-"""The morning's page: what ran, what was cached, what failed and why, what got better or worse, which gates hold."""
+"""The page of a night: what ran, what was cached, what failed and why, what got better or worse, which gates hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from flows.night.outcome import CellOutcome, NightResult
 from flows.records.render import markdown_table as _table
 from infra.results.rows import NightFigureRow
 
-_TOLD = ("worse", "better", "gone")
+#: verdicts that are worth a line each, in this order
+_NOTABLE = ("worse", "better", "gone")
 
 
 def summary(result: NightResult, *, alpha: float, tolerance: float) -> str:
@@ -40,8 +41,8 @@ def terminal(result: NightResult) -> str:
         f"{cell.count('failed')} failed, {cell.count('skipped')} skipped"
         for cell in result.cells
     ]
-    told = [row for verdict in _TOLD for row in _distinct(result.figures) if row.verdict == verdict]
-    lines += [" ".join(part for part in _change(row) if part) for row in told]
+    notable = [row for verdict in _NOTABLE for row in _distinct(result.figures) if row.verdict == verdict]
+    lines += [" ".join(part for part in _change(row) if part) for row in notable]
     lines += [f"gate {gate.gate}: {'passed' if gate.passed else 'failed'}" for gate in result.gates]
     before = f"; compared with {result.previous_night_id}" if result.previous_night_id else ""
     return "\n".join([*lines, "", f"{result.night_id}: {headline(result)}{before}"])
@@ -76,10 +77,10 @@ def _changes(result: NightResult, alpha: float, tolerance: float) -> Iterator[st
         return
     figures = _distinct(result.figures)
     counts = Counter(row.verdict for row in figures)
-    told = [row for verdict in _TOLD for row in figures if row.verdict == verdict]
-    if told:
+    notable = [row for verdict in _NOTABLE for row in figures if row.verdict == verdict]
+    if notable:
         heads = ("", "cell", "checkpoint", "figure", "before", "now", "p")
-        yield _table(heads, [_change(row) for row in told])
+        yield _table(heads, [_change(row) for row in notable])
     tests = Counter(row.test for row in figures)
     yield (
         f"`{result.previous_night_id}`: {counts['same']} figures the same, {counts['noise']} within noise, "
@@ -107,7 +108,7 @@ def _cell(cell: CellOutcome) -> tuple[str, ...]:
 
 
 def _distinct(figures: Iterable[NightFigureRow]) -> list[NightFigureRow]:
-    """Cells share stages: a shared figure is counted and told once, under the first cell that has it."""
+    """Cells share stages: a shared figure is counted and shown once, under the first cell that has it."""
     seen: dict[tuple[str, ...], NightFigureRow] = {}
     for row in figures:
         seen.setdefault((row.stage_key, row.task, row.metric, row.verdict, row.before_stage_key or ""), row)

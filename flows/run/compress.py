@@ -20,8 +20,8 @@ from flows.records.tables import table_rows
 from flows.run.outcome import RunResult, StageOutcome, StagesFailed
 from flows.run.preflight import check
 from flows.run.stages import Stage, StageGraph, plan_stages
-from flows.runtime.conditions import mendable
 from flows.runtime.task_runners import THREADS, final_state, interruptible
+from flows.runtime.user_errors import user_message
 from flows.spec.branches import ends
 from flows.spec.run import RunSpec
 from infra.artifacts.claims import claimed
@@ -222,7 +222,7 @@ def _outcome(stage: Stage, future: PrefectFuture[StageResult]) -> StageOutcome:
         log.warning("%s: skipped, a stage before it failed", stage.name)
         return StageOutcome(**common, status="skipped", seconds=None, message="a stage before it failed")
     error = state.result(raise_on_failure=False)
-    sentence = mendable(error)
+    sentence = user_message(error)
     message = redacted(sentence or f"{type(error).__name__}: {error}")
     log.error("%s: failed: %s", stage.name, message)
     return StageOutcome(**common, status="failed", seconds=None, message=message, by_user=sentence is not None)

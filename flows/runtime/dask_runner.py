@@ -1,4 +1,4 @@
-"""Stages in the processes of a Dask cluster: one that runs already, or one on this machine for the time of the flow."""
+"""Stages in the processes of a Dask cluster: one that runs already, or one on this machine while the flow runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOOPBACK = "127.0.0.1"
 
 
 def dask_runner(address: str | None, workers: int) -> StageDaskRunner:
-    """A runner for the scheduler at `address`, or for a cluster of its own with so many processes."""
+    """A runner for the scheduler at `address`, or for a cluster of its own with `workers` processes."""
     if address is not None:
         return StageDaskRunner(address=address)
     return StageDaskRunner(cluster_class=local_cluster, cluster_kwargs={"workers": workers})
@@ -39,7 +39,7 @@ def local_cluster(workers: int) -> LocalCluster:
         host=_LOOPBACK,
         security=Security.temporary(),
         dashboard_address=f"{_LOOPBACK}:0",
-        # a stage that needs more than its share of the memory is not a fault to be killed for
+        # no limit: Dask would kill a stage that needs more than its share
         memory_limit=0,
         preload=["flows.runtime.worker_process"],
         silence_logs=50,
@@ -47,7 +47,7 @@ def local_cluster(workers: int) -> LocalCluster:
 
 
 class StageDaskRunner(DaskTaskRunner):  # type: ignore[misc]
-    """Prefect's runner, whose processes are all served by one server, also if that is a temporary one."""
+    """Prefect's runner, whose processes all report to this one's server, also if that is a temporary one."""
 
     def __enter__(self) -> Self:
         self._server = ExitStack()

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from flows.runtime.environment import entered_by_prefect
+from flows.runtime.environment import started_by_prefect
 
 log = logging.getLogger("slimline")
 
@@ -29,20 +29,18 @@ _KEPT = "finished ones are kept, the same command goes on from there"
 
 _first: signal.Signals | None = None
 _first_at = 0.0
-_taken = False
-
-
-def take_interrupts() -> None:
-    """Handle the signals in two steps. A stage in a thread cannot be stopped half-way, only waited for or dropped."""
-    global _taken
-    _taken = True
-    handle_signals(_on_signal)
+_in_command = False
 
 
 @contextmanager
 def interruptible_command() -> Iterator[None]:
-    """The body of a command that runs stages; a signal that ends it gives exit code 1."""
-    take_interrupts()
+    """The body of a command that runs stages; a signal that ends it gives exit code 1.
+
+    Two steps, since a stage in a thread cannot be stopped half-way, only waited for or dropped.
+    """
+    global _in_command
+    _in_command = True
+    handle_signals(_on_signal)
     try:
         yield
     except KeyboardInterrupt:
@@ -50,12 +48,12 @@ def interruptible_command() -> Iterator[None]:
 
 
 @contextmanager
-def until_told() -> Iterator[None]:
-    """The body of a command that serves until one of the signals ends it, well; the second does not wait for what ends
-    with this process anyway."""
+def until_stopped() -> Iterator[None]:
+    """The body of a command that serves until a signal ends it, with exit code 0; a second signal does not wait for the
+    processes that end with this one anyway."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        handle_signals(lambda number, frame: drop("not waiting any longer"))
+        handle_signals(lambda number, frame: exit_at_once("not waiting any longer"))
         log.info("ended by %s", signal.Signals(number).name)
         raise KeyboardInterrupt
 
@@ -64,18 +62,20 @@ def until_told() -> Iterator[None]:
         yield
 
 
-def take_over(number: signal.Signals | None) -> None:
-    """Take what follows the first signal ourselves, within Prefect's engine too; number: of the first, if the engine
-    took it, so that nobody has said yet what it means."""
+def handle_later_signals(number: signal.Signals | None) -> None:
+    """Handle what follows the first signal ourselves, within Prefect's engine too.
+
+    number: of the first, if the engine handled it, so that nobody has said yet what it means.
+    """
     if number is not None:
-        _note(number)
-    if number is not None or _taken:
+        _announce_first(number)
+    if number is not None or _in_command:
         handle_signals(_on_signal)
 
 
-def taken() -> bool:
+def in_command() -> bool:
     """Whether this process is a command of ours, which ends by itself; else Prefect must hear of the signal."""
-    return _taken
+    return _in_command
 
 
 def ends_soon() -> bool:
@@ -83,15 +83,15 @@ def ends_soon() -> bool:
     return _first not in (None, signal.SIGINT)
 
 
-def drop(words: str) -> NoReturn:
+def exit_at_once(message: str) -> NoReturn:
     """End this process now, as safe as kill -9, which the store is built for; servers and other processes that it
     started see that and end too."""
-    _say(words)
+    _print(message)
     os._exit(1)
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], object]) -> None:
-    """Have all three handled so, in the main thread, which alone has handlers. After `nohup` SIGHUP stays ignored."""
+    """Set the handler of all three, in the main thread, which alone has some. After `nohup` SIGHUP stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -101,25 +101,25 @@ def handle_signals(handler: Callable[[int, FrameType | None], object]) -> None:
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     if _first is None:
-        _note(signal.Signals(number))
+        _announce_first(signal.Signals(number))
         raise KeyboardInterrupt
-    if entered_by_prefect() and time.monotonic() - _first_at < _ECHO:
+    if started_by_prefect() and time.monotonic() - _first_at < _ECHO:
         return
-    drop("dropped what still ran")
+    exit_at_once("dropped what still ran")
 
 
-def _note(number: signal.Signals) -> None:
+def _announce_first(number: signal.Signals) -> None:
     global _first, _first_at
     _first, _first_at = number, time.monotonic()
     if number == signal.SIGINT:
-        _say(f"interrupted; running stages are finished first (Ctrl-C again drops them), {_KEPT}")
+        _print(f"interrupted; running stages are finished first (Ctrl-C again drops them), {_KEPT}")
     else:
-        _say(
+        _print(
             f"ended by {number.name}; running stages end as soon as they can go on from there, a training after its "
             f"step and a pruning after its layer (a second signal drops them), {_KEPT}"
         )
 
 
-def _say(words: str) -> None:
+def _print(message: str) -> None:
     with suppress(OSError):  # a terminal that is gone
-        print(f"slimline: {words}", file=sys.stderr, flush=True)
+        print(f"slimline: {message}", file=sys.stderr, flush=True)

@@ -9,7 +9,6 @@ import sys
 import time
 import tomllib
 import warnings
-from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -17,9 +16,12 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from pydantic import ValidationError
 
 from flows.errors import PrefectUnusable
+from flows.runtime.environment import set_prefect_defaults
 from flows.runtime.prefect_database import check_database
+from flows.runtime.user_errors import causes, first_line
 from infra.filesystem.disk import why_unwritable
 from infra.secrets import redacted
+from infra.settings import load_settings
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -32,7 +34,7 @@ _PATIENCE, _PAUSE = 5.0, 1.0
 
 def import_prefect() -> None:
     """Import Prefect, which reads its settings then. Raises PrefectUnusable for settings that it cannot read."""
-    profiles = _profiles_file()
+    profiles, settings = _profiles_file(), load_settings()
     try:
         tomllib.loads(profiles.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -41,12 +43,14 @@ def import_prefect() -> None:
         raise PrefectUnusable(
             f"Prefect's profiles {profiles} cannot be read ({error}); mend that file, or remove it for the defaults"
         ) from error
-    said = _Held(sys.stderr)
+    held = _HeldStream(sys.stderr)
     try:
-        with redirect_stderr(cast("TextIO", said)), warnings.catch_warnings():
+        with redirect_stderr(cast("TextIO", held)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Failed to create the Prefect home")  # check_database says it
-            import prefect.main  # noqa: F401 (the settings, the profile, the logging)
-        said.let_go()
+            if "prefect.context" not in sys.modules:  # else somebody before us did this
+                set_prefect_defaults(settings)
+            import prefect.main  # noqa: F401 (the logging, by these settings)
+        held.release()
     except Exception as error:
         raise PrefectUnusable(f"Prefect cannot be used: {_reason(error, profiles)}") from error
 
@@ -75,27 +79,35 @@ def reach_prefect() -> None:
     from prefect.settings import PREFECT_API_URL
 
     if not PREFECT_API_URL.value():
-        from flows.runtime.temporary_server import start_temporary_server
+        from flows.runtime.servers import start_temporary_server
 
         start_temporary_server()
 
 
-class _Held:
-    """Standard error of which nothing is seen until it is let go: Prefect's log handlers keep it as their own."""
+def cache_records() -> Path:
+    """The folder in which Prefect keeps the records of its cache. Raises PrefectUnusable."""
+    import_prefect()
+    from prefect.settings import Settings as PrefectSettings
+
+    return PrefectSettings().results.local_storage_path
+
+
+class _HeldStream:
+    """Standard error of which nothing is seen until it is released: Prefect's log handlers keep it as their own."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._kept: list[str] | None = []
+        self._held: list[str] | None = []
 
     def write(self, text: str) -> int:
-        if self._kept is None:
+        if self._held is None:
             return self._stream.write(text)
-        self._kept.append(text)
+        self._held.append(text)
         return len(text)
 
-    def let_go(self) -> None:
-        kept, self._kept = self._kept or [], None
-        self._stream.write("".join(kept))
+    def release(self) -> None:
+        held, self._held = self._held or [], None
+        self._stream.write("".join(held))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -151,27 +163,27 @@ def _version(client: SyncPrefectClient) -> str:
 
 def _why(error: Exception) -> str:
     """What is wrong with the server, and the way out."""
-    causes = list(_causes(error))
-    if any(type(one).__name__ in ("InvalidURL", "UnsupportedProtocol", "LocalProtocolError") for one in causes):
-        return f"has a URL that is none ({_first_line(error)}); write http://HOST:PORT/api, or {_unset()}"
-    status = next((code for one in causes if (code := _status(one)) is not None), None)
+    chain = list(causes(error))
+    if any(type(one).__name__ in ("InvalidURL", "UnsupportedProtocol", "LocalProtocolError") for one in chain):
+        return f"has a URL that is none ({first_line(error)}); write http://HOST:PORT/api, or {_unset()}"
+    status = next((code for one in chain if (code := _status(one)) is not None), None)
     if status in (401, 403):
         wanted = "PREFECT_API_AUTH_STRING or PREFECT_API_KEY as it demands"
         return f"refuses us (HTTP {status}); give it {wanted}, or {_unset()}"
     if status is not None and status >= 500:
         return f"answers with an error of its own (HTTP {status}); see its log, or {_unset()}"
-    if status is not None or any(isinstance(one, ValueError | TypeError) and not _of_client(one) for one in causes):
-        said = f"HTTP {status}" if status is not None else _first_line(error)
+    if status is not None or any(isinstance(one, ValueError | TypeError) and not _of_client(one) for one in chain):
+        said = f"HTTP {status}" if status is not None else first_line(error)
         return f"is no Prefect server ({said}); the URL of one ends in /api: correct it, or {_unset()}"
-    text = " ".join(str(one) for one in causes)
-    if any(isinstance(one, ssl.SSLError) for one in causes) or "SSL" in text:
+    text = " ".join(str(one) for one in chain)
+    if any(isinstance(one, ssl.SSLError) for one in chain) or "SSL" in text:
         return (
-            f"cannot be trusted or speaks no TLS ({_first_line(error)}); correct http or https in the URL, set "
+            f"cannot be trusted or speaks no TLS ({first_line(error)}); correct http or https in the URL, set "
             f"PREFECT_API_SSL_CERT_FILE to the certificate of its authority, or {_unset()}"
         )
     if isinstance(error, OSError):
         return f"cannot be asked ({error}); correct PREFECT_API_SSL_CERT_FILE, or {_unset()}"
-    return f"does not answer ({_first_line(error)}); start it, correct the URL, or {_unset()}"
+    return f"does not answer ({first_line(error)}); start it, correct the URL, or {_unset()}"
 
 
 def _origin() -> str:
@@ -200,9 +212,9 @@ def _profiles_file() -> Path:
 
 def _reason(error: Exception, profiles: Path) -> str:
     """Why Prefect could not be imported, and who says so: a setting, most often."""
-    invalid = next((cause for cause in _causes(error) if isinstance(cause, ValidationError)), None)
+    invalid = next((cause for cause in causes(error) if isinstance(cause, ValidationError)), None)
     if invalid is None:
-        return f"{_first_line(error)}; look at the environment variables PREFECT_... and at {profiles}"
+        return f"{first_line(error)}; look at the environment variables PREFECT_... and at {profiles}"
     problem = invalid.errors(include_url=False)[0]
     places = ", ".join(str(part) for part in problem["loc"])
     variables = [
@@ -219,14 +231,3 @@ def _status(error: BaseException) -> int | None:
 
 def _of_client(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "ssl")
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    following: BaseException | None = error
-    while following is not None:
-        yield following
-        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,5 +1,5 @@
-"""The database of Prefect's server, looked at before a server is started on it: that would fail after minutes of
-silence, or not say why. Knows nothing that Prefect does not: its own migrations say which databases it can use."""
+"""Checks the database of Prefect's server before a server is started on it, which would fail after minutes of silence
+or not say why. Which databases this Prefect can use is read from its own migrations."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ log = logging.getLogger("slimline")
 
 _VARIABLE = "PREFECT_API_DATABASE_CONNECTION_URL"
 _ELSEWHERE = f"set PREFECT_HOME or {_VARIABLE} to another place"
-#: what a new database and its journal take at first
+#: bytes that a new database and its journal take at first
 _ROOM = 8 * 2**20
-#: after so many seconds it is said that somebody has it locked
+#: seconds after which a lock is reported
 _SOON = 2.0
 _DRIVERS = {"postgresql+asyncpg": "asyncpg", "sqlite+aiosqlite": "aiosqlite"}
 _PORTS = {"postgresql": 5432}
@@ -84,7 +84,7 @@ def _check_file(path: Path, patience: float) -> str:
 
 
 def _revisions(path: Path, patience: float) -> list[str]:
-    """What the database says it is; none for one without tables. Raises sqlite3.Error."""
+    """Of the migrations that made the database; none for one without tables. Raises sqlite3.Error."""
     uri = f"file:{quote(str(path))}?mode=rw"
     with closing(sqlite3.connect(uri, uri=True, timeout=min(_SOON, patience), isolation_level=None)) as connection:
         try:
@@ -137,7 +137,7 @@ def _check_folder(folder: Path, where: str) -> None:
 
 
 def _check_reachable(url: str) -> str:
-    """Whether somebody listens where a database of a server should be; its own words follow when it is used."""
+    """Whether anything listens at the address of a database server; whether it lets us in is seen when it is used."""
     parts = urlsplit(url)
     try:
         address = (parts.hostname or "localhost", parts.port or _PORTS[parts.scheme.partition("+")[0]])

@@ -1,4 +1,4 @@
-"""Stages in the processes of a Ray cluster: one that runs already, or one on this machine for the time of the flow."""
+"""Stages in the processes of a Ray cluster: one that runs already, or one on this machine while the flow runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from flows.runtime.worker_process import server_for_workers
 
 
 def ray_runner(address: str | None, workers: int) -> StageRayRunner:
-    """A runner for the cluster at `address`, or for one of its own that runs so many stages at a time."""
+    """A runner for the cluster at `address`, or for one of its own that runs `workers` stages at a time."""
     if address is not None:
         return StageRayRunner(address=address)
     return StageRayRunner(init_kwargs={"num_cpus": workers, "include_dashboard": False})
 
 
 class StageRayRunner(RayTaskRunner[Any]):  # type: ignore[misc]
-    """Prefect's runner, whose processes are all served by one server, also if that is a temporary one."""
+    """Prefect's runner, whose processes all report to this one's server, also if that is a temporary one."""
 
     def __enter__(self) -> Self:
         self._server = ExitStack()

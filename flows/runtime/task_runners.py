@@ -16,7 +16,7 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from flows.errors import SpecError
-from flows.runtime import interrupts as interrupt
+from flows.runtime import interrupts
 from infra.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -35,15 +35,7 @@ _CPU_WORKERS = 2
 _PATIENCE = 10.0
 
 
-def runner_called(name: str) -> RunnerName:
-    """A name from the command line. Raises SpecError."""
-    if name not in get_args(RunnerName):
-        known = get_args(RunnerName)
-        raise SpecError(f"unknown runner {name!r}{did_you_mean(name, known)}; available: {', '.join(known)}")
-    return cast(RunnerName, name)
-
-
-def runner_named(name: RunnerName, settings: Settings) -> TaskRunner[PrefectFuture[Any]]:
+def create_runner(name: RunnerName, settings: Settings) -> TaskRunner[PrefectFuture[Any]]:
     """The task runner for a flow. Raises SpecError, before any work, if it is not installed or settings contradict."""
     check_runner(name, settings)
     runner: object
@@ -62,15 +54,18 @@ def runner_named(name: RunnerName, settings: Settings) -> TaskRunner[PrefectFutu
     return cast("TaskRunner[PrefectFuture[Any]]", runner)
 
 
-def check_runner(name: RunnerName, settings: Settings) -> None:
-    """Raise SpecError for a runner that cannot work."""
+def check_runner(name: str, settings: Settings) -> RunnerName:
+    """The name of a runner that can work. Raises SpecError for any other."""
+    known = get_args(RunnerName)
+    if name not in known:
+        raise SpecError(f"unknown runner {name!r}{did_you_mean(name, known)}; available: {', '.join(known)}")
     if name == "threads":
         if settings.runner_address is not None:
             raise SpecError(
                 f"SLIMLINE_RUNNER_ADDRESS={settings.runner_address} names a cluster and the runner is threads; "
                 "unset it or use --runner dask or ray"
             )
-        return
+        return "threads"
     for module in (f"prefect_{name}", "distributed" if name == "dask" else "ray"):
         if importlib.util.find_spec(module) is None:
             raise SpecError(f"--runner {name} needs {module}; install it with `pip install 'slimline[{name}]'`")
@@ -79,6 +74,7 @@ def check_runner(name: RunnerName, settings: Settings) -> None:
             f"SLIMLINE_RUNNER_WORKERS={settings.runner_workers} is the size of a cluster that slimline starts, and the "
             f"one at SLIMLINE_RUNNER_ADDRESS={settings.runner_address} runs already; unset one of them"
         )
+    return cast(RunnerName, name)
 
 
 def final_state(future: PrefectFuture[Any]) -> State[Any]:
@@ -101,37 +97,36 @@ def final_state(future: PrefectFuture[Any]) -> State[Any]:
 
 @contextmanager
 def interruptible() -> Iterator[list[PrefectFuture[Any]]]:
-    """To be used in a flow, which puts what it submits into the list: after a signal no other stage begins, wherever it
-    would have run, and those that run are waited for, each until it is finished or can go on
-    later (see flows/runtime/interrupts.py)."""
+    """For a flow, which puts what it submits into the list. After a signal no other stage begins on any worker, and
+    those that run are waited for, each until it is finished or has saved its state: flows/runtime/interrupts.py."""
     from prefect.context import FlowRunContext
     from prefect.exceptions import TerminationSignal
     from prefect.task_runners import ThreadPoolTaskRunner
 
-    from flows.runtime.flow_processes import leave_interrupts_to_server
+    from flows.runtime.flow_processes import ignore_sigint_if_served
     from infra.settings import load_settings
     from tasks.execution.interrupts import interrupted, not_interrupted
 
     context = FlowRunContext.get()
     assert context is not None, "inside a flow"
     assert context.flow_run is not None, "inside a flow"
-    leave_interrupts_to_server()
+    ignore_sigint_if_served()
     not_interrupted(load_settings(), context.flow_run.id)
     submitted: list[PrefectFuture[Any]] = []
     try:
         yield submitted
     except (KeyboardInterrupt, TerminationSignal) as error:
-        interrupt.take_over(signal.SIGTERM if isinstance(error, TerminationSignal) else None)
-        with interrupted(load_settings(), context.flow_run.id, at_once=interrupt.ends_soon()):
+        interrupts.handle_later_signals(signal.SIGTERM if isinstance(error, TerminationSignal) else None)
+        with interrupted(load_settings(), context.flow_run.id, at_once=interrupts.ends_soon()):
             _wait_for(submitted, in_threads=isinstance(context.task_runner, ThreadPoolTaskRunner))
-        if interrupt.taken():  # Prefect would send us the signal once more
+        if interrupts.in_command():  # Prefect would send us the signal once more
             raise KeyboardInterrupt from None
         raise
 
 
 def _wait_for(submitted: Sequence[PrefectFuture[Any]], *, in_threads: bool) -> None:
-    """Wait until all have ended; in threads of this process, and if they are to end soon, no longer than some moments
-    for those that have nothing to save: who waits for a lock or for a download does not hear of it."""
+    """Wait until all have ended. In threads of this process, and if they are to end soon, those that have nothing to
+    save get _PATIENCE seconds: a thread that waits for a lock or for a download does not notice an interrupt."""
     from tasks.execution.interrupts import anything_to_save
 
     def wait() -> None:
@@ -144,8 +139,8 @@ def _wait_for(submitted: Sequence[PrefectFuture[Any]], *, in_threads: bool) -> N
     deadline = time.monotonic() + _PATIENCE
     while waiting.is_alive():
         waiting.join(0.2)
-        if in_threads and interrupt.ends_soon() and time.monotonic() > deadline and not anything_to_save():
-            interrupt.drop("dropped what still ran: it had nothing to save")
+        if in_threads and interrupts.ends_soon() and time.monotonic() > deadline and not anything_to_save():
+            interrupts.exit_at_once("dropped what still ran: it had nothing to save")
 
 
 def _workers(settings: Settings) -> int:

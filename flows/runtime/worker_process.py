@@ -1,4 +1,4 @@
-"""A process of a Dask or Ray cluster: it logs, finds its settings and takes interrupts as the command line does."""
+"""A process of a Dask or Ray cluster: it logs, and finds its settings and its server, as the command line does."""
 
 from __future__ import annotations
 
@@ -7,26 +7,22 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flows.runtime.environment import log_to_terminal, prepare_environment
-from infra.secrets import keep_secrets_out_of_logs
-from infra.settings import load_settings
+from flows.runtime.environment import prepare_process
 
 
 def prepare() -> None:
     """Called once in each new process of the cluster."""
-    # a terminal and a service manager tell every process; what it means to stages is the flow's affair
+    # a terminal and a service manager signal every process; the flow's process decides what that means to stages
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # else whoever started the cluster needs it
+        if signal.getsignal(number) is signal.SIG_DFL:  # else the cluster has a handler of its own
             # not ignored: the processes that a stage starts would inherit that, and could not be ended so
             signal.signal(number, lambda number, frame: None)
-    prepare_environment(load_settings())
-    log_to_terminal(verbose=False)
-    keep_secrets_out_of_logs()
+    prepare_process()
 
 
 def dask_setup(worker: object) -> None:
-    """Dask's name for that."""
+    """Dask calls this in every worker that preloads this module."""
     prepare()
 
 

@@ -1,4 +1,4 @@
-"""What the Prefect server does by itself: a flow run whose process died without a word is marked crashed."""
+"""The automation of the Prefect server that marks a flow run as crashed when its process was killed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from prefect.events.schemas.events import ResourceSpecification
 log = logging.getLogger("slimline")
 
 ZOMBIES = "slimline: mark dead flow runs as crashed"
-#: ten of the signs of life that a flow run gives every thirty seconds: on a busy machine some come late or not at all
+#: ten heartbeats of a flow run: on a busy machine some come late or not at all
 SECONDS_WITHOUT_HEARTBEAT = 300
 
 
 def ensure_zombie_automation(after_seconds: float = SECONDS_WITHOUT_HEARTBEAT) -> bool:
-    """See to it that the server has the automation, once and with these seconds; returns whether anything was changed.
+    """Make sure that the server has the automation, once and with these seconds; returns whether anything was changed.
 
-    A flow run that gave a sign of life (PREFECT_FLOWS_HEARTBEAT_FREQUENCY) and then neither another one nor any change
-    of state for `after_seconds` becomes CRASHED. One that somebody switched off stays off. Needs a server that runs its
+    A flow run that sent a heartbeat (PREFECT_FLOWS_HEARTBEAT_FREQUENCY) and then neither another one nor any change of
+    state for `after_seconds` becomes CRASHED. One that somebody switched off stays off. Needs a server that runs its
     services, not the temporary one of a single run.
     """
     wanted = _zombie_automation(after_seconds)

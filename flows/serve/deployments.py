@@ -1,4 +1,4 @@
-"""The flows that schedules, workers and Prefect's pages run. Their parameters are plain JSON, so that Prefect can keep
+"""The flows that schedules, workers and Prefect's pages run. Their parameters are plain JSON, so that Prefect can store
 them and run the same flow run again: what is in the store by then is not run again.
 
 Importing this module prepares a process that Prefect started (prefect.yaml names the flows by this module).
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 
-from flows.runtime.environment import entered_by_prefect, prepare_engine
+from flows.runtime.environment import prepare_process, started_by_prefect
 from flows.runtime.flow_processes import end_with_server
 
-if entered_by_prefect():
-    prepare_engine()
+if started_by_prefect():
+    prepare_process()
     end_with_server()
 
 from prefect import flow
@@ -21,7 +21,7 @@ from prefect.context import FlowRunContext
 from flows.night.nightly import nightly, on_runner
 from flows.run.compress import compress
 from flows.run.outcome import RunResult
-from flows.runtime.task_runners import runner_named
+from flows.runtime.task_runners import create_runner
 from flows.spec.load import load_spec
 from infra.settings import load_settings
 
@@ -29,7 +29,7 @@ __all__ = ["nightly", "run"]
 
 log = logging.getLogger("slimline")
 
-if entered_by_prefect():
+if started_by_prefect():
     nightly = on_runner(load_settings().runner, load_settings())
 
 
@@ -44,7 +44,7 @@ def run(spec: str, overrides: tuple[str, ...] = (), refresh: tuple[str, ...] = (
     context = FlowRunContext.get()
     created = context.flow_run.created if context and context.flow_run else None
     settings = load_settings()
-    runner = runner_named(settings.runner, settings)
+    runner = create_runner(settings.runner, settings)
     try:
         return compress.with_options(task_runner=runner)(load_spec(spec, overrides), refresh, created)
     except Exception as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from flows.errors import SpecError
-from flows.runtime.flow_processes import serve_until_told
+from flows.runtime.flow_processes import serve_until_stopped
 from flows.runtime.prefect_access import check_prefect
 from flows.runtime.servers import prefect_server
 from flows.spec.load import is_night, load_night, load_spec
@@ -47,11 +47,19 @@ class Timetable:
         if self.timezone not in zoneinfo.available_timezones():
             raise SpecError(f"--timezone {self.timezone!r} is no time zone; give one such as UTC or Europe/Berlin")
         if self.cron is not None:
-            _check_cron(self.cron)
+            from prefect.schedules import Cron
+
+            try:
+                Cron(self.cron)
+            except ValueError as error:
+                raise SpecError(
+                    f"--cron {self.cron!r} is no cron expression; give minute, hour, day, month and weekday, e.g. "
+                    "'0 2 * * *'"
+                ) from error
 
     @property
     def schedules(self) -> list[Schedule]:
-        """As Prefect has it."""
+        """Prefect's schedules for a deployment: one, or none."""
         from prefect.schedules import Cron, Interval
 
         if self.cron is not None:
@@ -94,7 +102,7 @@ def serve_specs(
         for deployment in deployments:
             log.info("serving %s/%s", deployment.flow_name, deployment.name)
         log.info("Prefect: %s; Ctrl-C ends the serving", url.removesuffix("/api"))
-        serve_until_told(deployments, limit)
+        serve_until_stopped(deployments, limit)
 
 
 def _anchor(spec: str, overrides: Sequence[str]) -> list[str]:
@@ -158,14 +166,3 @@ def _server(port: int) -> Iterator[str]:
         os.environ["PREFECT_API_URL"] = url  # children get it too
         refresh_global_settings_context()
         yield url
-
-
-def _check_cron(cron: str) -> None:
-    from prefect.schedules import Cron
-
-    try:
-        Cron(cron)
-    except ValueError as error:
-        raise SpecError(
-            f"--cron {cron!r} is no cron expression; give minute, hour, day, month and weekday, e.g. '0 2 * * *'"
-        ) from error

@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 
-from flows.runtime.environment import log_to_terminal, prepare_environment
-from infra.settings import load_settings
+from flows.runtime.environment import prepare_process
 
 
 def main(number: str, runs: str) -> None:
     """Runs called crowd-NUMBER-0 and so on; their stages are those of the other processes."""
-    prepare_environment(load_settings())
-    log_to_terminal(verbose=False)
+    prepare_process()
     from flows.run.compress import compress
     from flows.spec.load import load_spec
 

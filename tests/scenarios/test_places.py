@@ -15,7 +15,7 @@ import yaml
 from flows.errors import SpecError
 from flows.run.compress import open_run_context
 from flows.run.stages import plan_stages
-from flows.runtime.environment import write_out_paths
+from flows.runtime.environment import make_paths_absolute
 from flows.serve import automations
 from flows.serve import schedule as serving
 from flows.serve.schedule import Timetable, serve_specs
@@ -140,7 +140,7 @@ def test_children_find_what_our_variables_name(here: Path, monkeypatch: pytest.M
     monkeypatch.setenv("SLIMLINE_MIRROR", os.pathsep.join(["./mirror", "~/mirror", "/mirror", "offline"]))
     monkeypatch.setenv("SLIMLINE_RESULTS_DB", "")
     settings = load_settings()
-    write_out_paths(settings)
+    make_paths_absolute(settings)
     mirror = os.pathsep.join([str(here / "mirror"), os.path.expanduser("~/mirror"), "/mirror", "offline"])
     assert (os.environ["SLIMLINE_HOME"], os.environ["SLIMLINE_MIRROR"]) == (str(here / "home"), mirror)
     assert os.environ["SLIMLINE_RESULTS_DB"] == ""
@@ -155,7 +155,7 @@ def test_what_is_served_is_read_from_where_it_was_served(
     served: list[Any] = []
     monkeypatch.setattr(serving, "_server", lambda port: nullcontext("http://127.0.0.1/api"))
     monkeypatch.setattr(automations, "ensure_zombie_automation", lambda: None)
-    monkeypatch.setattr(serving, "serve_until_told", lambda deployments, limit: served.extend(deployments))
+    monkeypatch.setattr(serving, "serve_until_stopped", lambda deployments, limit: served.extend(deployments))
     serve_specs([spec], Timetable())
     monkeypatch.chdir(tmp_path)
     (one,) = served

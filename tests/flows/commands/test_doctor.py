@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.commands.doctor import Finding
-from flows.commands.exposures import exposures, is_loopback
+from flows.commands.doctor import Finding, is_loopback, security_warnings
 from flows.errors import SpecError
 from infra.secrets import secret_variables
 from infra.settings import Settings
@@ -32,7 +31,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 def test_nothing_is_said_about_a_careful_machine(settings: Settings) -> None:
-    assert list(exposures(settings)) == []
+    assert list(security_warnings(settings)) == []
 
 
 @pytest.mark.parametrize("variables, words", [
@@ -54,7 +53,7 @@ def test_what_the_environment_opens(
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    (warning,) = exposures(settings)
+    (warning,) = security_warnings(settings)
     assert words in warning
     assert not any(secret in warning for secret in (TOKEN, "secret1", "0a1b2c"))
 
@@ -69,12 +68,12 @@ def test_what_the_environment_opens(
 def test_what_it_does_not_open(settings: Settings, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert list(exposures(settings)) == []
+    assert list(security_warnings(settings)) == []
 
 
 def test_a_home_that_others_may_write(settings: Settings) -> None:
     settings.home.chmod(0o775)
-    (warning,) = exposures(settings)
+    (warning,) = security_warnings(settings)
     assert f"chmod go-w {settings.home}" in warning
 
 
@@ -82,20 +81,20 @@ def test_a_token_file_that_others_may_read(settings: Settings, tmp_path: Path) -
     (tmp_path / "hf").mkdir(mode=0o755)
     (tmp_path / "hf" / "token").write_text(TOKEN)
     (tmp_path / "hf" / "token").chmod(0o644)
-    (warning,) = exposures(settings)
+    (warning,) = security_warnings(settings)
     assert f"chmod 600 {tmp_path / 'hf' / 'token'}" in warning
     (tmp_path / "hf").chmod(0o700)
-    assert list(exposures(settings)) == []
+    assert list(security_warnings(settings)) == []
 
 
 def test_a_token_in_a_spec_that_is_named(settings: Settings, tmp_path: Path) -> None:
     spec = tmp_path / "my.yaml"
     spec.write_text(f"name: my\nmodel: {{id: a/b, revision: {TOKEN}}}\n")
-    (warning,) = exposures(settings, [str(spec), "smoke"])
+    (warning,) = security_warnings(settings, [str(spec), "smoke"])
     assert f"{spec}: model.revision holds a token or password" in warning
     assert TOKEN not in warning
     with pytest.raises(SpecError, match="there is no spec file 'nosuch'"):
-        list(exposures(settings, ["nosuch"]))
+        list(security_warnings(settings, ["nosuch"]))
 
 
 def test_loopback_addresses() -> None:

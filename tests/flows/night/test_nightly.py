@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import signal
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from flows.night.outcome import NightFailed, NightResult
+from flows.spec.load import load_night
 from infra.results.rows import NightFigureRow
+from infra.settings import Settings
 from tests.flows.home import Home, stages_run
 
 pytestmark = pytest.mark.slow
@@ -210,6 +213,21 @@ def test_an_interrupted_night_finishes_what_runs_and_goes_on_from_there(
     again = home.slimline(*command)
     assert not set(stages_run(again.stderr)) & set(stages_run(before))
     assert "2 of 2 cells completed" in again.stdout
+
+
+def test_the_command_hands_on_what_it_parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from flows.commands import nights
+    from flows.night import nightly as night_flow
+
+    given: list[object] = []
+    monkeypatch.setattr(nights, "prepared", lambda: Settings(home=tmp_path))
+    monkeypatch.setattr(nights, "interruptible_command", nullcontext)
+    monkeypatch.setattr(nights, "reach_prefect", lambda: None)
+    monkeypatch.setattr(nights, "_print", lambda *_: None)
+    monkeypatch.setattr(night_flow, "on_runner", lambda *_: lambda spec, *_: given.append(spec))
+    nights.nightly("smoke", SMALL)
+    assert given == [load_night("smoke", SMALL)]
+    assert night_flow.nightly.validate_parameters({"spec": given[0]})["spec"] is given[0]
 
 
 def test_an_unknown_stage_to_refresh_is_refused(later: Home) -> None:

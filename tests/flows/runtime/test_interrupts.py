@@ -10,15 +10,15 @@ import pytest
 
 _CHILD = """
 import time
-from flows.runtime.interrupts import take_interrupts
-take_interrupts()
-try:
-    print("ready", flush=True)
-    time.sleep(30)
-except KeyboardInterrupt:
-    print("finishing", flush=True)
-    time.sleep({seconds})
-    print("finished", flush=True)
+from flows.runtime.interrupts import interruptible_command
+with interruptible_command():
+    try:
+        print("ready", flush=True)
+        time.sleep(30)
+    except KeyboardInterrupt:
+        print("finishing", flush=True)
+        time.sleep({seconds})
+        print("finished", flush=True)
 """
 _SAYS = {
     signal.SIGINT: "slimline: interrupted; running stages are finished first (Ctrl-C again drops them)",
@@ -55,6 +55,7 @@ def test_first_waits_second_drops(number: signal.Signals, seconds: int, again: b
 
 
 def test_what_runs_under_nohup_outlives_its_terminal() -> None:
-    code = "import os, signal\nfrom flows.runtime.interrupts import take_interrupts\n"
-    code += "signal.signal(signal.SIGHUP, signal.SIG_IGN)\ntake_interrupts()\nos.kill(os.getpid(), signal.SIGHUP)"
+    code = "import os, signal\nfrom flows.runtime.interrupts import interruptible_command\n"
+    code += "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    code += "with interruptible_command(): os.kill(os.getpid(), signal.SIGHUP)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.runtime import tethered
+from flows.errors import SpecError
+from flows.runtime import exit_with_parent
+from flows.runtime.servers import serve_pages
+from infra.settings import Settings
 from tests.flows.home import PROJECT, Home
 from tests.flows.serving import alive_in, free_port, started, wait_for
 
@@ -31,14 +35,41 @@ time.sleep(60)
 """
 _STARTER = """
 import sys, time
-from flows.runtime.interrupts import until_told
-from flows.runtime.servers import end, start
-with until_told():
-    server = start([sys.executable, *sys.argv[1:]], {}, told="SIGTERM")
+from flows.runtime.interrupts import until_stopped
+from flows.runtime.servers import Server
+with until_stopped():
+    server = Server("Some", [sys.executable, *sys.argv[1:]], {}, "SIGTERM")
     try:
         time.sleep(60)
     finally:
-        end(server)
+        server.stop()
+"""
+#: a server that answers for a while and then ends of itself
+_MORTAL = """
+import http.server, sys, time
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+with http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy) as server:
+    server.timeout = 1
+    server.handle_request()
+print("x" * 100_000, "\\n", *range(1000), sep="\\n", flush=True)
+if sys.argv[2:]:
+    raise OSError("the disk is full")
+sys.exit(7)
+"""
+_USER = """
+import sys, time
+from flows.errors import SpecError
+from flows.runtime import servers
+from flows.runtime.interrupts import until_stopped
+servers._start_prefect = lambda port: servers.Server("Prefect", [sys.executable, "-c", *sys.argv[1:]], {})
+try:
+    with until_stopped(), servers.prefect_server(int(sys.argv[2])):
+        time.sleep(60)
+except SpecError as error:
+    print(error)
 """
 
 
@@ -71,7 +102,7 @@ def test_a_server_does_not_hear_what_all_processes_are_told(tmp_path: Path) -> N
     """A service manager stops a run: it ends its stages and tells the server how they went."""
     ready = tmp_path / "ready"
     code = f"import time; open({str(ready)!r}, 'w').close(); time.sleep(60)"
-    command = [sys.executable, tethered.__file__, "SIGINT", sys.executable, "-c", code]
+    command = [sys.executable, exit_with_parent.__file__, "SIGINT", sys.executable, "-c", code]
     tether = subprocess.Popen(command, stdin=subprocess.PIPE)
     assert tether.stdin is not None
     try:
@@ -87,6 +118,31 @@ def test_a_server_does_not_hear_what_all_processes_are_told(tmp_path: Path) -> N
         assert not alive(server)
     finally:
         tether.kill()
+
+
+@pytest.mark.parametrize(
+    "raises, words",
+    [
+        (["raises"], "with exit status 1 (the disk is full); mend that"),
+        ([], "with exit status 7 (997 / 998 / 999); mend that"),
+    ],
+)
+def test_how_a_server_ended_is_said(raises: list[str], words: str) -> None:
+    """Of itself, after it had answered: whoever uses it ends too, and says when that was, and why."""
+    command = [sys.executable, "-c", _USER, _MORTAL, str(free_port()), *raises]
+    child = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert re.match(r"Prefect's server ended at 20\d\d-\S+ \d\d:\d\d:\d\d, 0:00:\d\d after its start", child.stdout)
+    assert words in child.stdout
+
+
+def test_a_taken_port_is_named_before_a_server_starts() -> None:
+    with socket.socket() as somebody:
+        somebody.bind(("127.0.0.1", 0))
+        port = somebody.getsockname()[1]
+        with pytest.raises(SpecError, match=f"port {port} cannot be had .*PREFECT_API_URL=.*another --prefect-port"):
+            serve_pages(Settings(), prefect_port=port, mlflow_port=free_port())
+        with pytest.raises(SpecError, match=f"port {port} cannot be had .* choose another --mlflow-port"):
+            serve_pages(Settings(), prefect_port=free_port(), mlflow_port=port)
 
 
 @pytest.mark.slow
@@ -114,7 +170,9 @@ def test_the_temporary_server_of_a_killed_run_ends(tmp_path: Path, offline_root:
     home = Home.create(tmp_path / "home", offline_root)
     home.variables["PREFECT_HOME"] = str(tmp_path / "prefect")
     with started(home, tmp_path / "log", "flows", "run", "smoke") as run:
-        wait_for(lambda: any("create_app" in line and "tethered" not in line for line in alive_in(home)), 60, run)
+        wait_for(
+            lambda: any("create_app" in line and "exit_with_parent" not in line for line in alive_in(home)), 60, run
+        )
         run.kill()
         run.wait()
         wait_for(lambda: alive_in(home) == [], SOON)

@@ -15,7 +15,7 @@ from prefect import flow, task
 from flows.errors import SpecError
 from flows.run.compress import compress
 from flows.run.outcome import RunResult
-from flows.runtime.task_runners import RunnerName, check_runner, final_state, interruptible, runner_named
+from flows.runtime.task_runners import RunnerName, check_runner, create_runner, final_state, interruptible
 from flows.spec.load import load_spec
 from infra.artifacts.store import ArtifactRef
 from infra.errors import SettingsInvalid
@@ -52,7 +52,7 @@ def test_a_cluster_gives_what_threads_give(name: RunnerName, smoke: tuple[Home, 
         pytest.skip(f"{NEEDS[name]} is not installed")
     there, threads = smoke
     with home.lived_in():
-        runner = runner_named(name, Settings(runner_workers=1))
+        runner = create_runner(name, Settings(runner_workers=1))
         result = compress.with_options(task_runner=runner)(load_spec("smoke", OVERRIDES))
     assert {stage.status for stage in result.stages} == {"completed"}
     assert {stage.status for stage in home.run("smoke", OVERRIDES).stages} == {"cached"}
@@ -97,7 +97,7 @@ def test_interrupted_a_flow_finishes_what_runs_and_begins_nothing(
     pytest.importorskip("prefect_dask")
     monkeypatch.setenv("SLIMLINE_HOME", str(tmp_path))
 
-    @flow(task_runner=runner_named(name, Settings(runner_workers=1)))
+    @flow(task_runner=create_runner(name, Settings(runner_workers=1)))
     def interrupted() -> None:
         assert (pid.submit().result() == os.getpid()) == (name == "threads")
         with interruptible() as submitted:
@@ -161,7 +161,7 @@ def test_ended_by_sigterm_what_has_nothing_to_save_is_not_waited_for(prefect_ser
 def test_a_process_that_always_dies_is_a_failed_stage(prefect_server: str) -> None:
     import dask
 
-    @flow(task_runner=runner_named("dask", Settings(runner_workers=1)))
+    @flow(task_runner=create_runner("dask", Settings(runner_workers=1)))
     def dying() -> None:
         state = final_state(dies.submit())
         assert state.is_failed()
@@ -185,7 +185,7 @@ def test_a_cluster_that_runs_has_its_size() -> None:
 def test_a_runner_that_is_not_installed_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SpecError, match=r"pip install 'slimline\[ray\]'"):
-        runner_named("ray", Settings())
+        create_runner("ray", Settings())
 
 
 def test_a_process_of_another_home_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

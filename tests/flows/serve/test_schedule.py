@@ -68,7 +68,13 @@ def test_a_schedule_fires_and_a_retry_runs_what_failed(
     api = Api(f"http://127.0.0.1:{port}/api")
     sets = [part for override in overrides for part in ("--set", override)]
     command = ["flows", "serve", SMOKE, *sets, "--interval", "3", "--prefect-port", str(port)]
-    with started(home, log, *command, PREFECT_HOME=str(tmp_path / "prefect")) as process:
+    records = (home.folder / "prefect-results").rename(tmp_path / "records")
+    known = set(records.iterdir())
+    (tmp_path / "prefect").mkdir()
+    profile = f"PREFECT_LOCAL_STORAGE_PATH = '{records}'\nPREFECT_SERVER_ALLOW_EPHEMERAL_MODE = true\n"
+    (tmp_path / "prefect/profiles.toml").write_text(f"active = 'own'\n[profiles.own]\n{profile}")
+    own = {"PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_LOCAL_STORAGE_PATH": None}
+    with started(home, log, *command, **own) as process:
         wait_for(lambda: "Ctrl-C ends the serving" in log.read_text(), 120, process)
         running = {"deployments": {"name": {"any_": ["smoke"]}}, "flow_runs": {"start_time": {"is_null_": False}}}
         first = wait_for(lambda: api.flow_runs(**running), 60, process)[-1]
@@ -92,6 +98,7 @@ def test_a_schedule_fires_and_a_retry_runs_what_failed(
         assert set(stages_run(log.read_text()[len(before) :])) == failed
     assert process.returncode == 0, log.read_text()
     assert alive_in(home) == []
-    assert (home.folder / "prefect-results").exists()
+    assert set(records.iterdir()) > known, "where the user's profile says"
+    assert not (home.folder / "prefect-results").exists()
     assert "Traceback" not in log.read_text()
     assert "never awaited" not in log.read_text()

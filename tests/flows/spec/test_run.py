@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.commands.exposures import exposures
+from flows.commands.doctor import security_warnings
 from flows.errors import SpecError
 from flows.spec.load import dump_spec, load_night, load_spec, parse_spec, shipped_specs
 from infra.settings import Settings
@@ -305,7 +305,7 @@ def test_a_key_that_is_there_twice_is_refused_with_both_lines(tmp_path: Path) ->
     with pytest.raises(SpecError, match=re.escape(sentence)):
         load_night(path)
     with pytest.raises(SpecError, match=re.escape(sentence)):
-        list(exposures(Settings(home=tmp_path), [path]))
+        list(security_warnings(Settings(home=tmp_path), [path]))
     message = refused("steps.0={recovery: lora, rank: 4, rank: 8}")
     assert "the value is not valid YAML: the key 'rank' is there twice, in line 1" in message
 

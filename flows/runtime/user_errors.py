@@ -1,7 +1,6 @@
-"""Conditions that the user can mend but that no place of ours has said in words: of the file system, and memory.
+"""What to tell a user of an exception whose cause they can mend: our own errors, the file system's, and memory.
 
-Everybody who meets an exception for the last time asks here: the command line, a run for its stages, a night for its
-cells.
+Asked wherever an exception is met for the last time: the command line, a run for its stages, a night for its cells.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ _WAYS_OUT = {
 }
 
 
-def mendable(error: BaseException) -> str | None:
+def user_message(error: BaseException) -> str | None:
     """The sentence for an error whose cause the user can mend, None for any other: a bug, a network that failed."""
     if isinstance(error, USER_ERRORS):
         return str(error)
     if passing(error) == "memory":
         return (
-            f"memory ran out ({_first_line(error)}); ask for smaller batches (SLIMLINE_EVAL_BATCH_SIZE, "
+            f"memory ran out ({first_line(error)}); ask for smaller batches (SLIMLINE_EVAL_BATCH_SIZE, "
             "SLIMLINE_WALK_BATCH_SIZE, a recovery's micro_batch_size), or take a machine that has more"
         )
-    return next((words for cause in _causes(error) if (words := _of_file_system(cause))), None)
+    return next((words for cause in causes(error) if (words := _of_file_system(cause))), None)
 
 
 def _of_file_system(error: BaseException) -> str | None:
@@ -53,7 +52,8 @@ def _of_file_system(error: BaseException) -> str | None:
     return f"{' and '.join(paths) or 'a file'}: {reason}; {_WAYS_OUT[error.errno]}"
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception, what it was raised from, and so on."""
     seen: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in seen:
@@ -62,5 +62,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of its message, or else its class."""
     return next(iter(str(error).splitlines()), type(error).__name__)

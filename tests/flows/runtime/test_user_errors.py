@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.runtime.conditions import mendable
+from flows.runtime.user_errors import user_message
 from flows.spec.validation import one_line
 from infra.errors import SourceInvalid
 
@@ -30,7 +30,7 @@ def test_of_the_file_system(tmp_path: Path) -> None:
         (loop, "Too many levels of symbolic links; its symbolic links lead in a circle"),
         (tmp_path / ("a" * 300), "File name too long; give a shorter name or path"),
     ]:
-        said = mendable(raised_by(path))
+        said = user_message(raised_by(path))
         assert said is not None
         assert said.startswith(f"{path}: {words}")
 
@@ -39,7 +39,7 @@ def test_of_the_file_system(tmp_path: Path) -> None:
     "number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EIO]
 )
 def test_of_a_disk_and_its_rights(number: int) -> None:
-    said = mendable(OSError(number, os.strerror(number), "/data/x"))
+    said = user_message(OSError(number, os.strerror(number), "/data/x"))
     assert said is not None
     assert said.startswith(f"/data/x: {os.strerror(number)}; ")
 
@@ -47,17 +47,17 @@ def test_of_a_disk_and_its_rights(number: int) -> None:
 def test_the_cause_of_an_error_counts() -> None:
     outer = RuntimeError("the loader failed")
     outer.__cause__ = PermissionError(errno.EACCES, "Permission denied", "/data/x")
-    assert mendable(outer) == "/data/x: Permission denied; give this user the permission, or name another place"
+    assert user_message(outer) == "/data/x: Permission denied; give this user the permission, or name another place"
 
 
 def test_of_memory() -> None:
-    said = mendable(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    said = user_message(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert said is not None
     assert said.startswith("memory ran out (CUDA out of memory. Tried to allocate 2 GiB); ask for smaller batches")
 
 
 def test_of_ours() -> None:
-    assert mendable(SourceInvalid("what is wrong; the way out")) == "what is wrong; the way out"
+    assert user_message(SourceInvalid("what is wrong; the way out")) == "what is wrong; the way out"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_of_ours() -> None:
     ],
 )
 def test_what_the_user_cannot_mend(error: Exception) -> None:
-    assert mendable(error) is None
+    assert user_message(error) is None
 
 
 def test_one_line_is_what_a_terminal_can_show() -> None:
