@@ -85,14 +85,9 @@ class ResultFiles:
             raise ResultsUnusable(f"{key!r} cannot be the key of a {kind.name}: letters, digits and . _ + - only")
         return self.folder / kind.head / _file_name(key)
 
-    def write(self, record: Record, *, keep_newer: bool = False) -> None:
-        """Put a file in its place, over an older one, or with `keep_newer` not over one that was recorded later.
-
-        Raises DiskFull or ResultsUnusable, and has changed nothing then.
-        """
-        path = self.path(record.kind, record.key)
-        if not (keep_newer and _is_newer(path, record)):
-            self._put(path, encode(record))
+    def write(self, record: Record) -> None:
+        """Put a file in its place, over an older one. Raises DiskFull or ResultsUnusable, having changed nothing."""
+        self._put(self.path(record.kind, record.key), encode(record))
 
     def add(self, path: Path) -> str:
         """Copy a file of another store in; returns its key. What was recorded here under that key later is kept.

@@ -105,8 +105,6 @@ class ResultsStore:
         """
         path = self.files.path(RUN, run_key)
         if not path.exists():
-            self._index.update()  # a results file of the first slimline becomes files now
-        if not path.exists():
             raise ResultsUnusable(f"no run {run_key!r} is recorded in {self.files.folder}")
         return path
 
