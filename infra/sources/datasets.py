@@ -40,14 +40,6 @@ _FAILURES = (
 )
 
 
-def splits(located: Located, config: str | None, *, home: Path) -> tuple[str, ...]:
-    """Names of the splits under `config` (None: the default one)."""
-    if located.folder is not None and located.folder.is_file():
-        return ("train",)
-    with explained(located, config, "train", home):
-        return tuple(datasets.get_dataset_split_names(_path(located, home), config, revision=located.revision))
-
-
 def load(located: Located, config: str | None, split: str, data_files: str | None, *, home: Path) -> Dataset:
     """The rows of one split.
 
