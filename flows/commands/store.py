@@ -127,7 +127,7 @@ def import_(
     store.preflight()
     bundle = look_through(file)
     with _progress("import") as (total, done):
-        total(2 * bundle.contents.bytes)
+        total(bundle.contents.bytes)
         taken = take_in(store, bundle, results.add_file, done)
     run_key, there = taken.contents.run_key, len(taken.contents.artifacts) - len(taken.new)
     print(f"{run_key}: {len(taken.new)} artifacts taken in, {there} were there already")

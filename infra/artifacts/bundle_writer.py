@@ -89,7 +89,7 @@ def write_bundle(store: ArtifactStore, contents: Contents, rows: bytes, out: Pat
 def _add_artifact(tar: tarfile.TarFile, folder: Path, manifest: Manifest, progress: Progress) -> None:
     for name, entry in manifest.files.items():
         with (folder / name).open("rb") as source:
-            reader = _HashingReader(source, progress)
+            reader = HashingReader(source, progress)
             try:
                 _add(tar, member_name(manifest.ref, name), reader, entry.bytes)
             except OSError as error:
@@ -107,10 +107,10 @@ def _changed(ref: ArtifactRef, name: str) -> ArtifactMissing:
     )
 
 
-def _add(tar: tarfile.TarFile, name: str, content: IO[bytes] | _HashingReader, size: int) -> None:
+def _add(tar: tarfile.TarFile, name: str, content: IO[bytes] | HashingReader, size: int) -> None:
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o644
-    tar.addfile(member, content)  # type: ignore[arg-type]  # it asks for no more than `read`
+    tar.addfile(member, content)  # it asks for no more than `read`
 
 
 @contextmanager
@@ -132,13 +132,13 @@ def _replaced(out: Path, size: int) -> Iterator[IO[bytes]]:
             sync_folder(out.parent)
 
 
-class _HashingReader:
+class HashingReader:
     """A file that is hashed while it is read."""
 
     def __init__(self, source: IO[bytes], progress: Progress) -> None:
         self._source, self._progress, self._hash = source, progress, hashlib.sha256()
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int = -1, /) -> bytes:
         """The next bytes."""
         chunk = self._source.read(size)
         self._hash.update(chunk)
