@@ -20,7 +20,7 @@ _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"
 
 
 class Unreachable(SourceMissing):
-    """The hub did not answer."""
+    """The hub did not answer: worth another try, unlike its "no"."""
 
 
 def resolve(repo_id: str, repo_type: RepoType, revision: str | None) -> str:

@@ -42,14 +42,14 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class TakenIn:
+class ImportedBundle:
     """What came in, and what was there already."""
 
     contents: Contents
     new: tuple[ArtifactRef, ...]
 
 
-def look_through(path: Path) -> Bundle:
+def read_bundle(path: Path) -> Bundle:
     """Read what a bundle promises and check it against its members, without reading them.
 
     Raises BundleInvalid for what is no bundle, is cut short, or has members that are links, lead out of it, are pickled
@@ -69,9 +69,9 @@ def look_through(path: Path) -> Bundle:
     return Bundle(path, contents, {member.name: member for member in members})
 
 
-def take_in(
+def import_bundle(
     store: ArtifactStore, bundle: Bundle, add_rows: Callable[[Path], object], progress: Progress = lambda size: None
-) -> TakenIn:
+) -> ImportedBundle:
     """Bring the artifacts that the store has not into it, and then the rows. Killed, it goes on when called again.
 
     Complete artifacts are never replaced. Nothing is visible before every hash was found right. add_rows: takes in the
@@ -94,7 +94,7 @@ def take_in(
             store.adopt(work / member_name(manifest.ref, ""), manifest)
         add_rows(work / ROWS)
         store.drop_scratch(ours)
-    return TakenIn(contents, tuple(manifest.ref for manifest in missing))
+    return ImportedBundle(contents, tuple(manifest.ref for manifest in missing))
 
 
 def _extract(bundle: Bundle, files: dict[str, FileEntry], work: Path, progress: Progress) -> None:
@@ -106,7 +106,7 @@ def _extract(bundle: Bundle, files: dict[str, FileEntry], work: Path, progress: 
     with _opened(bundle.path) as tar:
         for name, entry in todo.items():
             source = tar.extractfile(bundle.members[name])
-            assert source is not None, "only regular files pass `look_through`"
+            assert source is not None, "only regular files pass `read_bundle`"
             reader = HashingReader(source, progress)
             with part.open("wb") as file:
                 shutil.copyfileobj(reader, file, _CHUNK)

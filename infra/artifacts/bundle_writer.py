@@ -44,12 +44,12 @@ class Contents(BaseModel):
 
     @property
     def refs(self) -> tuple[ArtifactRef, ...]:
-        """The artifacts."""
+        """References of all its artifacts, in the order of their files."""
         return tuple(manifest.ref for manifest in self.artifacts)
 
     @property
     def bytes(self) -> int:
-        """Size of all files."""
+        """Size of all files, rows included: what an export writes and an import reads."""
         return self.rows.bytes + sum(entry.bytes for manifest in self.artifacts for entry in manifest.files.values())
 
 
@@ -139,7 +139,7 @@ class HashingReader:
         self._source, self._progress, self._hash = source, progress, hashlib.sha256()
 
     def read(self, size: int = -1, /) -> bytes:
-        """The next bytes."""
+        """At most `size` bytes, hashed and counted."""
         chunk = self._source.read(size)
         self._hash.update(chunk)
         self._progress(len(chunk))

@@ -48,11 +48,11 @@ class Clearing:
 
     @property
     def bytes(self) -> int:
-        """What it frees in all."""
+        """What removing all of it frees."""
         return sum(each.bytes for each in self.garbage)
 
     def as_json(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """For `slimline gc --json`, the largest first."""
         garbage = [
             {"what": each.what, "name": each.name, "bytes": each.bytes, "changed_at": each.changed_at.isoformat()}
             for each in by_size(self.garbage)
@@ -62,7 +62,7 @@ class Clearing:
 
 
 def by_size(garbage: Iterable[Garbage]) -> list[Garbage]:
-    """The largest first."""
+    """The largest first, those of one size by name."""
     return sorted(garbage, key=lambda each: (-each.bytes, each.name))
 
 
@@ -150,7 +150,7 @@ def _held(path: Path) -> bool:
 
 
 def _remove(store: ArtifactStore, garbage: Garbage, trash: Path) -> bool:
-    """Take it out of sight; False if somebody has taken it up since it was surveyed."""
+    """Move it to the trash; False if somebody has locked it since it was surveyed."""
     if garbage.ref is not None:
         return store.discard(garbage.ref, trash)
     if garbage.what == "unfinished":

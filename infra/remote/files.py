@@ -66,7 +66,7 @@ class RemoteFiles:
         return True
 
     def upload(self, source: Path, path: str) -> None:
-        """Write a file of any size."""
+        """Write a file of any size, without reading it whole into memory; not in one step, unlike `write`."""
         if self.local:
             self._local(path)
         self.files.put_file(str(source), self._at(path))

@@ -24,7 +24,7 @@ log = logging.getLogger("slimline")
 
 
 @dataclass(frozen=True)
-class Pace:
+class LockTiming:
     """Seconds: between two renewals, until a lock without one is taken, between two looks of who waits."""
 
     renew: float = 30.0
@@ -32,16 +32,16 @@ class Pace:
     look: float = 5.0
 
 
-PACE = Pace()
+LOCK_TIMING = LockTiming()
 
 
 @contextmanager
-def remotely_locked(files: RemoteFiles, path: str, pace: Pace = PACE) -> Iterator[None]:
+def remotely_locked(files: RemoteFiles, path: str, timing: LockTiming = LOCK_TIMING) -> Iterator[None]:
     """Hold the lock file `path` against everybody who shares the object store; waits for who has it."""
     holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(6)}"
-    _take(files, path, holder, pace)
+    _take(files, path, holder, timing)
     released = threading.Event()
-    renewer = threading.Thread(target=_renew, args=(files, path, holder, pace.renew, released), daemon=True)
+    renewer = threading.Thread(target=_renew, args=(files, path, holder, timing.renew, released), daemon=True)
     renewer.start()
     try:
         yield
@@ -53,7 +53,7 @@ def remotely_locked(files: RemoteFiles, path: str, pace: Pace = PACE) -> Iterato
                 files.remove(path)
 
 
-def _take(files: RemoteFiles, path: str, holder: str, pace: Pace) -> None:
+def _take(files: RemoteFiles, path: str, holder: str, timing: LockTiming) -> None:
     seen, since = None, time.monotonic()
     while not files.create(path, _content(holder)):
         found = files.read(path)
@@ -61,11 +61,11 @@ def _take(files: RemoteFiles, path: str, holder: str, pace: Pace) -> None:
             if seen is None:
                 log.info("waiting for %s, which %s holds", path, _holder(found))
             seen, since = found, time.monotonic()
-        elif found is not None and time.monotonic() - since > pace.expire:
+        elif found is not None and time.monotonic() - since > timing.expire:
             log.warning("%s of %s was not renewed: taken from it", path, _holder(found))
             files.remove(path)
             continue
-        time.sleep(pace.look)
+        time.sleep(timing.look)
 
 
 def _renew(files: RemoteFiles, path: str, holder: str, every: float, released: threading.Event) -> None:

@@ -22,7 +22,7 @@ from infra.artifacts.store import ArtifactStore
 from infra.errors import ArtifactMissing, InfraError
 from infra.filesystem.disk import digest
 from infra.remote.files import RemoteFiles, open_files
-from infra.remote.locks import PACE, Pace, remotely_locked
+from infra.remote.locks import LOCK_TIMING, LockTiming, remotely_locked
 from infra.settings import Settings
 
 log = logging.getLogger("slimline")
@@ -48,8 +48,8 @@ class _Corrupt(InfraError):
 class RemoteStore:
     """Artifacts on an object store. Only `check` raises; everything else warns and counts as not there."""
 
-    def __init__(self, files: RemoteFiles, pace: Pace = PACE) -> None:
-        self._files, self._pace = files, pace
+    def __init__(self, files: RemoteFiles, timing: LockTiming = LOCK_TIMING) -> None:
+        self._files, self._timing = files, timing
 
     def check(self) -> None:
         """Raise RemoteUnusable if it cannot be reached, written and locked."""
@@ -79,7 +79,7 @@ class RemoteStore:
         """Hold the key of `ref` against all machines; without one, if the object store does not answer."""
         with ExitStack() as held:
             with self._forgiven(ref, "locked"):
-                held.enter_context(remotely_locked(self._files, f".locks/{ref.kind}.{ref.key}", self._pace))
+                held.enter_context(remotely_locked(self._files, f".locks/{ref.kind}.{ref.key}", self._timing))
             yield
 
     def _is_here(self, ref: ArtifactRef) -> bool:

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import duckdb
 
 from infra.errors import InfraError
-from infra.results.files import ResultFiles, warn_once
+from infra.log_once import warn_once
+from infra.results.files import ResultFiles
 from infra.results.index_tables import delete_files, in_utc, insert, make_tables, stamps
 from infra.results.rows import FORMAT, KINDS, TABLES
 

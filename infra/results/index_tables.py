@@ -24,13 +24,13 @@ class Connection(Protocol):
     """What we use of a DuckDB connection."""
 
     def execute(self, query: str, parameters: object = ...) -> Any:
-        """Run one statement."""
+        """Run one SQL statement; the result has fetchall()."""
 
     def register(self, name: str, table: object) -> Any:
         """Let an Arrow table be asked under a name."""
 
     def unregister(self, name: str) -> Any:
-        """Forget a registered table."""
+        """Take the name back."""
 
 
 class _FileRow(Row):

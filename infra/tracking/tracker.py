@@ -51,7 +51,7 @@ class MetricPoint:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """All that one call writes."""
+    """The arguments of one `Tracker.record`, whose digest says whether they are recorded already."""
 
     run_key: str
     name: str

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.artifacts.bundle_reader import TakenIn, look_through, take_in
+from infra.artifacts.bundle_reader import ImportedBundle, import_bundle, read_bundle
 from infra.artifacts.bundle_writer import CONTENTS, Contents, contents_of, member_name, write_bundle
 from infra.artifacts.inventory import stored
 from infra.artifacts.store import ArtifactRef, ArtifactStore
@@ -67,8 +67,8 @@ def bundle(here: ArtifactStore, tmp_path: Path) -> Path:
     return exported(here, tmp_path / "run.tar")
 
 
-def imported(store: ArtifactStore, path: Path, progress: Callable[[int], None] = lambda size: None) -> TakenIn:
-    return take_in(store, look_through(path), results(store.root.parent).add_file, progress)
+def imported(store: ArtifactStore, path: Path, progress: Callable[[int], None] = lambda size: None) -> ImportedBundle:
+    return import_bundle(store, read_bundle(path), results(store.root.parent).add_file, progress)
 
 
 def test_what_goes_out_comes_in(here: ArtifactStore, there: ArtifactStore, bundle: Path) -> None:
@@ -242,10 +242,10 @@ def test_rows_of_another_run_are_refused(here: ArtifactStore, there: ArtifactSto
 def test_other_files_are_refused(there: ArtifactStore, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "some.tar"
     with pytest.raises(BundleInvalid, match="there is no file"):
-        look_through(path)
+        read_bundle(path)
     path.write_bytes(content)
     with pytest.raises(BundleInvalid, match=r"some\.tar"):
-        look_through(path)
+        read_bundle(path)
 
 
 def test_a_killed_import_goes_on(here: ArtifactStore, there: ArtifactStore, bundle: Path) -> None:

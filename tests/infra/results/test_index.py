@@ -12,7 +12,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from infra.results import files as result_files
+from infra.log_once import warn_once
 from infra.results.rows import FORMAT
 from infra.results.store import ResultsStore
 from tests.infra.processes import kill_after_line, start
@@ -20,8 +20,8 @@ from tests.infra.result_examples import layer_row, metric_row, night_row, run_ro
 
 
 @pytest.fixture(autouse=True)
-def _warned_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(result_files, "_warned", set())
+def _warned_of_nothing() -> None:
+    warn_once.cache_clear()
 
 
 @pytest.fixture
