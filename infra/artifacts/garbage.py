@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from infra.artifacts.claims import live_claims, settled
+from infra.artifacts.claims import claims_frozen, live_claims
 from infra.artifacts.inventory import dead_workspaces, folder_bytes, modified_at, scratch_folders, stored
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 from infra.filesystem.locks import flocked
@@ -68,7 +68,7 @@ def by_size(garbage: Iterable[Garbage]) -> list[Garbage]:
 
 def survey(store: ArtifactStore, wanted: Callable[[], Collection[ArtifactRef]], older_than: timedelta) -> Clearing:
     """What `clear` would remove now; nothing is changed but the files of dead claims."""
-    with settled(store.root):
+    with claims_frozen(store.root):
         return _survey(store, wanted, older_than)
 
 
@@ -86,7 +86,7 @@ def clear(
     Raises StoreInUse, StoreUnwritable.
     """
     emptied_later = ExitStack()  # renaming takes no time, deleting gigabytes does: runs need not wait for that
-    with emptied_later, settled(store.root):
+    with emptied_later, claims_frozen(store.root):
         found = _survey(store, wanted, older_than)
         trash = emptied_later.enter_context(store.trash())
         left = [each for each in found.garbage if not _remove(store, each, trash)]

@@ -48,7 +48,7 @@ def remotely_locked(files: RemoteFiles, path: str, timing: LockTiming = LOCK_TIM
     finally:
         released.set()
         renewer.join()
-        with suppress(Exception):  # nobody need know: it expires
+        with suppress(Exception):  # what is left behind expires
             if _holder(files.read(path)) == holder:
                 files.remove(path)
 

@@ -217,9 +217,7 @@ class Kind:
 
 
 RUN = Kind(
-    "run",
-    "run_key",
-    {"runs": RunRow, "stages": StageRow, "metrics": MetricRow, "layers": LayerRow, "pairs": PairRow},
+    "run", "run_key", {"runs": RunRow, "stages": StageRow, "metrics": MetricRow, "layers": LayerRow, "pairs": PairRow}
 )
 NIGHT = Kind("night", "night_id", {"nights": NightRow, "night_cells": NightCellRow, "night_figures": NightFigureRow})
 KINDS = (RUN, NIGHT)
