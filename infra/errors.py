@@ -1,4 +1,4 @@
-"""The errors of this room. Each message is one sentence for the user: the value that was wrong and the way out."""
+"""The errors of infra. Each message is one sentence for the user: the value that was wrong and the way out."""
 
 from __future__ import annotations
 

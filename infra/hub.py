@@ -20,7 +20,7 @@ _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"
 
 
 class Unreachable(SourceMissing):
-    """The hub did not answer."""
+    """The hub did not answer: worth another try, unlike its "no"."""
 
 
 def resolve(repo_id: str, repo_type: RepoType, revision: str | None) -> str:
@@ -58,9 +58,7 @@ def download_file(repo_id: str, filename: str, revision: str | None) -> Path | N
 
     try:
         return Path(hf_hub_download(repo_id, filename, revision=revision, etag_timeout=_TIMEOUT))
-    except (
-        LocalEntryNotFoundError
-    ) as error:  # before EntryNotFoundError, its base: it means "no answer", not "no such file"
+    except LocalEntryNotFoundError as error:  # "no answer"; before its base EntryNotFoundError, "no such file"
         raise Unreachable(f"the hub did not answer while {filename} of {repo_id} was asked for") from error
     except EntryNotFoundError:
         return None
@@ -101,12 +99,7 @@ def _only_gguf(repo_id: str, names: dict[str, int]) -> str:
 
 def _info(repo_id: str, repo_type: RepoType, revision: str | None, sizes: bool = False) -> ModelInfo | DatasetInfo:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     api = HfApi()
     try:
@@ -124,9 +117,7 @@ def _info(repo_id: str, repo_type: RepoType, revision: str | None, sizes: bool =
         ) from error
     except HFValidationError as error:
         raise SourceMissing(f"{repo_id!r} is neither an existing path nor a possible hub id (owner/name)") from error
-    except (
-        Exception
-    ) as error:  # its HTTP library changed from requests to httpx to httpx2: their errors have no common name
+    except Exception as error:  # its HTTP library was requests, httpx, httpx2: their errors have no common name
         raise Unreachable(f"the hub did not answer ({error or type(error).__name__})") from error
 
 

@@ -9,17 +9,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-DISTRIBUTIONS = (
-    "torch",
-    "transformers",
-    "lm-eval",
-    "datasets",
-    "peft",
-    "prefect",
-    "mlflow",
-    "duckdb",
-    "slimline",
-)
+DISTRIBUTIONS = ("torch", "transformers", "lm-eval", "datasets", "peft", "prefect", "mlflow", "duckdb", "slimline")
 
 
 def versions() -> dict[str, str]:

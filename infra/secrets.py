@@ -80,11 +80,6 @@ def place_of_secret(value: Any, place: str = "") -> str | None:
     return None
 
 
-def secret_variables() -> tuple[str, ...]:
-    """Names of the environment variables that hold a secret."""
-    return tuple(sorted(name for name, value in os.environ.items() if _own_values(name, value)))
-
-
 def has_password(url: str) -> bool:
     """Whether a URL carries a password or token of its own."""
     return bool(_password_of(url)) or _SHAPES.search(url) is not None or _QUERY.search(url) is not None
@@ -100,7 +95,7 @@ def secrets_kept() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _tells(error):
+        if not _holds_secret(error):
             raise
         raise _cleaned(error) from None
 
@@ -126,20 +121,21 @@ def _redact_(record: logging.LogRecord) -> logging.LogRecord:
     if redacted(text) != text:
         record.msg, record.args = redacted(text), None
     if record.exc_info and record.exc_info[1] is not None:
-        told = "".join(traceback.format_exception(record.exc_info[1])).rstrip()
-        if redacted(told) != told:
-            record.exc_text = redacted(told)  # a formatter takes this text instead of formatting the exception
+        trace = "".join(traceback.format_exception(record.exc_info[1])).rstrip()
+        if redacted(trace) != trace:
+            record.exc_text = redacted(trace)  # a formatter takes this text instead of formatting the exception
     return record
 
 
 @lru_cache(maxsize=1)
 def _values(environment: frozenset[tuple[str, str]]) -> tuple[str, ...]:
     """Every form in which a secret of the environment may appear, the longest first."""
-    found = {form for name, value in environment for own in _own_values(name, value) for form in _forms(own)}
+    found = {form for name, value in environment for own in secret_values(name, value) for form in _forms(own)}
     return tuple(sorted(found, key=len, reverse=True))
 
 
-def _own_values(name: str, value: str) -> set[str]:
+def secret_values(name: str, value: str) -> set[str]:
+    """The secrets in an environment variable: its value if its name says so, and the password of a URL."""
     name = name.upper()
     own = {value.strip()} if _NAMES.search(name) or _KEYS.search(name) else set()
     if _NO_VALUE.search(name):
@@ -165,7 +161,7 @@ def _forms(value: str) -> Iterator[str]:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The exception and all those of which a traceback would tell."""
+    """The exception and all others that its traceback would show."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -176,16 +172,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
             waiting += [found.__cause__, None if found.__suppress_context__ else found.__context__]
 
 
-def _tells(error: BaseException) -> bool:
-    return any(_is_told(text) for one in _chain(error) for text in _texts(one))
-
-
-def _texts(error: BaseException) -> tuple[str, ...]:
-    return (str(error), repr(error.args), repr(vars(error)))
-
-
-def _is_told(text: str) -> bool:
-    return redacted(text) != text
+def _holds_secret(error: BaseException) -> bool:
+    texts = (text for one in _chain(error) for text in (str(one), repr(one.args), repr(vars(one))))
+    return any(redacted(text) != text for text in texts)
 
 
 def _cleaned(error: Exception) -> Exception:
@@ -194,13 +183,13 @@ def _cleaned(error: Exception) -> Exception:
     error.__cause__ = error.__context__ = None
     error.args = tuple(redacted(part) if isinstance(part, str) else part for part in error.args)
     for name, value in list(vars(error).items()):  # requests and httpx keep the request, with its headers
-        if _is_told(repr(value)):
+        if redacted(repr(value)) != repr(value):
             del error.__dict__[name]
     with suppress(Exception):  # it may not be able to say what happened any more
-        if str(error) and not _tells(error):
+        if str(error) and not _holds_secret(error):
             return error
     with suppress(Exception):  # its constructor may want more than a message
         anew = type(error)(message)
-        if str(anew) and not _tells(anew):
+        if str(anew) and not _holds_secret(anew):
             return anew.with_traceback(error.__traceback__)
     return RuntimeError(f"{type(error).__name__}: {message}").with_traceback(error.__traceback__)

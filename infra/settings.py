@@ -100,7 +100,7 @@ class Settings(BaseSettings):
     @property
     def results_root(self) -> Path:
         """The folder of the results' files."""
-        return self.results_folder or beside(self.results_path)
+        return self.results_folder or default_results_folder(self.results_path)
 
     @property
     def tracking_uri(self) -> str:
@@ -130,8 +130,8 @@ def absolute_mirror(mirror: str) -> str:
     return os.pathsep.join(folders.get(entry, entry) for entry in mirror_entries(mirror))
 
 
-def beside(results_path: Path) -> Path:
-    """Where the results' files are if nothing is said: beside their index, with its name less the suffix."""
+def default_results_folder(results_path: Path) -> Path:
+    """Where the results' files are by default: beside their index, with its name less the suffix."""
     if results_path.suffix:
         return results_path.with_suffix("")
     return results_path.with_name(f"{results_path.name}.files")

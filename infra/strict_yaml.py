@@ -43,11 +43,11 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_scalar_node(self, anchor: Any) -> Any:
-        """A single value."""
+        """A scalar, which counts as one node."""
         return self._measured(super().compose_scalar_node(anchor), 0)
 
     def compose_sequence_node(self, anchor: Any) -> Any:
-        """A list."""
+        """A list, which counts with all that is in it."""
         node = super().compose_sequence_node(anchor)
         return self._measured(node, sum(self._sizes[entry] for entry in node.value))
 
@@ -98,7 +98,9 @@ def load_yaml(content: bytes | str) -> Any:
     Raises YamlInvalid, with the line: no YAML, a key twice in a mapping (with both lines), several documents, anchors
     that lead in a circle or stand for too much; UnicodeDecodeError for bytes that are neither UTF-8 nor UTF-16.
     """
-    text = content if isinstance(content, str) else _decoded(content)
+    text = content
+    if isinstance(text, bytes):
+        text = text.decode("utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -118,10 +120,6 @@ def _invalid(error: yaml.YAMLError | RecursionError, text: str) -> YamlInvalid:
     if words.startswith("but "):  # the second half of a sentence
         words = f"{getattr(error, 'context', '')}, {words}"
     return YamlInvalid(words, mark.line + 1 if mark else None)
-
-
-def _decoded(content: bytes) -> str:
-    return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
 
 
 def _refuse_twice(node: MappingNode) -> None:

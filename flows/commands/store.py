@@ -115,16 +115,16 @@ def import_(
 ) -> None:
     """Take in an exported run; every hash is checked first, and what is here already stays as it is."""
     settings = prepared()
-    from infra.artifacts.bundle_reader import look_through, take_in
+    from infra.artifacts.bundle_reader import import_bundle, read_bundle
     from infra.artifacts.store import ArtifactStore
     from infra.results.store import ResultsStore
 
     store, results = ArtifactStore(settings.store_root), ResultsStore.of(settings)
     store.preflight()
-    bundle = look_through(file)
+    bundle = read_bundle(file)
     with _progress("import") as (total, done):
-        total(2 * bundle.contents.bytes)
-        taken = take_in(store, bundle, results.add_file, done)
+        total(bundle.contents.bytes)
+        taken = import_bundle(store, bundle, results.add_file, done)
     run_key, there = taken.contents.run_key, len(taken.contents.artifacts) - len(taken.new)
     print(f"{run_key}: {len(taken.new)} artifacts taken in, {there} were there already")
     print(f"its figures: slimline results --run {run_key}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.records.lookup import find_run
 from flows.records.retention import finished_artifacts
-from infra.artifacts.claims import live_claims, settled
+from infra.artifacts.claims import claims_frozen, live_claims
 from infra.artifacts.inventory import Finding, broken, litter, stored
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 
@@ -59,7 +59,7 @@ def remove_broken(store: ArtifactStore, finding: Finding) -> bool:
     False if a run at work needs the artifact or another process holds it.
     """
     assert finding.ref is not None
-    with store.trash() as trash, settled(store.root):
+    with store.trash() as trash, claims_frozen(store.root):
         if any(finding.ref in claim.refs for claim in live_claims(store.root)):
             return False
         if not finding.foreign:

@@ -15,16 +15,16 @@ from flows.spec.run import RunSpec
 from infra.errors import ResultsUnusable, SettingsInvalid, SourceMissing, SourceUnreadable
 from infra.filesystem.disk import why_unwritable
 from infra.models.import_model import ModelCard, describe
+from infra.remote.store import remote_store
 from infra.settings import Settings
 from infra.sources.find import Sources, TextData
-from infra.tracking.tracking_store import check_store
+from infra.tracking.database import check_store
 from pruning.errors import PruningError
 from pruning.families import FAMILIES
 from tasks.devices.leases import check_lease
 from tasks.devices.placement import BALANCED, device_names
 from tasks.execution.context import RunContext
 from tasks.execution.disk_forecast import Forecast, Need, check_room
-from tasks.execution.sharing import sharing_of
 from tasks.execution.stage import importing
 from tasks.requests import CalibrateRequest, EvaluateRequest, ProfileRequest, RecoverRequest, Request
 from tasks.stages.evaluate import MISSING, check_local_data
@@ -46,7 +46,7 @@ def check(graph: StageGraph, run_context: RunContext) -> None:
             f"results cannot be written in {settings.results_root} ({reason}); make it writable, or set "
             "SLIMLINE_RESULTS_DB or SLIMLINE_RESULTS_FOLDER to another place"
         )
-    sharing = sharing_of(settings)
+    sharing = remote_store(settings)
     missing = [stage for stage in graph.stages if not store.has(stage.ref)]
     if not missing:
         return

@@ -6,6 +6,7 @@ A bundle comes from elsewhere: its names are not trusted, and it may have been c
 from __future__ import annotations
 
 import os
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,11 +16,12 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
-from infra.artifacts.bundle_writer import CONTENTS, ROWS, Contents, Progress, member_name
+from infra.artifacts.bundle_writer import CONTENTS, ROWS, Contents, HashingReader, Progress, member_name
 from infra.artifacts.claims import claimed
+from infra.artifacts.manifest import is_inside
 from infra.artifacts.store import MANIFEST, ArtifactRef, ArtifactStore, FileEntry
 from infra.errors import BundleInvalid
-from infra.filesystem.disk import check_free, digest, full_disk_named, sync_folder
+from infra.filesystem.disk import check_free, full_disk_named, sync_folder
 from infra.keys import stage_key
 from infra.models.trusted_code import NOTE
 
@@ -40,14 +42,14 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class TakenIn:
+class ImportedBundle:
     """What came in, and what was there already."""
 
     contents: Contents
     new: tuple[ArtifactRef, ...]
 
 
-def look_through(path: Path) -> Bundle:
+def read_bundle(path: Path) -> Bundle:
     """Read what a bundle promises and check it against its members, without reading them.
 
     Raises BundleInvalid for what is no bundle, is cut short, or has members that are links, lead out of it, are pickled
@@ -67,13 +69,13 @@ def look_through(path: Path) -> Bundle:
     return Bundle(path, contents, {member.name: member for member in members})
 
 
-def take_in(
+def import_bundle(
     store: ArtifactStore, bundle: Bundle, add_rows: Callable[[Path], object], progress: Progress = lambda size: None
-) -> TakenIn:
+) -> ImportedBundle:
     """Bring the artifacts that the store has not into it, and then the rows. Killed, it goes on when called again.
 
     Complete artifacts are never replaced. Nothing is visible before every hash was found right. add_rows: takes in the
-    parquet file of the run. progress: told bytes, all of them twice (written, verified).
+    parquet file of the run. progress: told bytes as they are done.
     Raises BundleInvalid, DiskFull, ResultsUnusable.
     """
     contents = bundle.contents
@@ -87,46 +89,35 @@ def take_in(
         work = store.scratch(ours)
         with full_disk_named(store.root):
             _extract(bundle, files, work, progress)
-        _verify(bundle, files, work, progress)
         _check_rows(work / ROWS, bundle)
         for manifest in missing:
             store.adopt(work / member_name(manifest.ref, ""), manifest)
         add_rows(work / ROWS)
         store.drop_scratch(ours)
-    return TakenIn(contents, tuple(manifest.ref for manifest in missing))
+    return ImportedBundle(contents, tuple(manifest.ref for manifest in missing))
 
 
 def _extract(bundle: Bundle, files: dict[str, FileEntry], work: Path, progress: Progress) -> None:
-    todo = {name: entry for name, entry in files.items() if not _has_length(work / name, entry.bytes)}
+    """Copy files of a bundle to `work`. What has its name there is whole and has the right hash, also after a kill."""
+    todo = {name: entry for name, entry in files.items() if not (work / name).exists()}
     progress(sum(entry.bytes for name, entry in files.items() if name not in todo))
     check_free(work, sum(entry.bytes for entry in todo.values()))
+    changed, part = [], work / ".part"
     with _opened(bundle.path) as tar:
-        for name in todo:
-            target = work / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _copy(tar, bundle.members[name], work / ".part", progress)
-            os.replace(work / ".part", target)  # what has its name is whole
-            sync_folder(target.parent)
-
-
-def _copy(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, progress: Progress) -> None:
-    source = tar.extractfile(member)
-    assert source is not None, "only regular files pass `look_through`"
-    with source, target.open("wb") as file:
-        while chunk := source.read(_CHUNK):
-            file.write(chunk)
-            progress(len(chunk))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _verify(bundle: Bundle, files: dict[str, FileEntry], work: Path, progress: Progress) -> None:
-    changed = []
-    for name, entry in files.items():
-        if digest(work / name) != entry.sha256:
-            (work / name).unlink()
-            changed.append(name)
-        progress(entry.bytes)
+        for name, entry in todo.items():
+            source = tar.extractfile(bundle.members[name])
+            assert source is not None, "only regular files pass `read_bundle`"
+            reader = HashingReader(source, progress)
+            with part.open("wb") as file:
+                shutil.copyfileobj(reader, file, _CHUNK)
+                file.flush()
+                os.fsync(file.fileno())
+            if reader.hexdigest() != entry.sha256:
+                changed.append(name)
+                continue
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(part, work / name)
+            sync_folder((work / name).parent)
     if changed:
         raise BundleInvalid(
             f"{bundle.path}: {', '.join(changed)} changed since the export; nothing was taken in, copy the file again"
@@ -138,10 +129,6 @@ def _check_rows(rows: Path, bundle: Bundle) -> None:
 
     if (key := decode(rows.read_bytes(), rows).key) != bundle.contents.run_key:
         raise BundleInvalid(f"{bundle.path} is refused: its {ROWS} is of run {key}, not {bundle.contents.run_key}")
-
-
-def _has_length(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
 
 
 @contextmanager
@@ -164,7 +151,7 @@ def _check_member(member: tarfile.TarInfo, path: Path) -> None:
         tarfile.data_filter(member, str(path.parent))
     except tarfile.FilterError as error:
         raise BundleInvalid(f"{path} is refused: {error}") from error
-    if name.is_absolute() or ".." in name.parts or "\\" in member.name or member.name != str(name):
+    if not is_inside(member.name):
         raise BundleInvalid(f"{path} is refused: its member {member.name!r} leads out of the bundle")
     if member.type not in _REGULAR or member.issparse():
         raise BundleInvalid(f"{path} is refused: its member {member.name!r} is a link or another special file")
@@ -201,8 +188,7 @@ def _check_names(contents: Contents, path: Path) -> None:
             raise BundleInvalid(f"{path} is refused: {manifest.ref.key} has no files")
         parents = {str(parent) for name in names for parent in PurePosixPath(name).parents}
         for name in names:
-            parts = PurePosixPath(name).parts
-            if not parts or name != "/".join(parts) or ".." in parts or "\\" in name or name.startswith("/"):
+            if not is_inside(name):
                 raise BundleInvalid(f"{path} is refused: {manifest.ref.key} has a file {name!r} that leads out of it")
             if name == MANIFEST or name in parents:
                 raise BundleInvalid(f"{path} is refused: {manifest.ref.key} cannot have a file {name!r}")

@@ -44,12 +44,12 @@ class Contents(BaseModel):
 
     @property
     def refs(self) -> tuple[ArtifactRef, ...]:
-        """The artifacts."""
+        """References of all its artifacts, in the order of their files."""
         return tuple(manifest.ref for manifest in self.artifacts)
 
     @property
     def bytes(self) -> int:
-        """Size of all files."""
+        """Size of all files, rows included: what an export writes and an import reads."""
         return self.rows.bytes + sum(entry.bytes for manifest in self.artifacts for entry in manifest.files.values())
 
 
@@ -89,7 +89,7 @@ def write_bundle(store: ArtifactStore, contents: Contents, rows: bytes, out: Pat
 def _add_artifact(tar: tarfile.TarFile, folder: Path, manifest: Manifest, progress: Progress) -> None:
     for name, entry in manifest.files.items():
         with (folder / name).open("rb") as source:
-            reader = _HashingReader(source, progress)
+            reader = HashingReader(source, progress)
             try:
                 _add(tar, member_name(manifest.ref, name), reader, entry.bytes)
             except OSError as error:
@@ -107,10 +107,10 @@ def _changed(ref: ArtifactRef, name: str) -> ArtifactMissing:
     )
 
 
-def _add(tar: tarfile.TarFile, name: str, content: IO[bytes] | _HashingReader, size: int) -> None:
+def _add(tar: tarfile.TarFile, name: str, content: IO[bytes] | HashingReader, size: int) -> None:
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o644
-    tar.addfile(member, content)  # type: ignore[arg-type]  # it asks for no more than `read`
+    tar.addfile(member, content)  # it asks for no more than `read`
 
 
 @contextmanager
@@ -132,14 +132,14 @@ def _replaced(out: Path, size: int) -> Iterator[IO[bytes]]:
             sync_folder(out.parent)
 
 
-class _HashingReader:
+class HashingReader:
     """A file that is hashed while it is read."""
 
     def __init__(self, source: IO[bytes], progress: Progress) -> None:
         self._source, self._progress, self._hash = source, progress, hashlib.sha256()
 
-    def read(self, size: int) -> bytes:
-        """The next bytes."""
+    def read(self, size: int = -1, /) -> bytes:
+        """At most `size` bytes, hashed and counted."""
         chunk = self._source.read(size)
         self._hash.update(chunk)
         self._progress(len(chunk))

@@ -41,7 +41,7 @@ def claimed(root: Path, refs: Iterable[ArtifactRef], holder: str) -> Iterator[No
     path = _folder(root) / f"{secrets.token_hex(8)}.json"
     lock = path.with_suffix(".lock")
     with flocked(lock):
-        with settled(root):
+        with claims_frozen(root):
             write_durably(path, claim.model_dump_json(indent=1).encode())
         try:
             yield
@@ -51,14 +51,14 @@ def claimed(root: Path, refs: Iterable[ArtifactRef], holder: str) -> Iterator[No
 
 
 @contextmanager
-def settled(root: Path) -> Iterator[None]:
+def claims_frozen(root: Path) -> Iterator[None]:
     """While the block runs no new claim is made: what nobody claims now can be cleared away."""
     with flocked(_folder(root) / ".settled"):
         yield
 
 
 def live_claims(root: Path) -> tuple[Claim, ...]:
-    """The claims of living processes; those of dead ones are removed. To be asked while `settled`.
+    """The claims of living processes; those of dead ones are removed. To be asked while `claims_frozen`.
 
     Raises StoreInUse if one cannot be read.
     """

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from infra.artifacts.claims import live_claims, settled
+from infra.artifacts.claims import claims_frozen, live_claims
 from infra.artifacts.inventory import dead_workspaces, folder_bytes, modified_at, scratch_folders, stored
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 from infra.filesystem.locks import flocked
@@ -48,11 +48,11 @@ class Clearing:
 
     @property
     def bytes(self) -> int:
-        """What it frees in all."""
+        """What removing all of it frees."""
         return sum(each.bytes for each in self.garbage)
 
     def as_json(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """For `slimline gc --json`, the largest first."""
         garbage = [
             {"what": each.what, "name": each.name, "bytes": each.bytes, "changed_at": each.changed_at.isoformat()}
             for each in by_size(self.garbage)
@@ -62,13 +62,13 @@ class Clearing:
 
 
 def by_size(garbage: Iterable[Garbage]) -> list[Garbage]:
-    """The largest first."""
+    """The largest first, those of one size by name."""
     return sorted(garbage, key=lambda each: (-each.bytes, each.name))
 
 
 def survey(store: ArtifactStore, wanted: Callable[[], Collection[ArtifactRef]], older_than: timedelta) -> Clearing:
     """What `clear` would remove now; nothing is changed but the files of dead claims."""
-    with settled(store.root):
+    with claims_frozen(store.root):
         return _survey(store, wanted, older_than)
 
 
@@ -86,7 +86,7 @@ def clear(
     Raises StoreInUse, StoreUnwritable.
     """
     emptied_later = ExitStack()  # renaming takes no time, deleting gigabytes does: runs need not wait for that
-    with emptied_later, settled(store.root):
+    with emptied_later, claims_frozen(store.root):
         found = _survey(store, wanted, older_than)
         trash = emptied_later.enter_context(store.trash())
         left = [each for each in found.garbage if not _remove(store, each, trash)]
@@ -150,7 +150,7 @@ def _held(path: Path) -> bool:
 
 
 def _remove(store: ArtifactStore, garbage: Garbage, trash: Path) -> bool:
-    """Take it out of sight; False if somebody has taken it up since it was surveyed."""
+    """Move it to the trash; False if somebody has locked it since it was surveyed."""
     if garbage.ref is not None:
         return store.discard(garbage.ref, trash)
     if garbage.what == "unfinished":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
@@ -41,6 +41,12 @@ class Manifest(BaseModel):
     files: dict[str, FileEntry]
     request: dict[str, JsonValue]
     versions: dict[str, str]
+
+
+def is_inside(name: str) -> bool:
+    """Whether the name of a file, which may have come from elsewhere, stays in its artifact's folder."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and name == "/".join(parts) and ".." not in parts and "\\" not in name
 
 
 def seal(folder: Path) -> dict[str, FileEntry]:

@@ -83,12 +83,7 @@ class ArtifactStore:
 
     @contextmanager
     def writing(
-        self,
-        ref: ArtifactRef,
-        *,
-        request: Mapping[str, JsonValue],
-        versions: Mapping[str, str],
-        replace: bool = False,
+        self, ref: ArtifactRef, *, request: Mapping[str, JsonValue], versions: Mapping[str, str], replace: bool = False
     ) -> Iterator[Path]:
         """Yield an empty folder to write into; it becomes the artifact when the block ends, and vanishes if it raises.
 

@@ -5,14 +5,13 @@ A local lock looks the same from inside, so the mount table is asked for what is
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from infra.errors import StoreUnsafe
+from infra.filesystem.locks import flocked
 
 _MOUNTS = Path("/proc/self/mountinfo")
 
@@ -102,25 +101,13 @@ def _mount_table() -> str:
 
 
 def _excludes(root: Path) -> bool:
-    """Whether a lock that is held is refused to a second one who opens the file; False where there are no locks."""
+    """Whether a held lock is refused to a second one, and had again once it is free; False where there are no locks."""
     with tempfile.NamedTemporaryFile(dir=root, prefix=".lock-trial-") as file:
-        other = os.open(file.name, os.O_RDWR)
+        trial = Path(file.name)
         try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _frees(file.fileno(), other)
+            with flocked(trial, wait=False) as first, flocked(trial, wait=False) as second:
+                refused = first and not second
+            with flocked(trial, wait=False) as again:
+                return refused and again
         except OSError:
             return False
-        finally:
-            os.close(other)
-    return False
-
-
-def _frees(holder: int, other: int) -> bool:
-    try:
-        fcntl.flock(holder, fcntl.LOCK_UN)
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -96,7 +96,9 @@ def make_llama_tokenizer_(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_bytes()) if path.is_file() else {"add_bos_token": False, "add_eos_token": False}
     config.pop("auto_map", None)
-    config |= {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": _adds_prefix(model)}
+    first: str = _sentencepiece(model).encode("a", out_type=str)[0]
+    # whether a space is put before a text, so that its first word is split like the others
+    config |= {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": first.startswith("▁")}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -109,12 +111,6 @@ def check_llama_tokenizer(folder: Path, tokenizer: Any) -> None:
                 f"{folder}/tokenizer.model does not split {text!r} as a LlamaTokenizer does, so the model would read "
                 "other tokens than it was trained on; take a copy of the model with a Llama's tokenizer"
             )
-
-
-def _adds_prefix(model: Path) -> bool:
-    """Whether a sentencepiece model puts a space before a text, so that the first word is split like the others."""
-    first: str = _sentencepiece(model).encode("a", out_type=str)[0]
-    return first.startswith("▁")
 
 
 def _sentencepiece(model: Path) -> Any:

@@ -28,6 +28,13 @@ class GgufHeader:
         """An integer under `<architecture>.<name>`, such as block_count; KeyError if the file has none."""
         return int(self.values[f"{self.values['general.architecture']}.{name}"])
 
+    def number_or_none(self, name: str) -> int | None:
+        """The same, or None: the file has none, or one for each layer."""
+        try:
+            return self.number(name)
+        except KeyError:
+            return None
+
 
 def read_gguf_header(file: Path) -> GgufHeader:
     """Read it. Raises SourceInvalid for a file that is no GGUF of version 2 or 3 or ends within its header."""

@@ -13,14 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from infra import hub
 from infra.errors import SourceInvalid
 from infra.filesystem.disk import full_disk_named
-from infra.models import baichuan, vocabulary
-from infra.models import trusted_code as foreign_code
-from infra.models.card import (
+from infra.models import baichuan, trusted_code, vocabulary
+from infra.models.card import ModelCard, card_of_config, card_of_folder
+from infra.models.model_files import (
     INDEX,
     WEIGHTS,
-    ModelCard,
-    card_of_config,
-    card_of_folder,
     gguf_file,
     is_left_behind,
     is_plain,
@@ -29,7 +26,7 @@ from infra.models.card import (
     tensor_header,
     weight_files,
 )
-from infra.offline.models import quiet
+from infra.progress_bars import progress_bars_hidden
 from infra.sources.located import Located
 
 if TYPE_CHECKING:
@@ -95,9 +92,9 @@ def import_model(
         else:
             _import_safetensors(folder, out, dtype, progress)
             if trust_remote_code:
-                foreign_code.copy_trusted_code(folder, out, located.repo_id)
+                trusted_code.copy_trusted_code(folder, out, located.repo_id)
     card = card_of_folder(out)
-    _check_tokenizer(out, located.repo_id)
+    vocabulary.fit_to_embedding_(out, located.repo_id, load_tokenizer)
     progress(1.0, f"imported {located.repo_id}")
     return card
 
@@ -109,7 +106,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    trusted = foreign_code.is_trusted(folder)
+    trusted = trusted_code.is_trusted(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusted
@@ -117,10 +114,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         # a wrong value in its configuration may show only now
         tokenizer.decode(tokenizer("A few words.")["input_ids"])
     except Exception as error:  # a dozen types, down to those of the Rust tokenizer
-        code = foreign_code.tokenizer_code(folder)
+        code = trusted_code.tokenizer_code(folder)
         if code is not None and not trusted:
             raise SourceInvalid(
-                f"the tokenizer in {folder} is code of its own ({foreign_code.code_file(code)}), which is "
+                f"the tokenizer in {folder} is code of its own ({trusted_code.code_file(code)}), which is "
                 "not run unless the spec trusts this model: read that file and set model.trust_remote_code to true, or "
                 "take a copy of the model with a stock tokenizer"
             ) from error
@@ -139,7 +136,7 @@ def hand_on_tokenizer(source: Path, out: Path) -> None:
     """
     tokenizer = load_tokenizer(source)
     tokenizer.save_pretrained(out)
-    foreign_code.hand_on_trusted_code(source, out)
+    trusted_code.hand_on_trusted_code(source, out)
     again = load_tokenizer(out)
     for text in _PROBES:
         if again(text).input_ids != tokenizer(text).input_ids:
@@ -152,8 +149,8 @@ def hand_on_tokenizer(source: Path, out: Path) -> None:
 def _import_gguf(file: Path, out: Path, dtype: Dtype, progress: Progress) -> None:
     from transformers import AutoTokenizer
 
-    foreign_code.refuse_adapter(file.parent)
-    with quiet():
+    trusted_code.refuse_adapter(file.parent)
+    with progress_bars_hidden():
         progress(0.05, f"dequantising {file.name}")
         model = _dequantised(file, dtype)
         for name, tensor in model.state_dict().items():
@@ -193,13 +190,13 @@ def _dequantised(file: Path, dtype: Dtype) -> Any:
 
 
 def _import_safetensors(folder: Path, out: Path, dtype: Dtype, progress: Progress) -> None:
-    config = foreign_code.without_code(read_config(folder), str(folder))
+    config = trusted_code.without_code(read_config(folder), str(folder))
     files = weight_files(folder)
     if not is_plain(files):
         _refuse_quantised(config, str(folder))
     elif config.pop("quantization_config", None):
         log.warning("%s: its quantization_config is left out, for its weights are plain floating point", folder)
-    foreign_code.refuse_adapter(folder)
+    trusted_code.refuse_adapter(folder)
     for file in sorted(folder.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not is_left_behind(file):
             shutil.copyfile(file, out / file.name)
@@ -280,7 +277,3 @@ def _write_index(out: Path) -> None:
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _check_tokenizer(out: Path, repo_id: str) -> None:
-    vocabulary.fit_to_embedding_(out, repo_id, load_tokenizer)

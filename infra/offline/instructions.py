@@ -76,11 +76,8 @@ def _asked(question: str) -> str:
 
 def _sciq(package: Path) -> Iterator[Record]:
     for number, row in enumerate(_rows(package, "sciq/none/validation")):
-        question, answer, support = (
-            _asked(row["question"]),
-            _sentence(row["correct_answer"]),
-            " ".join(row["support"].split()),
-        )
+        question, answer = _asked(row["question"]), _sentence(row["correct_answer"])
+        support = " ".join(row["support"].split())
         if not 80 <= len(support) <= _LONGEST_PASSAGE or "http" in support or not support.endswith("."):
             yield Record(question, "", answer)
         elif number % 2:
@@ -106,9 +103,8 @@ def _commonsense(package: Path) -> Iterator[Record]:
         if number % 2:
             yield Record(_asked(row["question"]), "", answer)
         else:
-            yield Record(
-                f"Choose the best answer. {_asked(row['question'])}", "Options: " + ", ".join(choices["text"]), answer
-            )
+            options = "Options: " + ", ".join(choices["text"])
+            yield Record(f"Choose the best answer. {_asked(row['question'])}", options, answer)
 
 
 def _trivia(package: Path) -> Iterator[Record]:
@@ -120,35 +116,26 @@ def _trivia(package: Path) -> Iterator[Record]:
 
 def _squad(package: Path) -> Iterator[Record]:
     for doc in request_docs(package, "squad/bpb_5shot", "id"):
-        passage, _, question = (
-            doc["query"].removesuffix("\nAnswer:").partition("\nBackground: ")[2].rpartition("\nQuestion: ")
-        )
+        background = doc["query"].removesuffix("\nAnswer:").partition("\nBackground: ")[2]
+        passage, _, question = background.rpartition("\nQuestion: ")
         if len(passage) <= _LONGEST_PASSAGE:
-            yield Record(
-                f"Use the passage to answer the question. {_asked(question)}",
-                passage,
-                _sentence(doc["answers_text"][0]),
-            )
+            asked = f"Use the passage to answer the question. {_asked(question)}"
+            yield Record(asked, passage, _sentence(doc["answers_text"][0]))
 
 
 def _coqa(package: Path) -> Iterator[Record]:
     for doc in request_docs(package, "coqa/bpb_0shot", "id"):
         question = doc["query"].removesuffix("\nAnswer:").rpartition("Question: ")[2]
         if doc["id"].endswith("_turn0") and len(doc["story"]) <= _LONGEST_PASSAGE:
-            yield Record(
-                f"Read the story and answer the question. {_asked(question)}",
-                doc["story"],
-                _sentence(doc["choices"][0]),
-            )
+            asked = f"Read the story and answer the question. {_asked(question)}"
+            yield Record(asked, doc["story"], _sentence(doc["choices"][0]))
 
 
 def _jeopardy(package: Path) -> Iterator[Record]:
     for doc in request_docs(package, "jeopardy/bpb_5shot", "index"):
-        category = doc["category"].replace("_", " ")
+        asked = f"Name what this clue describes (category: {doc['category'].replace('_', ' ')})."
         clue = doc["query"].removesuffix("\nAnswer:").rpartition("\nQuestion: ")[2]
-        yield Record(
-            f"Name what this clue describes (category: {category}).", _sentence(clue), _sentence(doc["answer"])
-        )
+        yield Record(asked, _sentence(clue), _sentence(doc["answer"]))
 
 
 def _copa(package: Path) -> Iterator[Record]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.offline.repository import installed
 from infra.offline.texts import news_texts
+from infra.progress_bars import progress_bars_hidden
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -37,7 +36,7 @@ def build_tiny_llama(folder: Path) -> None:
 
     tokenizer = _tiny_tokenizer()
     config = _tiny_config(len(tokenizer), tokenizer.eos_token_id)
-    with torch.random.fork_rng(devices=[]), quiet():
+    with torch.random.fork_rng(devices=[]), progress_bars_hidden():
         torch.manual_seed(_SEED)
         model = LlamaForCausalLM(config)
         model.save_pretrained(folder)
@@ -71,18 +70,3 @@ def _tiny_tokenizer() -> PreTrainedTokenizerFast:
     build: Any = PreTrainedTokenizerFast  # its constructor is untyped
     wrapped: PreTrainedTokenizerFast = build(tokenizer_object=tokenizer, bos_token=_END, eos_token=_END, pad_token=_END)
     return wrapped
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars of transformers, which would tear the run's own."""
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

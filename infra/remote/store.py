@@ -10,19 +10,20 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from infra.artifacts.manifest import ArtifactRef, Manifest
+from infra.artifacts.manifest import ArtifactRef, Manifest, is_inside
 from infra.artifacts.store import ArtifactStore
 from infra.errors import ArtifactMissing, InfraError
 from infra.filesystem.disk import digest
 from infra.remote.files import RemoteFiles, open_files
-from infra.remote.locks import PACE, Pace, remotely_locked
+from infra.remote.locks import LOCK_TIMING, LockTiming, remotely_locked
+from infra.settings import Settings
 
 log = logging.getLogger("slimline")
 
@@ -47,8 +48,8 @@ class _Corrupt(InfraError):
 class RemoteStore:
     """Artifacts on an object store. Only `check` raises; everything else warns and counts as not there."""
 
-    def __init__(self, files: RemoteFiles, pace: Pace = PACE) -> None:
-        self._files, self._pace = files, pace
+    def __init__(self, files: RemoteFiles, timing: LockTiming = LOCK_TIMING) -> None:
+        self._files, self._timing = files, timing
 
     def check(self) -> None:
         """Raise RemoteUnusable if it cannot be reached, written and locked."""
@@ -78,7 +79,7 @@ class RemoteStore:
         """Hold the key of `ref` against all machines; without one, if the object store does not answer."""
         with ExitStack() as held:
             with self._forgiven(ref, "locked"):
-                held.enter_context(remotely_locked(self._files, f".locks/{ref.kind}.{ref.key}", self._pace))
+                held.enter_context(remotely_locked(self._files, f".locks/{ref.kind}.{ref.key}", self._timing))
             yield
 
     def _is_here(self, ref: ArtifactRef) -> bool:
@@ -95,7 +96,7 @@ class RemoteStore:
             entry = Entry.model_validate_json(content)
         except ValidationError as error:
             raise _Corrupt("its entry cannot be read") from error
-        if entry.manifest.ref != ref or not all(_inside(name) for name in entry.manifest.files):
+        if entry.manifest.ref != ref or not all(map(is_inside, entry.manifest.files)):
             raise _Corrupt("its entry belongs to another artifact or names files outside")
         return entry
 
@@ -135,16 +136,29 @@ class RemoteStore:
             log.warning("%s could not be %s at %s: %s", ref.key, what, self._files.url, reason)
 
 
+class _NoRemoteStore:
+    """Where SLIMLINE_REMOTE is not set: nothing is found there and nothing is done."""
+
+    def check(self) -> None: ...
+
+    def fetch(self, ref: ArtifactRef, store: ArtifactStore) -> bool:
+        return False
+
+    def share(self, ref: ArtifactRef, store: ArtifactStore, *, replace: bool = False) -> None: ...
+
+    def lock(self, ref: ArtifactRef) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def remote_store(settings: Settings) -> RemoteStore | _NoRemoteStore:
+    """The object store that SLIMLINE_REMOTE names. Raises SettingsInvalid for a URL that cannot be used."""
+    return _NoRemoteStore() if settings.remote is None else _opened(settings.remote)
+
+
 @cache
-def remote_store(url: str) -> RemoteStore:
-    """The object store at a URL. Raises SettingsInvalid."""
+def _opened(url: str) -> RemoteStore:
     return RemoteStore(open_files(url))
 
 
 def _folder(ref: ArtifactRef) -> str:
     return f"{ref.kind}/{ref.key}"
-
-
-def _inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in name

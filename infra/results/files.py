@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import tempfile
@@ -27,9 +26,8 @@ from pydantic import ValidationError
 
 from infra.errors import ResultsUnusable
 from infra.filesystem.disk import full_disk_named, sync_folder, write_durably
+from infra.log_once import warn_once
 from infra.results.rows import FORMAT, KINDS, ColumnType, Kind, Row, columns
-
-log = logging.getLogger("slimline")
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 # File systems allow names of 255 bytes, specs names of any length.
@@ -46,8 +44,6 @@ _ARROW: dict[ColumnType, pa.DataType] = {
     "flag": pa.bool_(),
     "moment": pa.timestamp("us", tz="UTC"),
 }
-
-_warned: set[str] = set()
 
 
 class _NewerFormat(ResultsUnusable):
@@ -85,14 +81,9 @@ class ResultFiles:
             raise ResultsUnusable(f"{key!r} cannot be the key of a {kind.name}: letters, digits and . _ + - only")
         return self.folder / kind.head / _file_name(key)
 
-    def write(self, record: Record, *, keep_newer: bool = False) -> None:
-        """Put a file in its place, over an older one, or with `keep_newer` not over one that was recorded later.
-
-        Raises DiskFull or ResultsUnusable, and has changed nothing then.
-        """
-        path = self.path(record.kind, record.key)
-        if not (keep_newer and _is_newer(path, record)):
-            self._put(path, encode(record))
+    def write(self, record: Record) -> None:
+        """Put a file in its place, over an older one. Raises DiskFull or ResultsUnusable, having changed nothing."""
+        self._put(self.path(record.kind, record.key), encode(record))
 
     def add(self, path: Path) -> str:
         """Copy a file of another store in; returns its key. What was recorded here under that key later is kept.
@@ -250,13 +241,6 @@ def decode(content: bytes, path: Path) -> Record:
         raise ResultsUnusable(
             f"{path} is not a results file or is damaged ({reason}); restore it or move it away and run that spec again"
         ) from error
-
-
-def warn_once(sentence: str) -> None:
-    """Warn of a state that lasts: once in a process, however often it is met."""
-    if sentence not in _warned:
-        _warned.add(sentence)
-        log.warning("%s", sentence)
 
 
 def arrow_table(row: type[Row], rows: Sequence[Row]) -> pa.Table:

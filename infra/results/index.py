@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,16 +20,9 @@ from typing import Any, TypeVar
 import duckdb
 
 from infra.errors import InfraError
-from infra.results.files import ResultFiles, warn_once
-from infra.results.index_tables import (
-    FIRST_FORMAT,
-    forget,
-    in_utc,
-    insert,
-    make_tables,
-    records_of_first_format,
-    stamps,
-)
+from infra.log_once import warn_once
+from infra.results.files import ResultFiles
+from infra.results.index_tables import delete_files, in_utc, insert, make_tables, stamps
 from infra.results.rows import FORMAT, KINDS, TABLES
 
 T = TypeVar("T")
@@ -114,7 +105,6 @@ class ResultIndex:
                 found = self._tried(answer, reading=True)
             except _InUse as error:
                 log.info("%s is in use (%s): reading the files themselves", self.path, error)
-                self._save_rows_of_first_format()
                 found = None
             return self._from_memory(answer) if found is None else found
 
@@ -140,8 +130,6 @@ class ResultIndex:
             with suppress(duckdb.ConnectionException), self._open(timeout_seconds, read_only=True) as connection:
                 if self._is_current(connection):
                     return use(connection)
-                if self._format(connection) == FIRST_FORMAT:
-                    self._write_files(connection)  # even if we may read it only
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._open(timeout_seconds) as connection:
             self._bring_up_to_date(connection)
@@ -161,8 +149,6 @@ class ResultIndex:
         """Make the tables say what the files say, all at once or not at all."""
         found = self._format(connection)
         connection.begin()
-        if found == FIRST_FORMAT:
-            self._write_files(connection)
         if found != FORMAT:
             make_tables(connection)
         known, listing = stamps(connection), self._files.listing()
@@ -171,7 +157,7 @@ class ResultIndex:
         if gone:
             log.warning("%d of the results that were in %s are no longer there", len(gone), self._files.folder)
         changed = {name: stamp for name, stamp in listing.items() if known.get(name) != stamp}
-        forget(connection, [*gone, *(changed.keys() & known.keys())])
+        delete_files(connection, [*gone, *(changed.keys() & known.keys())])
         records = self._files.read(changed)
         while some := list(islice(records, _FILES_AT_ONCE)):
             insert(connection, some, changed)
@@ -191,24 +177,6 @@ class ResultIndex:
                 "SLIMLINE_RESULTS_DB to another file"
             )
         return int(found)
-
-    def _write_files(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """Write a file for every run in a results file of format 1, which was the truth then."""
-        for record in records_of_first_format(connection):
-            self._files.write(record, keep_newer=True)
-
-    def _save_rows_of_first_format(self) -> None:
-        """Before we answer without an index in use: it may still be in the first format, and hold what no file does."""
-        if self._memory is not None:
-            return
-        with tempfile.TemporaryDirectory() as folder, suppress(duckdb.Error, OSError, _NotOurs):
-            # A copy can be opened while another process has the file. We ourselves have not: to close it here would
-            # drop the lock that DuckDB has on it in this process.
-            copy = Path(folder) / "copy.duckdb"
-            shutil.copyfile(self.path, copy)
-            with duckdb.connect(str(copy), read_only=True) as connection:
-                if self._format(connection) == FIRST_FORMAT:
-                    self._write_files(connection)
 
     def _put_aside(self, error: Exception, before: tuple[int, int] | None) -> bool:
         """Rename a damaged index, so that it is made anew; whatever it is, it is not deleted."""

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from infra.results.files import Record, arrow_table
-from infra.results.rows import FORMAT, KINDS, RUN, TABLES, ColumnType, Moment, Row, RunRow, columns
-
-FIRST_FORMAT = 1
-"""Of a results file that was itself the truth: it has some tables of runs only, without `files`."""
-
-_FIRST_TABLES = ("runs", "stages", "metrics", "layers")
+from infra.results.rows import FORMAT, KINDS, TABLES, ColumnType, Moment, Row, columns
 
 _DUCKDB: dict[ColumnType, str] = {
     "text": "VARCHAR",
@@ -29,13 +24,13 @@ class Connection(Protocol):
     """What we use of a DuckDB connection."""
 
     def execute(self, query: str, parameters: object = ...) -> Any:
-        """Run one statement."""
+        """Run one SQL statement; the result has fetchall()."""
 
     def register(self, name: str, table: object) -> Any:
         """Let an Arrow table be asked under a name."""
 
     def unregister(self, name: str) -> Any:
-        """Forget a registered table."""
+        """Take the name back."""
 
 
 class _FileRow(Row):
@@ -53,7 +48,7 @@ _INDEX: dict[str, type[Row]] = {**TABLES, "files": _FileRow}
 
 def make_tables(connection: Connection) -> None:
     """Make all tables anew and empty."""
-    # No keys: a run's rows are replaced as a whole. The version is where the first slimline looks for it, and refuses.
+    # No keys: a run's rows are replaced as a whole.
     for table in (*_INDEX, "schema_version"):
         connection.execute(f"DROP TABLE IF EXISTS {table}")
     for table, row in _INDEX.items():
@@ -72,7 +67,7 @@ def stamps(connection: Connection) -> dict[str, str]:
     return dict(connection.execute("SELECT name, stamp FROM files").fetchall())
 
 
-def forget(connection: Connection, names: Sequence[str]) -> None:
+def delete_files(connection: Connection, names: Sequence[str]) -> None:
     """Delete all that came from the named files."""
     if not names:
         return
@@ -99,22 +94,6 @@ def insert(connection: Connection, records: Sequence[tuple[str, Record]], stamps
             connection.register("fresh", arrow_table(_INDEX[table], new))
             connection.execute(f"INSERT INTO {table} SELECT * FROM fresh")
             connection.unregister("fresh")
-
-
-def records_of_first_format(connection: Connection) -> Iterator[Record]:
-    """The runs in a results file of format 1, in the order in which they were recorded."""
-    recorded_at = datetime.min.replace(tzinfo=UTC)
-    for (key,) in connection.execute("SELECT run_key FROM runs ORDER BY rowid").fetchall():
-        rows: dict[str, tuple[Row, ...]] = {}
-        for table in _FIRST_TABLES:
-            row = RUN.tables[table]
-            found = connection.execute(f"SELECT * FROM {table} WHERE run_key = ? ORDER BY rowid", [key])
-            names = [name for name, *_ in found.description]
-            fields = (dict(zip(names, map(in_utc, values), strict=True)) for values in found.fetchall())
-            rows[table] = tuple(map(row.model_validate, fields))
-        finished_at = max(run.finished_at for run in rows["runs"] if isinstance(run, RunRow))
-        recorded_at = max(recorded_at + timedelta(microseconds=1), finished_at)
-        yield Record(RUN, rows, recorded_at)
 
 
 def in_utc(value: object) -> object:

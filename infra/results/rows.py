@@ -16,7 +16,7 @@ from typing import Annotated, Literal, get_args, get_origin
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict
 
 FORMAT = 3
-"""Version of the rows, in files and in the index. Version 1 was a DuckDB file alone; files of all later ones exist."""
+"""Version of the rows, in files and in the index. An index of another version is made anew from the files."""
 
 DENSE = "dense"
 """Name of a run's checkpoint before any step: what the others are compared with."""
@@ -217,9 +217,7 @@ class Kind:
 
 
 RUN = Kind(
-    "run",
-    "run_key",
-    {"runs": RunRow, "stages": StageRow, "metrics": MetricRow, "layers": LayerRow, "pairs": PairRow},
+    "run", "run_key", {"runs": RunRow, "stages": StageRow, "metrics": MetricRow, "layers": LayerRow, "pairs": PairRow}
 )
 NIGHT = Kind("night", "night_id", {"nights": NightRow, "night_cells": NightCellRow, "night_figures": NightFigureRow})
 KINDS = (RUN, NIGHT)

@@ -22,7 +22,7 @@ from infra.results.rows import (
     RunRow,
     StageRow,
 )
-from infra.settings import Settings, beside
+from infra.settings import Settings, default_results_folder
 
 R = TypeVar("R", bound=Row)
 
@@ -37,7 +37,7 @@ class ResultsStore:
 
     def __init__(self, path: Path, folder: Path | None = None, *, timeout_seconds: float = 1.0) -> None:
         self.path = path
-        self.files = ResultFiles(folder or beside(path))
+        self.files = ResultFiles(folder or default_results_folder(path))
         self._index = ResultIndex(path, self.files, timeout_seconds)
 
     @classmethod
@@ -104,8 +104,6 @@ class ResultsStore:
         Raises ResultsUnusable if there is none.
         """
         path = self.files.path(RUN, run_key)
-        if not path.exists():
-            self._index.update()  # a results file of the first slimline becomes files now
         if not path.exists():
             raise ResultsUnusable(f"no run {run_key!r} is recorded in {self.files.folder}")
         return path

@@ -11,11 +11,9 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
-import logging
 import lzma
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.errors import InfraError, SourceInvalid, SourceUnreadable
+from infra.log_once import warn_once
 from infra.registry import did_you_mean
-
-log = logging.getLogger("slimline")
 
 MOST_FILES = 100
 """So many files the early look opens, each as far as its first piece: ten megabytes of JSON, 10,000 rows of CSV or of
@@ -44,14 +41,14 @@ class DataFiles:
     """The files of one split. Reading starts when the tables of a file are asked for.
 
     repo_id: the data set as the user calls it. names: as `tables` knows them. tables: a file piece by piece, each with
-    its own types. said: a file's name as the user knows it. absent_is_empty: a column may be missing from a whole file
+    its own types. label: a file's name as the user knows it. absent_is_empty: a column may be missing from a whole file
     (a key without a value need not be written in JSON). cast: raises if a table does not go into an earlier schema.
     """
 
     repo_id: str
     names: tuple[str, ...]
     tables: Callable[[str], Iterator[pa.Table]]
-    said: Callable[[str], str]
+    label: Callable[[str], str]
     absent_is_empty: bool
     cast: Callable[[pa.Table, pa.Schema], object]
 
@@ -90,7 +87,7 @@ class DataFiles:
         for name in self.names:
             length = sum(len(table) for _, table in self._pieces(name))
             if left < length:
-                return f"row {left} of {self.said(name)}"
+                return f"row {left} of {self.label(name)}"
             left -= length
         return f"row {row}"
 
@@ -108,7 +105,7 @@ class DataFiles:
             raise
         except Exception as error:  # as many types as there are formats, compressions and file systems
             raise SourceUnreadable(
-                f"{self.said(name)} cannot be read: {_broken_line(name) or reason(error)}; mend it or fetch it again"
+                f"{self.label(name)} cannot be read: {_broken_line(name) or reason(error)}; mend it or fetch it again"
             ) from error
 
     def _check_fit(self, name: str, table: pa.Table, first: str, schema: pa.Schema) -> None:
@@ -116,8 +113,8 @@ class DataFiles:
             self.cast(table, schema)
         except Exception as error:
             raise SourceUnreadable(
-                f"{self.said(name)} does not fit to {self.said(first)}: {_clash(table.schema, schema) or reason(error)}"
-                "; give all files of a split the same columns and types"
+                f"{self.label(name)} does not fit to {self.label(first)}: "
+                f"{_clash(table.schema, schema) or reason(error)}; give all files of a split the same columns and types"
             ) from error
 
 
@@ -155,8 +152,8 @@ class _Seen:
             if column not in self._found:
                 raise missing_column(files.repo_id, column, names)
             if not files.absent_is_empty:
-                raise missing_column(files.said(name), column, names)
-            say_once(f"{files.said(name)} has no column {column!r}: it is read as empty")
+                raise missing_column(files.label(name), column, names)
+            warn_once(f"{files.label(name)} has no column {column!r}: it is read as empty")
 
     def _texts(self, name: str, row: int, column: str, values: pa.ChunkedArray) -> list[str | None]:
         """The values if all are text or null. Raises SourceInvalid, naming file and row."""
@@ -173,7 +170,7 @@ class _Seen:
 
     def _place(self, name: str) -> str:
         """Which of several files, in words."""
-        return f" of {self._files.said(name)}" if len(self._files.names) > 1 else ""
+        return f" of {self._files.label(name)}" if len(self._files.names) > 1 else ""
 
 
 def missing_column(where: str, column: str, names: Sequence[str]) -> SourceInvalid:
@@ -197,12 +194,6 @@ def reason(error: BaseException) -> str:
     return f"{line} (pip install zstandard)" if "zstd not supported" in line else line
 
 
-@lru_cache(maxsize=1000)
-def say_once(words: str) -> None:
-    """Every stage that reads the same data would say the same."""
-    log.warning("%s", words)
-
-
 def _is_empty(name: str) -> bool:
     """Whether it is a file without a byte, which in a text format is one without rows."""
     path = Path(name)
@@ -211,7 +202,7 @@ def _is_empty(name: str) -> bool:
 
 def _no_rows(files: DataFiles) -> str:
     if len(files.names) == 1:
-        return f"{files.said(files.names[0])} has no rows; fetch it again or name another file"
+        return f"{files.label(files.names[0])} has no rows; fetch it again or name another file"
     return f"none of the {len(files.names)} files of {files.repo_id} has rows; fetch them again or name others"
 
 

@@ -19,8 +19,9 @@ from datasets.download import StreamingDownloadManager
 from datasets.table import table_cast
 
 from infra.errors import InfraError, SourceInvalid, SourceMissing, SourceUnreadable
+from infra.log_once import warn_once
 from infra.registry import did_you_mean
-from infra.sources.data_files import DataFiles, reason, say_once
+from infra.sources.data_files import DataFiles, reason
 from infra.sources.file_kinds import BUILDERS, COMPRESSED, check_single_file, kind_of, say_left_out
 from infra.sources.located import Located, named_by_content
 
@@ -40,14 +41,6 @@ _FAILURES = (
 )
 
 
-def splits(located: Located, config: str | None, *, home: Path) -> tuple[str, ...]:
-    """Names of the splits under `config` (None: the default one)."""
-    if located.folder is not None and located.folder.is_file():
-        return ("train",)
-    with explained(located, config, "train", home):
-        return tuple(datasets.get_dataset_split_names(_path(located, home), config, revision=located.revision))
-
-
 def load(located: Located, config: str | None, split: str, data_files: str | None, *, home: Path) -> Dataset:
     """The rows of one split.
 
@@ -63,7 +56,7 @@ def load(located: Located, config: str | None, split: str, data_files: str | Non
         try:
             return cast(Dataset, datasets.load_dataset(**where, split=split, verification_mode=checks))
         except datasets.exceptions.SplitsVerificationError:
-            say_once(
+            warn_once(
                 f"{located.repo_id} does not have the splits and rows that its README promises; what is there is read"
             )
             checks = VerificationMode.NO_CHECKS
@@ -107,7 +100,7 @@ def _data_files(located: Located, builder: Any, names: Sequence[str], home: Path
         repo_id=located.repo_id,
         names=tuple(names),
         tables=partial(_tables, builder, _piece(builder.info.builder_name, len(names))),
-        said=partial(_said, located, home),
+        label=partial(_label, located, home),
         absent_is_empty=builder.info.builder_name == "json",
         cast=table_cast,
     )
@@ -132,7 +125,7 @@ def _piece(builder: str, num_files: int) -> dict[str, int]:
     return {option: max(most // 10, min(most, most * _FEW // max(num_files, 1)))}
 
 
-def _said(located: Located, home: Path, file: str) -> str:
+def _label(located: Located, home: Path, file: str) -> str:
     """A file as the user knows it: below the folder that they gave or under the data set's id on the hub."""
     if located.folder is None:
         return file

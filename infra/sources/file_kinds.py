@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from infra.errors import SourceInvalid
-from infra.sources.data_files import say_once
+from infra.log_once import warn_once
 from infra.sources.located import Located
 
 BUILDERS = {
@@ -39,7 +39,7 @@ def say_left_out(folder: Path, read: set[str]) -> None:
     names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     others = sorted(name for name in names if kind_of(name) in _DATA and kind_of(name) not in kinds)
     if others := [name for name in others if Path(name).name not in _NOT_DATA and not name.startswith(".")]:
-        say_once(
+        warn_once(
             f"{folder}: its {'/'.join(sorted(kinds))} files are read, {', '.join(others[:3])} not; name files of one "
             "format by data_files, or put them into a folder of their own"
         )

@@ -126,12 +126,6 @@ class Sources:
             return None
         return named_by_content(located, self.home)
 
-    def splits(self, repo_id: str, config: str | None = None) -> tuple[str, ...]:
-        """Names of the splits a data set has under `config`; raises SourceInvalid naming the configs there are."""
-        from infra.sources import datasets
-
-        return datasets.splits(self.find(repo_id, "dataset"), config, home=self.home)
-
     def _columns(self, data: TextData, columns: Sequence[str]) -> TextColumns:
         from infra.sources.text_columns import TextColumns
 

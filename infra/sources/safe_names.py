@@ -76,7 +76,7 @@ def _promised_files(file: Path, repo_id: str) -> Iterator[str]:
         return
     text = file.read_text(encoding="utf-8", errors="replace")
     parts = re.split(r"^---[ \t]*$", text, maxsplit=2, flags=re.MULTILINE)
-    header = parts[1] if file.suffix == ".md" and len(parts) == 3 else "" if file.suffix == ".md" else text
+    header = text if file.suffix != ".md" else parts[1] if len(parts) == 3 else ""
     try:
         card = load_yaml(header)
     except YamlInvalid as error:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import SourceUnreadable
+from infra.log_once import warn_once
 from infra.sources import datasets
-from infra.sources.data_files import check_text, missing_column, say_once
+from infra.sources.data_files import check_text, missing_column
 from infra.sources.located import Located
 
 
@@ -67,7 +68,7 @@ class TextColumns:
         return values
 
     def _file_by_file(self) -> dict[str, list[str | None]]:
-        """Each file by its own types."""
+        """Each file by its own types, where they fit into no common table."""
         names = datasets.split_names(self.split)
         whole = {name: self._files(name).read(self.columns) for name in names}
         lengths = {name: len(values[self.columns[0]]) for name, values in whole.items()}
@@ -81,7 +82,7 @@ class TextColumns:
             whole = self.located.folder is not None and datasets.split_names(self.split) == [self.split]
             place = self._files(self.split).place_of(row) if whole else f"row {row}"
             rows = f"{missing} of {len(texts)} rows of {self.split} have no text in {column!r}"
-            say_once(f"{self.located.repo_id}: {rows}, the first is {place}; they are read as empty")
+            warn_once(f"{self.located.repo_id}: {rows}, the first is {place}; they are read as empty")
 
     def _files(self, split: str) -> Any:
         return datasets.files_of(self.located, self.config, split, self.data_files, home=self.home)

@@ -24,7 +24,7 @@ from infra.errors import TrackingUnusable
 from infra.filesystem.locks import flocked
 from infra.secrets import redacted
 from infra.tracking import mlflow_rules as rules
-from infra.tracking.tracking_store import check_store, database_of
+from infra.tracking.database import check_store, database_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -51,7 +51,7 @@ class MetricPoint:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """All that one call writes."""
+    """The arguments of one `Tracker.record`, whose digest says whether they are recorded already."""
 
     run_key: str
     name: str

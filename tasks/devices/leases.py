@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
 from infra.errors import SettingsInvalid
-from infra.filesystem.leases import leased
+from infra.filesystem.locks import leased
 from infra.settings import Settings
 
 #: called with an accelerator's name and `wait`; yields whether it is ours. Without `wait` the answer comes at once.

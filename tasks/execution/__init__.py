@@ -6,5 +6,4 @@
 * `interrupts`      a signal ends what can go on later, and starts nothing new
 * `disk_forecast`   what a stage will write, and whether there is room
 * `progress`        a bar in a terminal, an artifact in Prefect's pages
-* `sharing`         the object store behind the artifact store, if there is one
 """

@@ -19,6 +19,7 @@ from prefect.context import TaskRunContext
 
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 from infra.provenance import versions
+from infra.remote.store import remote_store
 from infra.secrets import secrets_kept
 from infra.settings import Settings, load_settings
 from tasks.devices.placement import Placement
@@ -28,7 +29,6 @@ from tasks.execution.disk_forecast import Forecast, check_room
 from tasks.execution.interrupts import Interrupted, ended_by_marks, refuse_elsewhere, refuse_interrupted
 from tasks.execution.progress import stage_progress
 from tasks.execution.retries import passes_by_itself, with_smaller_batches
-from tasks.execution.sharing import sharing_of
 from tasks.requests import EvaluateRequest, Request
 
 log = logging.getLogger("slimline")
@@ -81,7 +81,7 @@ def run_stage(
 ) -> StageResult:
     """Make the artifact of `request` unless the store has it. One process at a time works on one key."""
     store, ref = run_context.store, request.ref
-    sharing = sharing_of(run_context.settings)
+    sharing = remote_store(run_context.settings)
     with store.lock(ref):
         if store.has(ref) and not (_refreshing() and _older(store, ref, run_context.refreshed_since)):
             log.info("%s: %s found in the store, not run", stage_name, ref.key)
@@ -160,7 +160,7 @@ def log_cached(stage_name: str, ref: ArtifactRef) -> None:
     """Say that a stage is not run; what could not be shared when it was made is shared now."""
     log.info("%s: not run, %s is cached", stage_name, ref.key)
     settings = load_settings()
-    sharing_of(settings).share(ref, ArtifactStore(settings.store_root))
+    remote_store(settings).share(ref, ArtifactStore(settings.store_root))
 
 
 def _import_in_turn(modules: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import os
 from collections.abc import Iterator
 from urllib.parse import quote
 
@@ -16,12 +17,17 @@ from infra.secrets import (
     keep_secrets_out_of_logs,
     place_of_secret,
     redacted,
-    secret_variables,
+    secret_values,
     secrets_kept,
 )
 
 HF = "hf_" + "aB3d" * 8
 PASSWORD = "correct horse/battery!"
+
+
+def secret_variables() -> tuple[str, ...]:
+    """Names of the environment variables that hold a secret."""
+    return tuple(sorted(name for name, value in os.environ.items() if secret_values(name, value)))
 
 
 @pytest.fixture(autouse=True)

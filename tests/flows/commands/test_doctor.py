@@ -9,8 +9,8 @@ import pytest
 
 from flows.commands.doctor import Finding, is_loopback, security_warnings
 from flows.errors import SpecError
-from infra.secrets import secret_variables
 from infra.settings import Settings
+from tests.infra.test_secrets import secret_variables
 
 TOKEN = "hf_" + "aB3d" * 8
 

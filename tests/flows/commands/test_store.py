@@ -16,7 +16,7 @@ import typer
 from flows.errors import USER_ERRORS
 from flows.records.retention import kept_artifacts
 from flows.run.outcome import RunResult
-from infra.artifacts.claims import live_claims, settled
+from infra.artifacts.claims import claims_frozen, live_claims
 from infra.artifacts.garbage import clear
 from infra.artifacts.inventory import stored
 from infra.artifacts.store import ArtifactRef
@@ -214,13 +214,13 @@ def test_gc_never_takes_what_a_running_run_counts_on(smoke_copy: Home, smoke: tu
     child = smoke_copy.start("retry", "smoke")
     cleared_while_claimed = 0
     while child.poll() is None:
-        with settled(store.root):
+        with claims_frozen(store.root):
             claims = live_claims(store.root)
         if claims:
             with store.writing(unclaimed, request={}, versions={}) as folder:
                 (folder / "report.json").write_text("{}")
             gone = clear(store, lambda: (), timedelta(0)).garbage
-            with settled(store.root):
+            with claims_frozen(store.root):
                 if live_claims(store.root) == claims:
                     assert {each.name for each in gone if each.ref} == {unclaimed.key}
                     cleared_while_claimed += 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.artifacts.claims import Claim, claimed, live_claims, settled
+from infra.artifacts.claims import Claim, claimed, claims_frozen, live_claims
 from infra.artifacts.garbage import Clearing, clear, survey
 from infra.artifacts.inventory import stored
 from infra.artifacts.store import ArtifactRef, ArtifactStore
@@ -138,7 +138,7 @@ def test_a_claim_keeps_what_it_names_as_long_as_its_process_lives(store: Artifac
 
 
 def test_a_claim_waits_for_a_clearing(store: ArtifactStore) -> None:
-    with settled(store.root):
+    with claims_frozen(store.root):
         claimer = start(CLAIMER, store.root)
         time.sleep(1.0)
         assert live_claims(store.root) == ()

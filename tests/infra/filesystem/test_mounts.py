@@ -9,7 +9,7 @@ import pytest
 
 from infra.artifacts.store import ArtifactStore
 from infra.errors import StoreUnsafe
-from infra.filesystem import mounts as shared_locks
+from infra.filesystem import mounts
 from infra.filesystem.mounts import Mount, check_locks, local_locks, mount_of
 
 TABLE = """\
@@ -47,9 +47,9 @@ def test_the_mount_says_where_locks_end(path: str, type_: str, problem: str) -> 
 
 
 def test_an_unsafe_store_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(f"27 1 0:1 / {tmp_path} rw - nfs host:/x rw,vers=3,nolock\n")
-    monkeypatch.setattr(shared_locks, "_MOUNTS", mounts)
+    table = tmp_path / "mountinfo"
+    table.write_text(f"27 1 0:1 / {tmp_path} rw - nfs host:/x rw,vers=3,nolock\n")
+    monkeypatch.setattr(mounts, "_MOUNTS", table)
     with pytest.raises(StoreUnsafe, match=rf"lies on {tmp_path}, which is nfs mounted with nolock .*SLIMLINE_REMOTE"):
         ArtifactStore(tmp_path / "store").preflight()
 
@@ -72,7 +72,7 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_machine_without_a_mount_table_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_locks, "_MOUNTS", tmp_path / "none")
+    monkeypatch.setattr(mounts, "_MOUNTS", tmp_path / "none")
     check_locks(tmp_path)
     assert mount_of(tmp_path, "") is None
     assert local_locks(Mount(tmp_path, "ext4", ("rw",))) == ""

@@ -15,8 +15,8 @@ import sentencepiece
 from transformers import PreTrainedTokenizerFast
 
 from infra.errors import SourceInvalid
-from infra.models.card import read_config
 from infra.models.import_model import describe, import_model, load_tokenizer
+from infra.models.model_files import read_config
 from infra.sources.located import Located
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 

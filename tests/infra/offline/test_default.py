@@ -38,10 +38,12 @@ def test_evaluated_splits_are_whole(
 ) -> None:
     from infra.sources import datasets
 
-    table = datasets.load(offline.find(repo_id, "dataset"), config, split, None, home=offline.home)
+    located = offline.find(repo_id, "dataset")
+    table = datasets.load(located, config, split, None, home=offline.home)
     assert len(table) == rows
     assert columns <= set(table.column_names)
-    assert "train" not in offline.splits(repo_id, config)
+    assert located.folder is not None
+    assert not list(located.folder.rglob("train-*"))
 
 
 def test_answers_point_at_choices(offline: Sources) -> None:

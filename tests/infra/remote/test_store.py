@@ -15,17 +15,17 @@ from infra.artifacts.manifest import Manifest
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 from infra.errors import RemoteUnusable, SettingsInvalid
 from infra.remote.files import RemoteFiles, open_files
-from infra.remote.locks import Pace, remotely_locked
+from infra.remote.locks import LockTiming, remotely_locked
 from infra.remote.store import RemoteStore
 from tests.infra.processes import kill_after_line, start
 
 REF = ArtifactRef(kind="checkpoint", key="prune-slimgpt-v1-0123456789abcdef")
-QUICK = Pace(renew=0.05, expire=0.5, look=0.02)
+QUICK = LockTiming(renew=0.05, expire=0.5, look=0.02)
 _HOLDER = """
 import sys, time
 from infra.remote.files import open_files
-from infra.remote.locks import Pace, remotely_locked
-with remotely_locked(open_files(sys.argv[1]), ".locks/x", Pace(renew=0.05, expire=0.5, look=0.02)):
+from infra.remote.locks import LockTiming, remotely_locked
+with remotely_locked(open_files(sys.argv[1]), ".locks/x", LockTiming(renew=0.05, expire=0.5, look=0.02)):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -16,6 +16,7 @@ import pytest
 
 from infra.errors import DiskFull, ResultsUnusable
 from infra.filesystem import disk
+from infra.log_once import warn_once
 from infra.results import files as result_files
 from infra.results.rows import FORMAT, KINDS, RUN
 from infra.results.store import ResultsStore
@@ -24,8 +25,8 @@ from tests.infra.result_examples import cell_row, figure_row, layer_row, metric_
 
 
 @pytest.fixture(autouse=True)
-def _warned_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(result_files, "_warned", set())
+def _warned_of_nothing() -> None:
+    warn_once.cache_clear()
 
 
 @pytest.fixture

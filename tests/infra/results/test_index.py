@@ -5,24 +5,23 @@ from __future__ import annotations
 import logging
 import random
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
 import pytest
 
-from infra.results import files as result_files
-from infra.results.rows import FORMAT, Row
+from infra.log_once import warn_once
+from infra.results.rows import FORMAT
 from infra.results.store import ResultsStore
 from tests.infra.processes import kill_after_line, start
 from tests.infra.result_examples import layer_row, metric_row, night_row, run_row, stage_row
 
 
 @pytest.fixture(autouse=True)
-def _warned_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(result_files, "_warned", set())
+def _warned_of_nothing() -> None:
+    warn_once.cache_clear()
 
 
 @pytest.fixture
@@ -223,105 +222,9 @@ ResultsStore(Path(sys.argv[1])).record(run_row("late"), metrics=[metric_row("lat
     assert store.metrics() == (metric_row("late"),)
 
 
-FIRST_FORMAT = """
-    CREATE TABLE schema_version (version INTEGER, applied_at TIMESTAMP);
-    INSERT INTO schema_version VALUES (1, now()::TIMESTAMP);
-    CREATE TABLE runs (
-        run_key VARCHAR NOT NULL, name VARCHAR NOT NULL, spec JSON NOT NULL, status VARCHAR NOT NULL,
-        started_at TIMESTAMP NOT NULL, finished_at TIMESTAMP NOT NULL, prefect_run_id VARCHAR,
-        mlflow_run_id VARCHAR, slimline_version VARCHAR NOT NULL, git_revision VARCHAR, message VARCHAR);
-    CREATE TABLE stages (
-        run_key VARCHAR NOT NULL, name VARCHAR NOT NULL, stage_key VARCHAR NOT NULL, kind VARCHAR NOT NULL,
-        status VARCHAR NOT NULL, seconds DOUBLE, message VARCHAR);
-    CREATE TABLE metrics (
-        run_key VARCHAR NOT NULL, checkpoint VARCHAR NOT NULL, checkpoint_key VARCHAR NOT NULL,
-        stage_key VARCHAR NOT NULL, suite VARCHAR NOT NULL, task VARCHAR NOT NULL, metric VARCHAR NOT NULL,
-        value DOUBLE NOT NULL, stderr DOUBLE, num_fewshot INTEGER, num_examples BIGINT, task_version VARCHAR,
-        protocol JSON NOT NULL);
-    CREATE TABLE layers (
-        run_key VARCHAR NOT NULL, stage_key VARCHAR NOT NULL, layer INTEGER NOT NULL, sub_layer VARCHAR NOT NULL,
-        kept BIGINT NOT NULL, total BIGINT NOT NULL, sparsity DOUBLE NOT NULL, predicted_error DOUBLE,
-        measured_error DOUBLE, heldout_error DOUBLE, condition DOUBLE, seconds DOUBLE, num_tokens BIGINT);
-"""
-
-
-def write_first_format(path: Path, run_keys: Sequence[str]) -> None:
-    """The results file of the first slimline, which had no other files."""
-
-    def insert(table: str, row: Row) -> None:
-        columns = [name for name, *_ in connection.execute(f"DESCRIBE {table}").fetchall()]
-        fields = [getattr(row, column) for column in columns]
-        values = [value.replace(tzinfo=None) if isinstance(value, datetime) else value for value in fields]
-        connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(values))})", values)
-
-    with duckdb.connect(str(path)) as connection:
-        connection.execute(FIRST_FORMAT)
-        for key in run_keys:
-            insert("runs", run_row(key))
-            insert("stages", stage_row(key))
-            for task in ("piqa", "boolq"):
-                insert("metrics", metric_row(key, task))
-            insert("layers", layer_row(key))
-
-
-@pytest.mark.parametrize("first", ["read", "record", "export"])
-def test_a_results_file_of_the_first_slimline_becomes_files(
-    first: str, store: ResultsStore, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_first_format(store.path, ["z", "a"])
-    if first == "record":
-        store.record(run_row("new"))
-    elif first == "export":
-        assert store.export_file("z").exists()
-    new = ["new"] if first == "record" else []
-    assert keys(store) == ["z", "a", *new]
-    assert store.metrics("a") == (metric_row("a", "piqa"), metric_row("a", "boolq"))
-    assert (store.stages("z"), store.layers("z")) == ((stage_row("z"),), (layer_row("z"),))
-    store.path.unlink()
-    assert keys(again(store)) == ["z", "a", *new]
-    assert warnings(caplog) == []
-
-
-def test_an_old_results_file_in_use_is_read_all_the_same(store: ResultsStore) -> None:
-    write_first_format(store.path, ["old", "again"])
-    with held(store.path):
-        store.record(run_row("again", status="failed", finished_at=datetime.now(UTC)))
-        assert keys(again(store)) == ["old", "again"]
-    assert keys(store) == ["old", "again"]
-    assert store.runs()[1].status == "failed"
-
-
-def test_an_old_results_file_that_may_only_be_read(store: ResultsStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_first_format(store.path, ["old"])
-    real = duckdb.connect
-
-    def connect(path: str, read_only: bool = False) -> duckdb.DuckDBPyConnection:
-        if path == str(store.path) and not read_only:
-            raise duckdb.IOException(f"IO Error: Cannot open file {path}: Permission denied")
-        return real(path, read_only=read_only)
-
-    monkeypatch.setattr(duckdb, "connect", connect)
-    assert store.runs() == (run_row("old"),)
-    store.record(run_row("new"))
-    assert keys(store) == ["old", "new"]
-
-
-def test_an_upgrade_killed_half_way_goes_on(store: ResultsStore) -> None:
-    write_first_format(store.path, ["a", "b", "c"])
-    code = """
-import sys, time
-from pathlib import Path
-from infra.results.files import ResultFiles
-from infra.results.store import ResultsStore
-real = ResultFiles.write
-def slow(self, record, **how):
-    real(self, record, **how)
-    if record.key == "b":
-        print("half", flush=True)
-        time.sleep(600)
-ResultFiles.write = slow
-ResultsStore(Path(sys.argv[1])).runs()
-"""
-    assert kill_after_line(start(code, store.path)) == "half"
-    assert sorted(store.files.listing()) == ["runs/a.parquet", "runs/b.parquet"]
-    assert keys(store) == ["a", "b", "c"]
+def test_an_index_of_an_older_format_is_made_anew_from_the_files(store: ResultsStore) -> None:
+    store.record(run_row("r1"), metrics=[metric_row("r1")])
+    with duckdb.connect(str(store.path)) as connection:
+        connection.execute("UPDATE schema_version SET version = 2; DELETE FROM metrics; ALTER TABLE runs ADD old TEXT")
+    assert again(store).metrics() == (metric_row("r1"),)
+    assert keys(store) == indexed(store.path) == ["r1"]

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import SourceInvalid, SourceUnreadable
+from infra.log_once import warn_once
 from infra.settings import Settings
 from infra.sources import data_files
 from infra.sources.find import Sources, TextData, sources_from
@@ -24,7 +25,7 @@ Files = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def _nothing_was_said_before() -> None:
-    data_files.say_once.cache_clear()
+    warn_once.cache_clear()
 
 
 def rows(*texts: Any, **other: Any) -> list[dict[str, Any]]:

@@ -100,12 +100,6 @@ def test_several_configs_and_none_named(sources: Sources) -> None:
         sources.texts(TextData(dataset="owner/corpus"))
 
 
-def test_splits(sources: Sources) -> None:
-    assert sources.splits("owner/corpus", "en") == ("train", "validation")
-    with pytest.raises(SourceInvalid, match="no config 'fr'"):
-        sources.splits("owner/corpus", "fr")
-
-
 def test_edited_folder_is_not_served_stale(mirror: Path, settings: Settings) -> None:
     import datasets
 

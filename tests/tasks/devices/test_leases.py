@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from infra.errors import LeaseUnusable, SettingsInvalid
-from infra.filesystem import leases
-from infra.filesystem.leases import leased
+from infra.filesystem import locks
+from infra.filesystem.locks import leased
 from infra.settings import Settings
 from tasks.devices.leases import check_lease, server_lease
 from tasks.devices.placement import Placement
@@ -25,7 +25,7 @@ _CHILD = """
 import os, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from infra.filesystem import leases
+from infra.filesystem import locks
 from infra.artifacts.store import ArtifactRef
 from infra.settings import load_settings
 from infra.sources.find import Sources
@@ -34,7 +34,7 @@ from tasks.execution.context import RunContext
 from tasks.requests import CaptureRequest
 from tests.tasks.devices.test_leases import TWO, DevicePool
 
-leases.FOLDER = Path(sys.argv[1])
+locks.LEASES = Path(sys.argv[1])
 places = DevicePool(TWO if sys.argv[3] == "forward" else TWO[::-1])
 stage.pool = lambda *setting: places
 settings = load_settings()
@@ -71,9 +71,9 @@ with ThreadPoolExecutor(4) as threads:
 _HOLDER = """
 import sys, time
 from pathlib import Path
-from infra.filesystem import leases
+from infra.filesystem import locks
 from tests.tasks.devices.test_leases import TWO, DevicePool
-leases.FOLDER = Path(sys.argv[1])
+locks.LEASES = Path(sys.argv[1])
 with DevicePool(TWO[:1]).one():
     print("held", flush=True)
     time.sleep(60)
@@ -82,7 +82,7 @@ with DevicePool(TWO[:1]).one():
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(leases, "FOLDER", tmp_path / "leases")
+    monkeypatch.setattr(locks, "LEASES", tmp_path / "leases")
     return tmp_path / "leases"
 
 
@@ -150,7 +150,7 @@ def test_a_server_grants_a_device_once(prefect_server: str, monkeypatch: pytest.
     """Two containers with a /tmp of their own agree through the server; the limit is made where it is missing."""
     with server_lease("fake-server", False) as ours:
         assert ours
-        monkeypatch.setattr(leases, "FOLDER", tmp_path / "other-container")
+        monkeypatch.setattr(locks, "LEASES", tmp_path / "other-container")
         with server_lease("fake-server", False) as theirs:
             assert not theirs
     with server_lease("fake-server", True) as ours:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from infra.errors import TrackingUnusable
+from infra.tracking.database import check_store
 from infra.tracking.tracker import Tracker
-from infra.tracking.tracking_store import check_store
 
 
 def of_revision(path: Path, revision: str) -> Path:
@@ -92,7 +92,7 @@ def test_a_server_that_does_not_answer_may_do_so_later(caplog: pytest.LogCapture
 
 def test_mlflow_is_not_imported(tmp_path: Path) -> None:
     code = (
-        f"from infra.tracking.tracking_store import check_store; check_store('sqlite:///{tmp_path}/x.db'); "
+        f"from infra.tracking.database import check_store; check_store('sqlite:///{tmp_path}/x.db'); "
         "import sys; assert 'mlflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
