@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from flows.runtime import tethered
-from tests.flows.home import PROJECT, Home
+from tests.command_line import PROJECT
+from tests.flows.home import Home
 from tests.flows.serving import alive_in, free_port, started, wait_for
 
 #: seconds after which nothing may be left
@@ -89,6 +90,7 @@ def test_a_server_does_not_hear_what_all_processes_are_told(tmp_path: Path) -> N
         tether.kill()
 
 
+@pytest.mark.server
 @pytest.mark.slow
 def test_the_pages_leave_nothing_when_a_service_manager_ends_them(tmp_path: Path) -> None:
     home, ports = Home(tmp_path / "home"), (free_port(), free_port())
@@ -109,6 +111,7 @@ def taken(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.server
 @pytest.mark.slow
 def test_the_temporary_server_of_a_killed_run_ends(tmp_path: Path, offline_root: Path) -> None:
     home = Home.create(tmp_path / "home", offline_root)
@@ -131,7 +134,7 @@ def test_a_server_of_the_users_own_is_left_alone(smoke_copy: Home, tmp_path: Pat
         subprocess.run(command, env=smoke_copy.environment, stdout=sink, check=True)
     theirs = int(log.read_text())
     try:
-        smoke_copy.slimline("run", "smoke")
+        smoke_copy.child("run", "smoke")
         assert alive(theirs)
     finally:
         os.kill(theirs, signal.SIGKILL)
