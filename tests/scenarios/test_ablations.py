@@ -27,7 +27,7 @@ def steps(spec: RunSpec) -> dict[str, PruneStep]:
 
 
 def planned(spec: RunSpec, mirror: Path) -> StageGraph:
-    """The story of a spec whose model and data sets are folders of a few bytes."""
+    """The stages of a spec whose model and data sets are folders of a few bytes."""
     calibrations = [spec.calibration_of(made) for made in spec.derivations]
     needed = {spec.model.id, *(asked.data.dataset for asked in calibrations if asked is not None)}
     needed |= {need.repo_id for entry in spec.evals for need in entry.module.needs(entry.config)}

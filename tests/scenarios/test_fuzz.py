@@ -17,7 +17,7 @@ from tests.fuzz.judging import fault
 from tests.fuzz.throwing import KINDS
 
 HEALTHY = list(HealthCheck)
-FEW = settings(derandomize=True, database=None, deadline=None, max_examples=40, suppress_health_check=HEALTHY)
+FEW = settings(derandomize=True, database=None, deadline=None, max_examples=20, suppress_health_check=HEALTHY)
 
 
 @pytest.fixture(scope="module")
