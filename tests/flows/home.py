@@ -115,7 +115,7 @@ class Home:
         """Run the command line to its end as users do, in a process of its own: where imports, settings that libraries
         read when they are imported, a server or the interpreter's exit are the point."""
         child = self.start(*arguments)
-        output, errors = child.communicate(timeout=240)
+        output, errors = child.communicate(timeout=600)
         assert child.returncode == code, f"exit code {child.returncode}, not {code}: {errors}"
         return subprocess.CompletedProcess(arguments, child.returncode, output, errors)
 
