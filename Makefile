@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := infra/constraints.txt
 STAMP := $(VENV)/.slimline-installed
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test bench chaos lint ui clean
+.PHONY: help install demo test test-fast bench chaos lint ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -27,8 +28,11 @@ demo: $(STAMP)  ## calibrate, prune, repair and measure a real model offline; ab
 	@echo "Figures again:      $(BIN)/slimline results"
 	@echo "Prefect and MLflow: make ui   (then http://127.0.0.1:4200 and http://127.0.0.1:5000)"
 
-test: $(STAMP)  ## all tests, with real Prefect, MLflow and DuckDB; folder after folder, so that the longest do not come last
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: $(STAMP)  ## all tests, with real Prefect, MLflow and DuckDB; the files that take longest first
+	$(PYTEST)
+
+test-fast: $(STAMP)  ## what needs no server and is not slow (markers server, slow)
+	$(PYTEST) -m "not server and not slow"
 
 bench: $(STAMP)  ## benchmarks into build/bench.md, some in `make bench PARTS="speed stream"`; hours on two cores
 	$(BIN)/python -m tests.bench $(PARTS)

@@ -50,6 +50,20 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_SCRATCH, ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what needs a Prefect server. Workers begin with the files that take longest: none of them comes last."""
+    longest: dict[Path, int] = {}
+    for item in items:
+        if "prefect_server" in getattr(item, "fixturenames", ()):
+            item.add_marker("server")
+        marked = [item.get_closest_marker(name) is not None for name in ("server", "slow")]
+        weight = 2 * marked[0] + marked[1]
+        longest[item.path] = max(weight, longest.get(item.path, 0))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: -longest[item.path])
+
+
 @pytest.fixture(autouse=True)
 def _home_of_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A test that forgets to say where it lives gets an empty home."""
@@ -73,27 +87,44 @@ def prefect_server() -> Iterator[str]:
     from prefect.settings import PREFECT_API_URL
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=300):
         yield str(PREFECT_API_URL.value())
 
 
 @pytest.fixture(scope="session")
-def offline_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder of all workers of this test run, for what takes long to make and is only read."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def offline_root(shared_folder: Path) -> Path:
     """The offline default, shared by all homes; repositories are built when a test first asks for them."""
     from infra.offline.repository import INSTALL, WHEELS
 
     if any(importlib.util.find_spec(package) is None for package in WHEELS):
         pytest.skip(f"the offline default's wheels are not installed: {INSTALL}")
-    return tmp_path_factory.mktemp("offline")
+    root = shared_folder / "offline"
+    root.mkdir(exist_ok=True)
+    return root
 
 
 @pytest.fixture(scope="session")
-def blank_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def blank_mlflow(shared_folder: Path) -> Path:
     """An MLflow database in which nothing is recorded: making one takes five seconds."""
     from mlflow import MlflowClient
 
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+    from infra.filesystem.locks import flocked
+
+    path = shared_folder / "mlflow.db"
+    with flocked(path.with_suffix(".lock")):
+        if not path.exists():
+            unfinished = path.with_suffix(".unfinished")
+            MlflowClient(f"sqlite:///{unfinished}").search_experiments(max_results=1)
+            unfinished.rename(path)
     return path
 
 
@@ -106,11 +137,13 @@ def home(tmp_path: Path, offline_root: Path, prefect_server: str, blank_mlflow: 
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory: pytest.TempPathFactory, offline_root: Path, prefect_server: str) -> tuple[Home, RunResult]:
+def smoke(
+    tmp_path_factory: pytest.TempPathFactory, offline_root: Path, prefect_server: str, blank_mlflow: Path
+) -> tuple[Home, RunResult]:
     """A home in which the smoke spec, all of it, has been run once. To be looked at only: `copy` it to change it."""
     from tests.flows.home import Home
 
-    home = Home.create(tmp_path_factory.mktemp("smoke") / "home", offline_root, prefect_server)
+    home = Home.create(tmp_path_factory.mktemp("smoke") / "home", offline_root, prefect_server, blank_mlflow)
     return home, home.run("smoke")
 
 

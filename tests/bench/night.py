@@ -20,7 +20,7 @@ def run(materials: Materials, options: Options) -> Result:
         options.scratch / "night" / "home", variables={"PREFECT_HOME": str(options.scratch / "night" / "prefect")}
     )
     home.folder.mkdir(parents=True)
-    home.slimline("plan", _NIGHT)  # builds the offline default
+    home.child("plan", _NIGHT)  # builds the offline default
     # one cell at a time: where several overlap, waiting for one another would count as work
     first, _ = _night(Home(home.folder, variables=home.variables | {"SLIMLINE_RUNNER_WORKERS": "1"}))
     _, cached_seconds = _night(home)
@@ -45,5 +45,5 @@ def run(materials: Materials, options: Options) -> Result:
 
 def _night(home: Home) -> tuple[NightResult, float]:
     started = time.monotonic()
-    child = home.slimline("nightly", _NIGHT, "--json")
+    child = home.child("nightly", _NIGHT, "--json")
     return NightResult.model_validate(json.loads(child.stdout.splitlines()[-1])), time.monotonic() - started

@@ -92,6 +92,7 @@ class Options:
     ordering_lengths: tuple[int, ...] = (64, 256, 512, 1024)
     growth: Growth = Growth()
     profile: ProfileSizes = ProfileSizes()
+    profile_processes: int = 3
     zero_shot_limit: int = 200
     few_shot_limit: int = 20
     few_shot_subjects: tuple[str, ...] = ("anatomy", "astronomy", "nutrition", "philosophy", "sociology")

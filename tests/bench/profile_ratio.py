@@ -24,18 +24,17 @@ from tests.bench.report import Figures, Result, protocol
 log = logging.getLogger("slimline.bench")
 
 
-_RUNS = 3
 _KEPT = 0.75
 """Share of the FFN's channels that the smaller model has: which ones does not change its speed."""
 
 
 def run(materials: Materials, options: Options) -> Result:
-    """Three runs in processes of their own, each of which loads both models anew."""
+    """Runs in processes of their own, each of which loads both models anew."""
     folders = materials.model_folder, options.scratch / "smaller"
     _write_smaller(materials, folders[1])
     config = ProfileConfig.model_validate(vars(options.profile))
     figures: Figures = {}
-    found = [_in_a_process(*folders, config, options.device) for _ in range(_RUNS)]
+    found = [_in_a_process(*folders, config, options.device) for _ in range(options.profile_processes)]
     for name in ("prefill", "decode"):
         ratios = [getattr(comparison, f"{name}_ratio") for comparison in found]
         values = [ratio.value for ratio in ratios]
@@ -44,7 +43,8 @@ def run(materials: Materials, options: Options) -> Result:
         figures[f"profile_{name}_ratio_spread"] = max(values) / min(values) - 1
     figures["profile_load"] = os.getloadavg()[0]
     details = (
-        f"{materials.model_name} with {_KEPT:.0%} of its FFN channels over itself, {_RUNS} runs, each in a new process",
+        f"{materials.model_name} with {_KEPT:.0%} of its FFN channels over itself, {options.profile_processes} runs, "
+        "each in a new process",
         f"prompt {config.prompt_len[0]}, {config.new_tokens[0]} new tokens, turns until the standard error is "
         f"{config.ratio_precision:.1%} or {config.ratio_seconds:g} s are over",
         "spread = largest ratio / smallest - 1; load = the machine's load average at the end",

@@ -62,7 +62,7 @@ def main() -> None:
     calibration = random_calibration(job.vocab, Windows(job.count, job.length))
     start = time.perf_counter()
 
-    def build_stages(share: float, message: str) -> None:
+    def report(share: float, message: str) -> None:
         sys.stdout.write(f"{share:.6f} {time.perf_counter() - start:.3f} {message}\n")
         sys.stdout.flush()
 
@@ -75,7 +75,7 @@ def main() -> None:
         check["check_gib"] = high_water_gib() - before
 
     streaming.check_pruned = timed_check
-    build_stages(0.0, "start")
+    report(0.0, "start")
     streaming.prune_checkpoint(
         Path(job.source),
         Path(job.out),
@@ -84,7 +84,7 @@ def main() -> None:
         slimgpt.Config(sparsity=job.sparsity, split="equal"),
         options=WalkOptions(torch.device(job.device), batch_size=job.batch_size),
         work=Path(job.work),
-        progress=build_stages,
+        progress=report,
     )
     measured = {
         "libraries_gib": libraries,

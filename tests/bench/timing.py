@@ -53,13 +53,13 @@ def bar(title: str) -> Iterator[Progress]:
     drawn = tqdm(total=100, desc=title, file=sys.stderr, disable=None, leave=False, bar_format=form)
     start = time.perf_counter()
 
-    def build_stages(share: float, message: str) -> None:
+    def report(share: float, message: str) -> None:
         drawn.set_postfix_str(message, refresh=False)
         drawn.n = min(100.0, 100 * share)
         drawn.refresh()
 
     try:
-        yield build_stages
+        yield report
     finally:
         drawn.close()
     log.info("%s: %.1f s", title, time.perf_counter() - start)

@@ -18,6 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mlflow import MlflowClient
+
+from infra.offline.default import OfflineDefault
 from tests.chaos.faults import FAULTS, NotHere
 from tests.chaos.scene import Picture, Scene, Survival, night_command, picture, port_free, prefect_server
 
@@ -29,33 +32,29 @@ SMALL = (
     "matrix.recoveries.lora.max_steps=2",
     "evals.0.max_windows=4",
 )
+#: repositories of the offline default that it reads
+READ = ("slimline/tiny-random-llama", "slimline/news", "slimline/instructions", "slimline/wikipedia")
 
 
-def stage(folder: Path, offline: Path, api_url: str, overrides: tuple[str, ...] = SMALL) -> Scene:
-    """Run the night undisturbed; what takes so long only the first time is made before."""
-    blank_mlflow(folder / "blank-mlflow.db")
+def stage(folder: Path, offline: Path, api_url: str, blank_mlflow: Path, overrides: tuple[str, ...] = SMALL) -> Scene:
+    """Run the night undisturbed; what takes so long only the first time is made before.
+
+    blank_mlflow: an MLflow database in which nothing is recorded.
+    """
+    for repo_id in READ:
+        OfflineDefault(offline).folder(repo_id)
     nothing = Picture({}, frozenset(), frozenset())
-    bare = Scene(folder, offline, api_url, overrides, nothing, 0.0)
-    bare.home("warm-up").slimline("run", "smoke", "--set", "steps=[]", "--set", "profile=null", "--set", "evals=[]")
+    bare = Scene(folder, offline, api_url, blank_mlflow, overrides, nothing, 0.0)
     home, started = bare.home("reference"), time.monotonic()
-    home.slimline(*night_command(overrides))
-    return Scene(folder, offline, api_url, overrides, picture(home), time.monotonic() - started)
-
-
-def blank_mlflow(path: Path) -> None:
-    """An MLflow database in which nothing is recorded: making one takes five seconds."""
-    from mlflow import MlflowClient
-
-    MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+    home.child(*night_command(overrides))
+    return Scene(folder, offline, api_url, blank_mlflow, overrides, picture(home), time.monotonic() - started)
 
 
 Flat = dict[str, int | str]
 
 
-def disturb(
-    scene: Scene, faults: dict[str, int], seed: int, build_stages: Callable[[Flat], None] = lambda _: None
-) -> Flat:
-    """Every fault so many times. Returns the figures, which `tell` hears after every fault too."""
+def disturb(scene: Scene, faults: dict[str, int], seed: int, report: Callable[[Flat], None] = lambda _: None) -> Flat:
+    """Every fault so many times. Returns the figures; `report` is called with those so far after every fault."""
     survivals: list[tuple[str, Survival]] = []
     skipped: dict[str, str] = {}
     for fault, times in faults.items():
@@ -70,7 +69,7 @@ def disturb(
                 survival = Survival(fault, (f"{type(error).__name__}: {error}",))
             survivals.append((fault, survival))
             sys.stderr.write(f"{time.strftime('%H:%M:%S')} {_line(survival)}\n")
-            build_stages(figures(survivals, skipped))
+            report(figures(survivals, skipped))
             shutil.rmtree(scene.folder / name, ignore_errors=True)
     return figures(survivals, skipped)
 
@@ -138,7 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         (folder / "offline").mkdir()
         with prefect_server(folder, port_free()) as url:
-            scene = stage(folder, folder / "offline", url)
+            blank = folder / "blank-mlflow.db"
+            MlflowClient(f"sqlite:///{blank}").search_experiments(max_results=1)
+            scene = stage(folder, folder / "offline", url, blank)
             sys.stderr.write(
                 f"the undisturbed night took {scene.seconds:.1f} s, {len(scene.reference.artifacts)} stages\n"
             )

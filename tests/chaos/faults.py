@@ -18,7 +18,8 @@ import duckdb
 
 from infra.artifacts.store import MANIFEST, ArtifactRef
 from tests.chaos.scene import Scene, Survival, again, finished, half_made, judged, keys_run, port_free, prefect_server
-from tests.flows.home import PROJECT, Home
+from tests.command_line import PROJECT
+from tests.flows.home import Home
 
 _CROWD = 4
 _CROWD_RUNS = 50
@@ -82,7 +83,7 @@ def flipped(scene: Scene, name: str, rng: random.Random) -> Survival:
     content = bytearray(file.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(content)
-    found = home.slimline("verify", "--remove")
+    found = home.child("verify", "--remove")
     problems = [] if ref.key in found.stdout + found.stderr else ["verify does not name it"]
     return _with(again(scene, home, f"bit flipped in {ref.kind}/{file.name}", spared=_from(scene, ref)), problems)
 

@@ -29,6 +29,7 @@ class Scene:
     folder: Path
     offline: Path
     api_url: str
+    blank_mlflow: Path
     overrides: tuple[str, ...]
     reference: Picture = field(repr=False)
     seconds: float
@@ -40,8 +41,8 @@ class Scene:
         return night_command(self.overrides)
 
     def home(self, name: str) -> Home:
-        """An empty home that has the reference's MLflow tables and nothing in them."""
-        return Home.create(self.folder / name / "home", self.offline, self.api_url, self.folder / "blank-mlflow.db")
+        """An empty home with the tables of MLflow and nothing in them."""
+        return Home.create(self.folder / name / "home", self.offline, self.api_url, self.blank_mlflow)
 
     def finished_home(self, name: str) -> Home:
         """A copy of the home of the undisturbed night."""

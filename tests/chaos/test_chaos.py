@@ -15,8 +15,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory, offline_root: Path, prefect_server: str) -> Scene:
-    return stage(tmp_path_factory.mktemp("chaos"), offline_root, prefect_server)
+def scene(
+    tmp_path_factory: pytest.TempPathFactory, offline_root: Path, prefect_server: str, blank_mlflow: Path
+) -> Scene:
+    return stage(tmp_path_factory.mktemp("chaos"), offline_root, prefect_server, blank_mlflow)
 
 
 @pytest.mark.parametrize("fault", ["kill"])

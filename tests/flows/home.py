@@ -17,8 +17,7 @@ from flows.spec.load import load_spec
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 from infra.results.store import ResultsStore
 from infra.settings import Settings
-
-PROJECT = Path(__file__).parents[2]
+from tests.command_line import PROJECT, call
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Home:
         return dict(os.environ) | own | server | self.variables
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start the command line; its output can be read line by line."""
+        """Start the command line in a process of its own; its output can be read line by line."""
         return subprocess.Popen(
             [sys.executable, "-m", "flows", *arguments],
             cwd=PROJECT,
@@ -105,9 +104,18 @@ class Home:
         )
 
     def slimline(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run the command line to its end and demand the exit code."""
+        """Call the command line in this process and demand the exit code."""
+        with self.lived_in():
+            answer = call(*arguments, variables=self.environment)
+        assert not answer.escaped, answer.escaped
+        assert answer.code == code, f"exit code {answer.code}, not {code}: {answer.errors}"
+        return subprocess.CompletedProcess(arguments, answer.code, answer.output, answer.errors)
+
+    def child(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run the command line to its end as users do, in a process of its own: where imports, settings that libraries
+        read when they are imported, a server or the interpreter's exit are the point."""
         child = self.start(*arguments)
-        output, errors = child.communicate(timeout=240)
+        output, errors = child.communicate(timeout=600)
         assert child.returncode == code, f"exit code {child.returncode}, not {code}: {errors}"
         return subprocess.CompletedProcess(arguments, child.returncode, output, errors)
 

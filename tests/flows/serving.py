@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.flows.home import PROJECT, Home
+from tests.command_line import PROJECT
+from tests.flows.home import Home
 
 #: every service of Prefect's looks as often as it may
 IMPATIENT = {

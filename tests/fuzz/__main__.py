@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings  # isort: skip
 from hypothesis import strategies as st  # isort: skip
 
 from tests.flows.home import Home  # isort: skip
-from tests.fuzz.judging import fault, slimline  # isort: skip
+from tests.command_line import call  # isort: skip
+from tests.fuzz.judging import fault  # isort: skip
 from tests.fuzz.throwing import KINDS  # isort: skip
 
 
@@ -53,7 +54,7 @@ def throw(kind: str, scratch: Path, examples: int, chosen_seed: int) -> int:
     @given(st.data())
     def case_after_case(data: Any) -> None:
         case = KINDS[kind](data.draw, scratch, scratch / "offline/slimline/tiny-random-llama")
-        answer = slimline(*case.arguments, variables=case.variables)
+        answer = call(*case.arguments, variables=case.variables)
         codes[answer.code] += 1
         wrong = fault(answer)
         alike = (str(wrong)[:60], answer.sentence[:80])
@@ -81,7 +82,7 @@ def _lived_in(scratch: Path) -> Iterator[None]:
         prefect_test_harness(server_startup_timeout=120),
         Home.create(scratch / "home", scratch / "offline").lived_in(),
     ):
-        assert slimline("plan", "smoke", variables={}).code == 0, "the offline default cannot be built"
+        assert call("plan", "smoke", variables={}).code == 0, "the offline default cannot be built"
         yield
 
 

@@ -1,19 +1,10 @@
-"""The command line called in this process, and whether what it said and how it left is allowed."""
+"""Whether what the command line said and how it left is allowed."""
 
 from __future__ import annotations
 
-import atexit
-import io
-import logging
-import os
 import re
-import sys
-import time
-import traceback
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+
+from tests.command_line import Answer
 
 #: seconds that a plan and a run may take, on a machine that has other things to do
 _PATIENCE = {"plan": 120.0, "run": 600.0}
@@ -23,42 +14,6 @@ _LONGEST = 2000
 _LOG_LINE = re.compile(r"(\d{4}/\d\d/\d\d )?\d\d:\d\d:\d\d ")
 _CLASS_NAME = re.compile(r"(?:^|[ (])(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Warning|Interrupt): ")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How a command left, and what it said."""
-
-    command: str
-    code: int | None
-    errors: str
-    seconds: float
-    escaped: str = ""
-    """The traceback of an exception that left `main`."""
-
-    @property
-    def sentence(self) -> str:
-        """The last line of what it said."""
-        return self.errors.strip().rpartition("\n")[2]
-
-
-def slimline(*arguments: str, variables: Mapping[str, str]) -> Answer:
-    """Call the command line; what it changes for its own process is changed back."""
-    from flows.__main__ import main
-
-    errors, escaped, started = io.StringIO(), "", time.monotonic()
-    code: int | None = None
-    with _as_before(), redirect_stdout(io.StringIO()), redirect_stderr(errors):
-        os.environ.update(variables)
-        sys.argv = ["slimline", *arguments]
-        try:
-            main()
-            code = 0
-        except SystemExit as left:
-            code = left.code if isinstance(left.code, int) else int(left.code is not None)
-        except BaseException:
-            escaped = traceback.format_exc()
-    return Answer(arguments[0], code, errors.getvalue(), time.monotonic() - started, escaped)
 
 
 def fault(answer: Answer) -> str | None:
@@ -86,20 +41,3 @@ def fault(answer: Answer) -> str | None:
         if _UNPRINTABLE.search(line):
             return f"what no terminal should be sent: {line!r}"
     return None
-
-
-@contextmanager
-def _as_before() -> Iterator[None]:
-    from flows.runtime.environment import _silence_interpreter_exit
-
-    logger = logging.getLogger("slimline")
-    before = (logger.handlers, logger.propagate, logger.level, dict(os.environ), warnings.filters[:], sys.argv)
-    try:
-        yield
-    finally:
-        atexit.unregister(_silence_interpreter_exit)
-        logger.handlers, logger.propagate, logger.level = before[:3]
-        os.environ.clear()
-        os.environ.update(before[3])
-        warnings.filters[:] = before[4]
-        sys.argv = before[5]

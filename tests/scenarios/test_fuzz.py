@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flows.run.outcome import RunResult
+from tests.command_line import call
 from tests.flows.home import Home
-from tests.fuzz.judging import fault, slimline
+from tests.fuzz.judging import fault
 from tests.fuzz.throwing import KINDS
 
 HEALTHY = list(HealthCheck)
-FEW = settings(derandomize=True, database=None, deadline=None, max_examples=40, suppress_health_check=HEALTHY)
+FEW = settings(derandomize=True, database=None, deadline=None, max_examples=20, suppress_health_check=HEALTHY)
 
 
 @pytest.fixture(scope="module")
@@ -51,5 +52,5 @@ def test_a_run_answers_in_one_sentence(kind: str, scratch: Path, offline_root: P
 
 def answer_of(kind: str, data: Any, scratch: Path, offline_root: Path) -> None:
     case = KINDS[kind](data.draw, scratch, offline_root / "slimline/tiny-random-llama")
-    answer = slimline(*case.arguments, variables=case.variables)
+    answer = call(*case.arguments, variables=case.variables)
     assert fault(answer) is None, f"{case.said}: {fault(answer)}"

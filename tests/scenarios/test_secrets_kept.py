@@ -56,7 +56,7 @@ def test_a_run_whose_libraries_tell_secrets_keeps_them(home: Home, offline_root:
         overrides = [word for override in ONLY_IMPORT for word in ("--set", override)]
         home.variables["SLIMLINE_MLFLOW_URI"] = f"http://me:{PASSWORD}@127.0.0.1:9"
         home.variables["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-        child = home.slimline("--verbose", "run", "smoke", *overrides, code=2)
+        child = home.child("--verbose", "run", "smoke", *overrides, code=2)
     assert "no model.safetensors for Bearer ***" in child.stderr
     assert "MLflow at http://me:***@127.0.0.1:9 did not take run" in child.stderr
     (run,) = home.results.runs()

@@ -1,30 +1,24 @@
 """The command as users meet it: what it prints, and its exit code.
 
-Whatever runs stages, and one refusal of each kind, is a child process; long lists of refusals are `main` called here,
-which spares each of them the seconds that Prefect takes to be imported.
+A run as on a user's machine, the doctor and a refusal of each kind are child processes; all else is `main` called in
+this one, which spares each of them the seconds that torch and Prefect take to be imported.
 """
 
 from __future__ import annotations
 
-import atexit
 import csv
 import io
 import json
-import logging
-import os
 import re
 import subprocess
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from flows.__main__ import main
 from flows.run.outcome import RunResult
-from flows.runtime.environment import _silence_interpreter_exit
 from flows.spec.load import shipped_specs
+from infra.offline.default import OfflineDefault
 from tests.flows.home import Home, stages_run
 from tests.flows.models import of_type, with_nan
 
@@ -35,9 +29,9 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def tiny(smoke: tuple[Home, RunResult], offline_root: Path) -> Path:
+def tiny(offline_root: Path) -> Path:
     """The tiny model's folder."""
-    return offline_root / "slimline/tiny-random-llama"
+    return OfflineDefault(offline_root).folder("slimline/tiny-random-llama")
 
 
 @pytest.fixture
@@ -49,26 +43,9 @@ def idle(tmp_path: Path, offline_root: Path) -> Home:
 
 
 @pytest.fixture
-def here(idle: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
-    """The command line in this process; what it changes for its own process is changed back."""
-    logger = logging.getLogger("slimline")
-    before = (logger.handlers, logger.propagate, logger.level, dict(os.environ), warnings.filters[:])
-
-    def command(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        os.environ.update(idle.environment)
-        monkeypatch.setattr(sys, "argv", ["slimline", *arguments])
-        with pytest.raises(SystemExit) as left:
-            main()
-        output = capsys.readouterr()
-        assert (left.value.code or 0) == code, output.err
-        return subprocess.CompletedProcess(arguments, code, output.out, output.err)
-
-    yield command
-    atexit.unregister(_silence_interpreter_exit)
-    logger.handlers, logger.propagate, logger.level = before[:3]
-    os.environ.clear()
-    os.environ.update(before[3])
-    warnings.filters[:] = before[4]
+def here(idle: Home) -> Command:
+    """The command line in this process."""
+    return idle.slimline
 
 
 def complaint(child: subprocess.CompletedProcess[str]) -> str:
@@ -93,7 +70,7 @@ def files_below(folder: Path) -> dict[str, int]:
 
 def test_run_json_says_everything_in_its_last_line(smoke_copy: Home, smoke: tuple[Home, RunResult]) -> None:
     alone = Home(smoke_copy.folder)  # as on a user's machine: Prefect starts a server of its own
-    child = alone.slimline("run", "smoke", "--json")
+    child = alone.child("run", "smoke", "--json")
     told = json.loads(child.stdout.splitlines()[-1])
     result = smoke[1]
     assert told["run_key"] == result.run_key
@@ -195,7 +172,7 @@ def test_list_names_each_with_a_line(noun: str, name: str, here: Command) -> Non
 
 
 def test_doctor_is_content_with_a_healthy_machine(idle: Home) -> None:
-    output = idle.slimline("doctor").stdout
+    output = idle.child("doctor").stdout
     assert "BAD" not in output
     for topic in ("versions", "devices", "sources", "hub", "offline default", "artifact store", "DuckDB", "MLflow"):
         assert topic in output
@@ -205,7 +182,7 @@ def test_doctor_is_content_with_a_healthy_machine(idle: Home) -> None:
 def test_doctor_finds_what_is_broken(idle: Home) -> None:
     (idle.folder / "results").write_text("this is no folder at all")
     idle.variables["SLIMLINE_MIRROR"] = str(idle.folder / "missing")
-    child = idle.slimline("doctor", code=2)
+    child = idle.child("doctor", code=2)
     bad = [line.split(":")[0] for line in child.stdout.splitlines() if line.startswith("BAD")]
     assert bad == ["BAD  sources", "BAD  results (DuckDB)"]
 
@@ -220,7 +197,7 @@ def test_doctor_finds_what_is_broken(idle: Home) -> None:
     ],
 )
 def test_a_bad_spec_costs_one_line(arguments: tuple[str, ...], sentence: str, idle: Home) -> None:
-    assert sentence in only_complaint(idle.slimline(*arguments, code=2))
+    assert sentence in only_complaint(idle.child(*arguments, code=2))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +210,7 @@ def test_a_bad_command_line_is_a_user_error(arguments: tuple[str, ...], here: Co
 
 
 def test_help_is_printed(idle: Home) -> None:
-    output = idle.slimline("--help").stdout
+    output = idle.child("--help").stdout
     for command in ("run", "plan", "results", "list", "doctor", "ui"):
         assert command in output
 

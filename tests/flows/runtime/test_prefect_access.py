@@ -254,9 +254,9 @@ def alone(tmp_path: Path, offline_root: Path, **variables: str) -> Home:
 def test_a_run_with_the_database_of_a_newer_prefect_ends_at_once(tmp_path: Path, offline_root: Path) -> None:
     home = alone(tmp_path, offline_root)
     path = of_revision(tmp_path / "prefect/prefect.db", "ffffffffffff")
-    line = only_complaint(home.slimline("run", "smoke", code=2))
+    line = only_complaint(home.child("run", "smoke", code=2))
     assert line.startswith(f"Prefect's database {path} is of revision ffffffffffff")
-    bad = [line for line in home.slimline("doctor", code=2).stdout.splitlines() if line.startswith("BAD")]
+    bad = [line for line in home.child("doctor", code=2).stdout.splitlines() if line.startswith("BAD")]
     assert len(bad) == 1
     assert bad[0].startswith(f"BAD  server (Prefect): Prefect's database {path} is of revision ffffffffffff")
 
@@ -267,22 +267,23 @@ def test_the_profile_that_names_an_unreachable_server_is_named(tmp_path: Path, o
     profiles.parent.mkdir()
     profiles.write_text(f'active = "night"\n[profiles.night]\nPREFECT_API_URL = "{CLOSED}"\n')
     del home.variables["PREFECT_API_URL"]
-    line = only_complaint(home.slimline("nightly", "smoke", code=2))
+    line = only_complaint(home.child("nightly", "smoke", code=2))
     assert line.startswith(f"the Prefect server at {CLOSED} (profile 'night' in {profiles}) does not answer")
     assert line.endswith("`prefect config unset PREFECT_API_URL` for a temporary server")
 
 
 def test_a_setting_that_prefect_cannot_read_is_named(tmp_path: Path, offline_root: Path) -> None:
     home = alone(tmp_path, offline_root, PREFECT_API_REQUEST_TIMEOUT="soon")
-    line = only_complaint(home.slimline("plan", "smoke", code=2))
+    line = only_complaint(home.child("plan", "smoke", code=2))
     assert "environment variable PREFECT_API_REQUEST_TIMEOUT is 'soon'" in line
 
 
+@pytest.mark.server
 @pytest.mark.slow
 def test_a_temporary_server_that_does_not_come_up_says_why(tmp_path: Path, offline_root: Path) -> None:
     """A database that is of a known revision but has not its tables: only the server itself can find that out."""
     home = alone(tmp_path, offline_root)
     of_revision(tmp_path / "prefect/prefect.db", KNOWN)
-    line = only_complaint(home.slimline("run", "smoke", code=2))
+    line = only_complaint(home.child("run", "smoke", code=2))
     assert line.startswith("Prefect's temporary server ended before it was ready (")
     assert "no such table" in line

@@ -17,7 +17,8 @@ from flows.errors import SpecError
 from flows.runtime import exit_with_parent
 from flows.runtime.servers import serve_pages
 from infra.settings import Settings
-from tests.flows.home import PROJECT, Home
+from tests.command_line import PROJECT
+from tests.flows.home import Home
 from tests.flows.serving import alive_in, free_port, started, wait_for
 
 #: seconds after which nothing may be left
@@ -145,6 +146,7 @@ def test_a_taken_port_is_named_before_a_server_starts() -> None:
             serve_pages(Settings(), prefect_port=free_port(), mlflow_port=port)
 
 
+@pytest.mark.server
 @pytest.mark.slow
 def test_the_pages_leave_nothing_when_a_service_manager_ends_them(tmp_path: Path) -> None:
     home, ports = Home(tmp_path / "home"), (free_port(), free_port())
@@ -165,6 +167,7 @@ def taken(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.server
 @pytest.mark.slow
 def test_the_temporary_server_of_a_killed_run_ends(tmp_path: Path, offline_root: Path) -> None:
     home = Home.create(tmp_path / "home", offline_root)
@@ -189,7 +192,7 @@ def test_a_server_of_the_users_own_is_left_alone(smoke_copy: Home, tmp_path: Pat
         subprocess.run(command, env=smoke_copy.environment, stdout=sink, check=True)
     theirs = int(log.read_text())
     try:
-        smoke_copy.slimline("run", "smoke")
+        smoke_copy.child("run", "smoke")
         assert alive(theirs)
     finally:
         os.kill(theirs, signal.SIGKILL)

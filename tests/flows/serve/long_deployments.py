@@ -21,7 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.home import PROJECT, Home, stages_run
+from tests.command_line import PROJECT
+from tests.flows.home import Home, stages_run
 from tests.flows.run.test_compress import mirror_of, spoil
 from tests.flows.serving import Api, alive_in, free_port, started, wait_for
 
@@ -233,7 +234,7 @@ def test_prefect_and_mlflow_keep_a_run_in_postgresql(smoke_copy: Home, tmp_path:
         ) as home:
             home.variables["SLIMLINE_MLFLOW_URI"] = f"postgresql+psycopg2://slimline@{place}/mlflow"
             for _ in range(2):
-                home.slimline("run", "smoke")
+                home.child("run", "smoke")
 
         async def states() -> list[str]:
             connection = await asyncpg.connect(f"postgresql://slimline@{place}/prefect")

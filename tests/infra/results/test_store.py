@@ -178,6 +178,7 @@ for index in range(int(sys.argv[3])):
 """
 
 
+@pytest.mark.slow
 def test_four_processes_record_fifty_runs_each_at_once(
     store: ResultsStore, record_property: pytest.RecordProperty
 ) -> None:

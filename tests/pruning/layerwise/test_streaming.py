@@ -152,6 +152,7 @@ def test_equal_widths_give_a_plain_checkpoint(tmp_path: Path) -> None:
     assert_is(tmp_path / "out", in_memory(source, **even)[0])
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_every_family_with_trust_remote_code(tmp_path: Path) -> None:
     folders = []
     for name in FAMILIES:
