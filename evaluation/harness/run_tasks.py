@@ -290,7 +290,7 @@ def _turns() -> ExclusiveGlobals:
     return ExclusiveGlobals(
         [
             *seeds(python=DEFAULT_RANDOM_SEED, numpy=DEFAULT_OTHER_SEED, torch_cpu=DEFAULT_OTHER_SEED),
-            Setting(lambda: logger.level, logger.setLevel, logging.ERROR),
+            Setting(lambda: logger.level, logger.setLevel, max(logging.ERROR, logger.getEffectiveLevel())),
             Setting(lm_task.datasets.are_progress_bars_disabled, _switch_bars, True),
             Setting(lambda: lm_task.tqdm, partial(setattr, lm_task, "tqdm"), partial(tqdm, disable=True)),
         ]

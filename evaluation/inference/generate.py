@@ -20,7 +20,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from evaluation.inference.answer_length import LENGTH_KEYS, max_gen_toks
 from evaluation.inference.batches import batched, run_batches
-from evaluation.inference.global_state import drawing, hushed
+from evaluation.inference.global_state import drawing, quiet_logger
 from evaluation.inference.options import EvalOptions
 from evaluation.inference.prompts import PromptRule, fit_prompt
 
@@ -108,7 +108,7 @@ def continue_rows(
     mask_BL = torch.tensor([[0] * missing + [1] * (longest - missing) for missing in pads])
     ends = _Ends(tokenizer, first.stops, _eos_ids(model), longest, len(rows))
     # transformers remarks on what a model's own generation settings leave unused
-    with _own_seed(model, first), hushed("transformers.generation"):
+    with _own_seed(model, first), quiet_logger("transformers.generation"):
         output_BN = model.generate(
             input_ids=ids_BL.to(model.device),
             attention_mask=mask_BL.to(model.device),

@@ -20,8 +20,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-_ONE_AT_A_TIME = threading.Lock()
-_COUNTING = threading.Lock()
+_exclusive = threading.Lock()
+_counting = threading.Lock()
 _inside: Counter[str] = Counter()
 _levels: dict[str, int] = {}
 
@@ -57,7 +57,7 @@ class ExclusiveGlobals:
         self._before: list[Any] | None = None
 
     def __enter__(self) -> Self:
-        _ONE_AT_A_TIME.acquire()
+        _exclusive.acquire()
         self._before = [setting.read() for setting in self._settings]
         for setting in self._settings:
             setting.write(setting.own)
@@ -72,7 +72,7 @@ class ExclusiveGlobals:
             setting.own = setting.read()
             setting.write(before)
         self._before = None
-        _ONE_AT_A_TIME.release()
+        _exclusive.release()
 
     @contextlib.contextmanager
     def between(self) -> Iterator[None]:
@@ -85,7 +85,7 @@ class ExclusiveGlobals:
 @contextlib.contextmanager
 def drawing(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
     """A turn in which torch draws by the seed, on the CPU and on these CUDA devices; as before outside."""
-    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=devices, device_type="cuda"):
+    with _exclusive, torch.random.fork_rng(devices=devices, device_type="cuda"):
         torch.default_generator.manual_seed(seed)
         for device in devices:
             with torch.cuda.device(device):
@@ -94,19 +94,19 @@ def drawing(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hushed(name: str, level: int = logging.ERROR) -> Iterator[None]:
-    """Nothing below the level from the logger of that name while a thread is inside, however many are; as before after
-    the last one."""
+def quiet_logger(name: str, level: int = logging.ERROR) -> Iterator[None]:
+    """Nothing below the level from the logger of that name, as long as any thread is inside. A logger that says less
+    already is left as it is."""
     logger = logging.getLogger(name)
-    with _COUNTING:
+    with _counting:
         if not _inside[name]:
             _levels[name] = logger.level
-            logger.setLevel(level)
         _inside[name] += 1
+        logger.setLevel(max(level, logger.getEffectiveLevel()))
     try:
         yield
     finally:
-        with _COUNTING:
+        with _counting:
             _inside[name] -= 1
             if not _inside[name]:
                 logger.setLevel(_levels[name])

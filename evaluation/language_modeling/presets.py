@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -72,17 +71,13 @@ _FILES: Mapping[str, Mapping[str, str]] = {"ptb": _PTB_FILES, "ptb-test": _PTB_F
 
 _ONE_FILE = (".txt", ".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst")
 
-_OF_A_FILE = {"data_files": None, "config": None, "split": "train"}
-_OF_A_TEXT = _OF_A_FILE | {"text_field": "text"}
-"""All that can be said of a single file (whose rows may be sliced), and of a .txt, which is a single text."""
-
 
 def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with a preset's values for what they do not say themselves.
 
     A preset's split is read from its own file, whichever of the two is said. Another data set than the default one has
-    no configuration unless one is named, and a file has the split "train". Raises EvaluationError, naming the value,
-    for a split or configuration of a preset whose file is not known, and for what says nothing about a single file.
+    no configuration unless one is named, and a file has the split "train", by its name alone: nothing is looked up on
+    the disk. Raises EvaluationError, naming the value, for a split or configuration of a preset whose file is not known.
     """
     dataset = options.get("dataset")
     if not isinstance(dataset, str):
@@ -92,8 +87,6 @@ def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
     implied: dict[str, Any] = {} if dataset == PRESETS["wikitext2"]["dataset"] else {"config": None}
     if dataset.endswith(_ONE_FILE):
         implied["split"] = "train"
-    if os.path.isfile(os.path.expanduser(dataset)):
-        _check_file(dataset, options)
     return implied | dict(options)
 
 
@@ -135,16 +128,3 @@ def _check_config(name: str, config: Any, file: str) -> None:
             f"config {config!r}: the preset {name} reads {file}, which is not of it; leave config out, or give "
             "`data_files` too"
         )
-
-
-def _check_file(dataset: str, options: Mapping[str, Any]) -> None:
-    """Refuse now what the loader would refuse, or not look at, when a model has been made and loaded."""
-    is_text = re.search(r"\.txt(\.(gz|bz2|xz|zst))?$", dataset) is not None
-    for key, usual in (_OF_A_TEXT if is_text else _OF_A_FILE).items():
-        value = options.get(key, usual)
-        slices = key == "split" and not is_text
-        if (str(value).partition("[")[0] if slices else value) != usual:
-            raise EvaluationError(
-                f"{dataset} is a single {'text' if is_text else 'file'}: {key} {value!r} names nothing in it; leave "
-                f"{key} out"
-            )

@@ -252,11 +252,11 @@ def _by_category(config: Config) -> dict[str, tuple[str, ...]]:
 @contextlib.contextmanager
 def _quiet_metrics() -> Iterator[None]:
     """Without what the metrics' packages say on stderr: jieba of its dictionary, fuzzywuzzy of a faster library."""
-    from evaluation.inference.global_state import ExclusiveGlobals, hushed
+    from evaluation.inference.global_state import ExclusiveGlobals, quiet_logger
 
     with ExclusiveGlobals(()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in ("jieba", "fuzzywuzzy.fuzz"):
             importlib.import_module(name)
-    with hushed("jieba", logging.WARNING):
+    with quiet_logger("jieba", logging.WARNING):
         yield

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.inference.global_state import ExclusiveGlobals, Setting, drawing, hushed, seeds
+from evaluation.inference.global_state import ExclusiveGlobals, Setting, drawing, quiet_logger, seeds
 
 
 def drawn() -> tuple[float, float, float]:
@@ -127,12 +127,22 @@ def test_only_the_generators_that_are_asked_for_are_seeded(monkeypatch: pytest.M
 
 
 def test_a_logger_is_quiet_until_the_last_one_leaves() -> None:
-    logger = logging.getLogger("slimline.tests.hushed")
+    logger = logging.getLogger("slimline.tests.quiet")
     logger.setLevel(logging.INFO)
-    first, second = hushed(logger.name), hushed(logger.name)
+    first, second = quiet_logger(logger.name), quiet_logger(logger.name)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
     assert logger.level == logging.ERROR
     second.__exit__(None, None, None)
     assert logger.level == logging.INFO
+
+
+@pytest.mark.parametrize("level, parents", [(logging.CRITICAL, logging.INFO), (logging.NOTSET, logging.CRITICAL)])
+def test_a_logger_that_says_less_already_is_left_so(level: int, parents: int) -> None:
+    parent, logger = logging.getLogger("slimline.tests.loud"), logging.getLogger("slimline.tests.loud.quiet")
+    parent.setLevel(parents)
+    logger.setLevel(level)
+    with quiet_logger(logger.name):
+        assert not logger.isEnabledFor(logging.ERROR)
+    assert logger.level == level
