@@ -73,11 +73,11 @@ _ONE_FILE = (".txt", ".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".arrow",
 
 
 def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with a preset's values for what they do not say themselves.
+    """The options with a preset's values for what they leave out.
 
-    A preset's split is read from its own file, whichever of the two is said. Another data set than the default one has
-    no configuration unless one is named, and a file has the split "train", by its name alone: nothing is looked up on
-    the disk. Raises EvaluationError, naming the value, for a split or configuration of a preset whose file is not known.
+    A preset's split is read from its own file, whichever of the two is set. Another data set than the default one has
+    no configuration unless one is named, and a file has the split "train", by its name alone: the disk is not looked
+    at. Raises EvaluationError, naming the value, for a split or configuration of a preset whose file is not known.
     """
     dataset = options.get("dataset")
     if not isinstance(dataset, str):
@@ -90,17 +90,17 @@ def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
     return implied | dict(options)
 
 
-def _preset(name: str, said: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset's values beside those that are said, split and file fitting each other."""
+def _preset(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's values beside the user's own, split and file fitting each other."""
     preset, files = PRESETS[name], _FILES.get(name)
-    file = said.get("data_files")
+    file = own.get("data_files")
     implied: dict[str, Any] = {}
-    if files is not None and "data_files" not in said:
-        implied["data_files"] = _file_of(name, said.get("split", preset["split"]))
-        _check_config(name, said.get("config"), implied["data_files"])
+    if files is not None and "data_files" not in own:
+        implied["data_files"] = _file_of(name, own.get("split", preset["split"]))
+        _check_config(name, own.get("config"), implied["data_files"])
     elif files is not None and isinstance(file, str) and file != preset["data_files"]:
         implied["split"] = _split_of(file, files)
-    return {**preset, **implied, **said}
+    return {**preset, **implied, **own}
 
 
 def _file_of(name: str, split: Any) -> str:
@@ -123,6 +123,7 @@ def _split_of(data_files: str, files: Mapping[str, str]) -> str:
 
 
 def _check_config(name: str, config: Any, file: str) -> None:
+    """Raise EvaluationError for a configuration that the preset's file is not of."""
     if config is not None and config != file.partition("/")[0]:
         raise EvaluationError(
             f"config {config!r}: the preset {name} reads {file}, which is not of it; leave config out, or give "

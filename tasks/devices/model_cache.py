@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from infra.artifacts.store import ArtifactRef, ArtifactStore
+from infra.child_process import end_with_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +86,8 @@ def cached_replicas(
     try:
         if kept.replicas is None or kept.replicas_of != wanted or not kept.replicas.alive:
             kept.dismiss()
-            kept.replicas, kept.replicas_of = ReplicaProcesses(store.path(ref), load_checkpoint, loads), wanted
+            copies = ReplicaProcesses(store.path(ref), load_checkpoint, loads, initializer=end_with_parent)
+            kept.replicas, kept.replicas_of = copies, wanted
             kept.replicas.start()
         yield kept.replicas
     except BaseException:

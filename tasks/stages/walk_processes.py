@@ -11,7 +11,7 @@ from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
-from evaluation.inference.child_process import end_with_parent
+from infra.child_process import end_with_parent
 from tasks.devices.placement import device_names
 from tasks.execution.stage import StageContext
 

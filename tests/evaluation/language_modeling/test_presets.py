@@ -1,4 +1,4 @@
-"""Presets and what is said beside them: the rows that are measured are those that the recorded config names."""
+"""Presets and what is set beside them: the rows that are measured are those that the recorded config names."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def read(**options: Any) -> tuple[str, str | None]:
 def test_a_bare_preset_is_what_it_always_was(name: str) -> None:
     """Cache keys are made of this: a change here measures again what was measured."""
     for suite, windows in ((perplexity, [128, 2048]), (agreement, [2048])):
-        told = ["max"] if name == "lm-eval-wikitext" else windows
-        assert suite.Config(dataset=name).model_dump(mode="json") == USUAL | BARE[name] | {"windows": told}
+        lengths = ["max"] if name == "lm-eval-wikitext" else windows
+        assert suite.Config(dataset=name).model_dump(mode="json") == USUAL | BARE[name] | {"windows": lengths}
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_what_says_nothing_about_a_file_is_refused_by_the_preflight_and_not_by_t
 def test_what_a_file_has_may_be_said(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "a.jsonl").write_text("")
-    said = {"config": None, "split": "train", "text_field": "text", "data_files": None}
-    assert read(dataset=str(tmp_path / "a.txt"), **said) == ("train", None)
+    usual = {"config": None, "split": "train", "text_field": "text", "data_files": None}
+    assert read(dataset=str(tmp_path / "a.txt"), **usual) == ("train", None)
     assert read(dataset=str(tmp_path / "a.jsonl"), split="train[:5]", text_field="body") == ("train[:5]", None)
     assert read(dataset=str(tmp_path), split="test", data_files="a.txt") == ("test", "a.txt")
