@@ -1,4 +1,4 @@
-"""What the numbers of a suite keep to: finite, no larger than machines count, and not a YAML `true` taken for 1."""
+"""Types of the numbers in configs: finite, no larger than machines count, and not a YAML `true` taken for 1."""
 
 from __future__ import annotations
 

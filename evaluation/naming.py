@@ -1,4 +1,4 @@
-"""What is said of names that are not known, or given twice."""
+"""Clauses and refusals about names that are not known, or given twice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from evaluation.errors import EvaluationError
 
 
-def names_alike(name: str, known: Iterable[str], most: int = 3) -> str:
+def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
     """The clause "did you mean 'x' or 'y'?" for the known names most like `name`, the likest first; "" if none is."""
     alike = difflib.get_close_matches(name, tuple(known), n=most)
     return f"did you mean {' or '.join(map(repr, alike))}?" if alike else ""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, JsonValue
 
 GIB = 2**30
 """Bytes in a GiB, the unit of every memory figure here."""
 
 
-class Report(BaseModel):
+class Report(BaseModel, frozen=True, extra="forbid", ser_json_inf_nan="strings"):
     """Frozen, refuses unknown keys; infinity (the ppl of a broken model) survives a round trip through JSON."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Metric(Report):
@@ -43,6 +43,20 @@ class Average(Report):
     metric: str
     parts: tuple[tuple[str, str], ...]
     weighted_by: Literal["tasks", "items"]
+
+
+def plain_mean(average: Average, metrics: Sequence[Metric]) -> Metric:
+    """The mean of the metrics, each counting the same; their errors are independent."""
+    errors = [metric.stderr for metric in metrics if metric.stderr is not None]
+    return Metric(
+        task=average.task,
+        metric=average.metric,
+        value=math.fsum(metric.value for metric in metrics) / len(metrics),
+        stderr=math.hypot(*errors) / len(metrics) if len(errors) == len(metrics) else None,
+        num_fewshot=metrics[0].num_fewshot,
+        num_examples=sum(metric.num_examples or 0 for metric in metrics),
+        higher_is_better=True,
+    )
 
 
 class EvalReport(Report):

@@ -1,7 +1,7 @@
-"""What every module in `evaluation/suites` is given and gives: the words of the plug-in contract.
+"""The contract of suites: what every module in `evaluation/suites` is given and gives.
 
 A suite offers `VERSION`, `IMPORTS` (the heavy modules that it needs), `Config`, `needs(config)`, `check(config)`,
-`check_model(config, facts)` and `evaluate(model, tokenizer, data, config, means)`, which gives a SuiteResult. One of
+`check_model(config, facts)` and `evaluate(model, tokenizer, data, config, options)`, which gives a SuiteResult. One of
 lm-eval's tasks has `definitions(config)` too, so that their data can be looked at before work begins. With
 `COMPARES = True` it measures against the dense model, and its `evaluate` takes that too, as `reference`. Nothing here
 imports torch: a run can be planned without it.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 if TYPE_CHECKING:
     from evaluation.report import EvalReport
@@ -40,16 +40,12 @@ class ModelFacts:
     has_chat_template: bool | None = None
 
 
-class SuiteConfig(BaseModel):
+class SuiteConfig(BaseModel, frozen=True, extra="forbid"):
     """Base of every suite's Config: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
-
-class DataNeed(BaseModel):
+class DataNeed(BaseModel, frozen=True, extra="forbid"):
     """One split that a suite reads: enough for a preflight to look for it and for a cache key to name it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     repo_id: str
     config: str | None = None
@@ -57,10 +53,8 @@ class DataNeed(BaseModel):
     revision: str | None = None
 
 
-class TextNeed(BaseModel):
+class TextNeed(BaseModel, frozen=True, extra="forbid"):
     """The texts of one column: of a split, or of `data_files` inside the data set instead. revision: of the hub."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str
     config: str | None

@@ -1,7 +1,7 @@
 """Which splits a local data folder offers, by the rules of `datasets`: its README's `configs`, else its files' names.
 
-What is said of a folder must be what `datasets` then does with it, so the names are given to its own functions. Import
-it late, `datasets` costs two seconds.
+`datasets` must then read the same files, so names are resolved by its own functions. Import it late: `datasets` costs
+two seconds.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from datasets.load import infer_module_for_data_files_list
 from datasets.packaged_modules import _ALL_ALLOWED_EXTENSIONS, _MODULE_TO_EXTENSIONS
 
 from evaluation.errors import EvaluationError
-from evaluation.harness.stock_tasks import StockTask
-from evaluation.harness.task_yaml import load_yaml
+from evaluation.harness.stock_tasks import StockTask, load_yaml
 
 Files = dict[str, list[str]]
 """Absolute paths by split."""

@@ -1,4 +1,4 @@
-"""What lm-eval found, as this project's metrics and samples. Works on its dictionaries and imports nothing of it."""
+"""lm-eval's results as this project's metrics and samples. Works on its dictionaries and imports nothing of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PROMPT_CHARACTERS = 4000
 
 def task_metrics(results: Mapping[str, Any]) -> tuple[Metric, ...]:
     """One metric per task, group and metric name of lm-eval's `results`. Raises EvaluationError for NaN."""
-    found = []
+    metrics = []
     shots: dict[str, int] = results["n-shot"]
     # lm-eval gives a group of groups no n-shot of its own.
     common = next(iter(shots.values())) if len(set(shots.values())) == 1 else None
@@ -27,7 +27,7 @@ def task_metrics(results: Mapping[str, Any]) -> tuple[Metric, ...]:
                 continue
             if math.isnan(value):
                 raise EvaluationError(f"task '{task}' gives NaN for {name}: the model's logits are NaN; prune less")
-            found.append(
+            metrics.append(
                 Metric(
                     task=task,
                     metric=_metric_name(name, filtered),
@@ -39,7 +39,7 @@ def task_metrics(results: Mapping[str, Any]) -> tuple[Metric, ...]:
                     higher_is_better=results["higher_is_better"].get(task, {}).get(name) is not False,
                 )
             )
-    return tuple(found)
+    return tuple(metrics)
 
 
 def task_samples(tasks: Mapping[str, Any], logged: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[Sample, ...]:

@@ -1,7 +1,7 @@
 """lm-eval's stock tasks on a model in memory. The only file that imports lm_eval.
 
-Prompts, metrics, versions and aggregation are lm-eval's own; `task_overlays` tells it where the data lies. Only the
-wanted tasks are indexed, since indexing all of them costs 10 s.
+Prompts, metrics, versions and aggregation are lm-eval's own; `overlays` says where the data lies. Only the wanted
+tasks are indexed, since indexing all of them costs 10 s.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import math
 import sys
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,13 +31,12 @@ from evaluation.errors import EvaluationError
 from evaluation.harness.overlays import write_overlays
 from evaluation.harness.results import task_metrics, task_samples
 from evaluation.harness.stock_tasks import StockTask
-from evaluation.inference.chat_template import check_chat_template
 from evaluation.inference.eval_mode import eval_mode
 from evaluation.inference.generate import generate_until
-from evaluation.inference.global_state import ExclusiveGlobals, Setting, seeds
+from evaluation.inference.global_state import ExclusiveGlobals, Setting, seeded_generators
 from evaluation.inference.loglikelihood import score_answers
-from evaluation.inference.options import EvalOptions, Progress
-from evaluation.inference.prompts import PromptRule, Truncation
+from evaluation.inference.options import EvalOptions, Progress, part_of
+from evaluation.inference.prompts import PromptRule, Truncation, adds_bos, check_chat_template
 from evaluation.suite import SuiteData
 
 if TYPE_CHECKING:
@@ -60,9 +59,9 @@ class TaskRun:
 
     `num_fewshot` is passed to all tasks; lm-eval leaves those alone that fix it to 0. `limit` keeps the first so many
     documents of each task; `seed` draws few-shot examples. `chat_template` puts prompts into the tokenizer's, each
-    few-shot example as a turn of its own if `fewshot_as_multiturn`. `truncation` and `prompt_length` are of prompts to
-    generate from, see `PromptRule`; contexts of given answers always lose their beginning. `max_length` is lm-eval's:
-    tokens of context and answer, None for as many as the model's config allows.
+    few-shot example as a message of its own if `fewshot_as_multiturn`. `truncation` and `prompt_length` are of prompts
+    to generate from, see `PromptRule`; contexts of given answers always lose their beginning. `max_length` is
+    lm-eval's: tokens of context and answer, None for as many as the model's config allows.
     """
 
     names: tuple[str, ...]
@@ -88,18 +87,18 @@ def run_tasks(
     """Score the tasks: one metric per task (and group) and metric name, one sample per document, and the protocol.
 
     Neither the model nor the tokenizer is changed. Threads may call it at once, each with a model of its own: lm-eval's
-    parts take turns, the models run side by side. Logs a warning if few-shot prompts were cut. Raises EvaluationError
-    if the tokenizer lacks the chat template that is asked for, if a task's data is not where `data.folder` says or
-    cannot be loaded, if lm-eval refuses the task, or if the model's logits are NaN.
+    own code runs in one at a time, the models run side by side. Logs a warning if few-shot prompts were cut. Raises
+    EvaluationError if the tokenizer lacks the chat template that is asked for, if a task's data is not where
+    `data.folder` says or cannot be loaded, if lm-eval refuses the task, or if the model's logits are NaN.
     """
     if run.chat_template:
         check_chat_template(tokenizer.chat_template is not None)
-    with _turns() as turns, tempfile.TemporaryDirectory(prefix="slimline-lm-eval-") as scratch:
+    with _lm_eval_globals() as lm_globals, tempfile.TemporaryDirectory(prefix="slimline-lm-eval-") as scratch:
         write_overlays(Path(scratch), run.definitions, data, num_fewshot=run.num_fewshot)
         tasks = _load(Path(scratch), run, data, options.progress)
         with eval_mode(model):
             kinds = {task.OUTPUT_TYPE for task in tasks["tasks"].values()}
-            lm = _QuietLM(model, tokenizer, run, options, turns, kinds=kinds)
+            lm = _QuietLM(model, tokenizer, run, options, lm_globals, kinds=kinds)
             results = lm_evaluator.evaluate(
                 lm,
                 task_dict=tasks,
@@ -109,7 +108,15 @@ def run_tasks(
                 apply_chat_template=run.template_by_lm_eval,
                 fewshot_as_multiturn=run.template_by_lm_eval and run.fewshot_as_multiturn,
             )
-        _tell_cuts(run, lm)
+        # LongBench, where cutting is the protocol, has no few-shot examples of ours
+        if run.num_fewshot and lm.num_truncated:
+            log.warning(
+                "%d requests did not fit into the model's context of %d tokens, and their prompts lost the beginning; "
+                "take fewer than %d few-shot examples",
+                lm.num_truncated,
+                lm.max_length,
+                run.num_fewshot,
+            )
         return task_metrics(results), task_samples(tasks["tasks"], results["samples"]), _protocol(run, lm)
 
 
@@ -117,8 +124,8 @@ class _QuietLM(HFLM):  # type: ignore[misc]
     """HFLM that runs its rows through `evaluation.inference.loglikelihood`, reports progress instead of drawing bars,
     and counts the requests it had to cut to fit the model.
 
-    turns: lm-eval's; it has none while requests are answered. kinds: the output types of the tasks; each has its share
-    of the progress.
+    lm_globals: the critical section of lm-eval's own code, which is left while requests are answered. kinds: the output
+    types of the tasks; each has its share of the progress.
     """
 
     def __init__(
@@ -127,7 +134,7 @@ class _QuietLM(HFLM):  # type: ignore[misc]
         tokenizer: PreTrainedTokenizerBase,
         run: TaskRun,
         options: EvalOptions,
-        turns: ExclusiveGlobals,
+        lm_globals: ExclusiveGlobals,
         *,
         kinds: Collection[str],
     ) -> None:
@@ -138,10 +145,10 @@ class _QuietLM(HFLM):  # type: ignore[misc]
         # Long prompts are cut below, and counted; transformers' remark on each would go to standard error.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         self.num_truncated = 0
-        self._run, self._options, self._turns = run, options, turns
+        self._run, self._options, self._globals = run, options, lm_globals
         # a multiple choice asks for log-likelihoods
         self._parts = len({"loglikelihood" if kind == "multiple_choice" else kind for kind in kinds})
-        self._part = -1
+        self._part = 0
         # The choices of a question share their context, which may be long.
         self._encoded = lru_cache(maxsize=8)(super().tok_encode)
 
@@ -150,11 +157,11 @@ class _QuietLM(HFLM):  # type: ignore[misc]
         return encoded
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-        with self._turns.between():
+        with self._globals.released():
             return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-        with self._turns.between():
+        with self._globals.released():
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
@@ -167,7 +174,7 @@ class _QuietLM(HFLM):  # type: ignore[misc]
             add_special_tokens=self.add_bos_token,
         )
         asked = [request.args for request in requests]
-        with self._turns.between():
+        with self._globals.released():
             responses = generate_until(self.model, self.tokenizer, asked, rule, self._next_part())
         self.num_truncated += sum(response.truncated for response in responses)
         for request, response in zip(requests, responses, strict=True):
@@ -187,15 +194,10 @@ class _QuietLM(HFLM):  # type: ignore[misc]
         return [(score.log_likelihood, score.is_greedy) for score in scores]
 
     def _next_part(self) -> EvalOptions:
-        """The means of the next kind of requests: its progress is a part of the whole."""
-        self._part += 1
-        start, share = min(self._part, self._parts - 1) / self._parts, 1 / self._parts
-        whole = self._options.progress
-
-        def tell(done: float, message: str) -> None:
-            whole(_LOADING_SHARE + (1 - _LOADING_SHARE) * (start + share * done), message)
-
-        return replace(self._options, progress=tell)
+        """The options of the next kind of requests: its progress is a part of the whole."""
+        self._part = min(self._part + 1, self._parts)
+        scoring = part_of(self._options.progress, _LOADING_SHARE, 1.0)
+        return replace(self._options, progress=part_of(scoring, self._part - 1, self._part, self._parts))
 
 
 def _load(scratch: Path, run: TaskRun, data: SuiteData, progress: Progress) -> dict[str, Any]:
@@ -210,8 +212,8 @@ def _load(scratch: Path, run: TaskRun, data: SuiteData, progress: Progress) -> d
         except Exception as error:
             places = _places(name, run, data)
             raise EvaluationError(f"the data of task '{name}' could not be loaded ({places}): {_why(error)}") from error
-        for kind, found in part.items():
-            loaded[kind].update(found)
+        for kind, entries in part.items():
+            loaded[kind].update(entries)
     for task in loaded["tasks"].values():
         # What lm_eval.simple_evaluate does, without its report on the machine, which runs pip for seconds.
         if task.get_config("num_fewshot") != 0:
@@ -237,18 +239,6 @@ def _places(name: str, run: TaskRun, data: SuiteData) -> str:
     return "; ".join(f"{repo_id} in {folder}" if folder else repo_id for repo_id, folder in places)
 
 
-def _tell_cuts(run: TaskRun, lm: _QuietLM) -> None:
-    """LongBench, where cutting is the protocol, has no few-shot examples of ours."""
-    if run.num_fewshot and lm.num_truncated:
-        log.warning(
-            "%d requests did not fit into the model's context of %d tokens, and their prompts lost the beginning; "
-            "take fewer than %d few-shot examples",
-            lm.num_truncated,
-            lm.max_length,
-            run.num_fewshot,
-        )
-
-
 def _protocol(run: TaskRun, lm: _QuietLM) -> dict[str, JsonValue]:
     leaves = [task for task in run.definitions if not task.is_group]
     return {
@@ -263,18 +253,13 @@ def _protocol(run: TaskRun, lm: _QuietLM) -> dict[str, JsonValue]:
         },
         "bootstrap_iters": _BOOTSTRAP_ITERS,
         "chat_template": _chat_template(run, lm),
-        "tokenizer_adds_bos": _adds_bos(lm.tokenizer),
+        "tokenizer_adds_bos": adds_bos(lm.tokenizer),
         "max_length": lm.max_length,
         "truncation": run.truncation,
         "truncated_requests": lm.num_truncated,
         "dtype": str(lm.model.dtype),
         "data": sorted({f"{task.repo_id}: {task.eval_split}" for task in leaves}),
     }
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    ids: Sequence[int] = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
 def _chat_template(run: TaskRun, lm: _QuietLM) -> JsonValue:
@@ -284,22 +269,18 @@ def _chat_template(run: TaskRun, lm: _QuietLM) -> JsonValue:
     return {"sha256": digest, "fewshot_as_multiturn": run.fewshot_as_multiturn}
 
 
-def _turns() -> ExclusiveGlobals:
-    """lm-eval's: in them it has its default seeds, and is silent."""
-    logger = logging.getLogger("lm_eval")
+def _lm_eval_globals() -> ExclusiveGlobals:
+    """For lm-eval's own code: its default seeds, no log below errors, no bars."""
+    logger, bars = logging.getLogger("lm_eval"), lm_task.datasets
     return ExclusiveGlobals(
         [
-            *seeds(python=DEFAULT_RANDOM_SEED, numpy=DEFAULT_OTHER_SEED, torch_cpu=DEFAULT_OTHER_SEED),
-            Setting(lambda: logger.level, logger.setLevel, logging.ERROR),
-            Setting(lm_task.datasets.are_progress_bars_disabled, _switch_bars, True),
+            *seeded_generators(python=DEFAULT_RANDOM_SEED, numpy=DEFAULT_OTHER_SEED, torch_cpu=DEFAULT_OTHER_SEED),
+            Setting(lambda: logger.level, logger.setLevel, max(logging.ERROR, logger.getEffectiveLevel())),
+            Setting(
+                bars.are_progress_bars_disabled,
+                lambda off: bars.disable_progress_bars() if off else bars.enable_progress_bars(),
+                True,
+            ),
             Setting(lambda: lm_task.tqdm, partial(setattr, lm_task, "tqdm"), partial(tqdm, disable=True)),
         ]
     )
-
-
-def _switch_bars(off: bool) -> None:
-    bars = lm_task.datasets
-    if off:
-        bars.disable_progress_bars()
-    else:
-        bars.enable_progress_bars()

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
-from evaluation.inference.oom import short_of_memory
+from evaluation.inference.oom import free_memory, short_of_memory
 from evaluation.inference.options import EvalOptions
 
 if TYPE_CHECKING:
@@ -23,8 +22,8 @@ log = logging.getLogger("slimline")
 Row = TypeVar("Row")
 Result = TypeVar("Result")
 Work = Callable[["PreTrainedModel", Sequence[Row]], list[Result]]
-"""Gives one result per row, in order. With a crew it is sent to other processes: a function at the top of a module, or
-a functools.partial of one, and its results must be picklable (numbers, CPU tensors)."""
+"""Gives one result per row, in order. With replicas it is sent to other processes: a function at the top of a module,
+or a functools.partial of one, and its results must be picklable (numbers, CPU tensors)."""
 
 _TOKENS_CPU = 2**11
 _TOKENS_ACCELERATOR = 2**14
@@ -39,18 +38,17 @@ def rows_per_batch(model: PreTrainedModel, length: int, options: EvalOptions) ->
     return max(1, tokens // length)
 
 
-def batched(
-    model: PreTrainedModel, rows: Sequence[Row], lengths: Sequence[int], options: EvalOptions
-) -> list[list[int]]:
-    """Indices of the rows in batches, longest rows first, so that a batch pads little and memory runs short at once.
+def batched(lengths: Mapping[int, int], rows_at_once: Callable[[int], int]) -> list[list[int]]:
+    """Rows (by number) in batches, the longest first, so that a batch pads little and memory runs short at once.
 
-    lengths: tokens of each row. Rows of one batch are neighbours in length; equal lengths keep their order.
+    lengths: tokens of each row. rows_at_once: how many rows of such a length are a batch. Rows of one batch are
+    neighbours in length; equal lengths keep their order.
     """
-    order = sorted(range(len(rows)), key=lambda index: -lengths[index])
+    order = sorted(lengths, key=lambda row: -lengths[row])
     batches: list[list[int]] = []
     start = 0
     while start < len(order):
-        count = rows_per_batch(model, lengths[order[start]], options)
+        count = rows_at_once(lengths[order[start]])
         batches.append(order[start : start + count])
         start += count
     return batches
@@ -59,33 +57,35 @@ def batched(
 def run_batches(
     model: PreTrainedModel,
     work: Work[Row, Result],
-    batches: Sequence[Sequence[Row]],
+    rows: Sequence[Row],
+    batches: Sequence[Sequence[int]],
     options: EvalOptions,
     *,
-    told: Callable[[int], str] = "{} rows".format,
-) -> list[list[Result]]:
-    """The results of every row of every batch, in their order.
+    message: str = "{} rows",
+) -> list[Result]:
+    """The result of every row, in the order of the rows; each is in one of the batches, by its number.
 
     A batch that does not fit into memory is halved and the work goes on, with a line in the log; nothing that was
-    measured is measured again. told: what the progress says after so many rows.
+    measured is measured again. message: of the progress, with the number of rows that are done.
     Raises what says that memory ran out if a single row does not fit.
     """
-    total = max(1, sum(map(len, batches)))
     done = 0
 
-    def finished(rows: int) -> None:
+    def finished(count: int) -> None:
         nonlocal done
-        done += rows
-        options.progress(min(1.0, done / total), told(done))
+        done += count
+        options.progress(done / len(rows), message.format(done))
 
-    if options.replicas is None:
-        splitter = OomSplitter(work)
-        results = []
-        for batch in batches:
-            results.append(splitter(model, batch))
+    inputs = [[rows[index] for index in batch] for batch in batches]
+    if options.replicas is not None:
+        outputs = options.replicas.run(model, work, inputs, finished)
+    else:
+        outputs, splitter = [], OomSplitter(work)
+        for batch in inputs:
+            outputs.append(splitter(model, batch))
             finished(len(batch))
-        return results
-    return options.replicas.run(model, work, batches, finished)
+    results = dict(zip(chain.from_iterable(batches), chain.from_iterable(outputs), strict=True))
+    return [results[index] for index in range(len(rows))]
 
 
 class OomSplitter:
@@ -98,24 +98,19 @@ class OomSplitter:
 
     def __call__(self, model: PreTrainedModel, rows: Sequence[Any]) -> list[Any]:
         """One result per row."""
-        found: list[Any] = []
-        while len(found) < len(rows):
-            part = rows[len(found) : len(found) + self._rows_of(rows)]
+        results: list[Any] = []
+        while len(results) < len(rows):
+            part = rows[len(results) :][: math.ceil(len(rows) / self._parts)]
             try:
-                found += self._work(model, part)
+                results += self._work(model, part)
+                continue
             except (RuntimeError, MemoryError, OSError) as error:
                 if len(part) == 1 or not short_of_memory(error):
                     raise
                 # the traceback holds the tensors that fill the memory
                 error.__traceback__ = None
-                self._parts *= 2
-                log.warning("out of memory with %d rows at once; going on with %d", len(part), self._rows_of(rows))
-            else:
-                continue
-            if model.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return found
-
-    def _rows_of(self, rows: Sequence[Any]) -> int:
-        """How many rows of a batch are a part."""
-        return math.ceil(len(rows) / self._parts)
+            self._parts *= 2
+            left = math.ceil(len(rows) / self._parts)
+            log.warning("out of memory with %d rows at once; going on with %d", len(part), left)
+            free_memory()
+        return results

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from evaluation.inference.answer_length import LENGTH_KEYS, max_gen_toks
-from evaluation.inference.batches import batched, run_batches
-from evaluation.inference.global_state import drawing, hushed
+from evaluation.inference.batches import batched, rows_per_batch, run_batches
+from evaluation.inference.global_state import quiet_logger, torch_seed
 from evaluation.inference.options import EvalOptions
-from evaluation.inference.prompts import PromptRule, fit_prompt
+from evaluation.inference.prompts import LENGTH_KEYS, PromptRule, fit_prompt, max_gen_toks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,8 +65,8 @@ def generate_until(
     """The answers to pairs of prompt and generation settings (lm-eval's: `until`, `max_gen_toks`, `do_sample`,
     `temperature`, ... and whatever else the model's `generate` takes), in order.
 
-    Sampled answers are drawn with a seed for each, so that they depend on neither batches nor processes; those of the
-    threads of a process are written in turns. Not to be called in a turn of `global_state`.
+    Sampled answers are drawn with a seed for each, so that they depend on neither batches nor processes; threads of a
+    process write them one after the other. Not to be called in a critical section of `global_state`.
     Raises EvaluationError if an answer leaves no room for a prompt.
     """
     rows, prompts = [], []
@@ -77,16 +76,12 @@ def generate_until(
         prompt = fit_prompt(tokenizer, text, rule, max_gen_toks=length)
         prompts.append(prompt)
         rows.append(Row(prompt.input_ids, length, _stops(settings, tokenizer), generation, _SEED + number))
-    batches = _batches(model, rows, options)
-    told = f"{{}} of {len(rows)} answers written".format
-    work = partial(continue_rows, tokenizer=tokenizer)
-    written = run_batches(model, work, [[rows[index] for index in batch] for batch in batches], options, told=told)
-    texts = {
-        index: _until(str(tokenizer.decode(ids, skip_special_tokens=True)), rows[index].stops)
-        for batch, found in zip(batches, written, strict=True)
-        for index, ids in zip(batch, found, strict=True)
-    }
-    return [Response(texts[index], prompt.text, prompt.truncated) for index, prompt in enumerate(prompts)]
+    work, message = partial(continue_rows, tokenizer=tokenizer), f"{{}} of {len(rows)} answers written"
+    written = run_batches(model, work, rows, _batches(model, rows, options), options, message=message)
+    return [
+        Response(_until(str(tokenizer.decode(ids, skip_special_tokens=True)), row.stops), prompt.text, prompt.truncated)
+        for ids, row, prompt in zip(written, rows, prompts, strict=True)
+    ]
 
 
 def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -108,7 +103,7 @@ def continue_rows(
     mask_BL = torch.tensor([[0] * missing + [1] * (longest - missing) for missing in pads])
     ends = _Ends(tokenizer, first.stops, _eos_ids(model), longest, len(rows))
     # transformers remarks on what a model's own generation settings leave unused
-    with _own_seed(model, first), hushed("transformers.generation"):
+    with _own_seed(model, first), quiet_logger("transformers.generation"):
         output_BN = model.generate(
             input_ids=ids_BL.to(model.device),
             attention_mask=mask_BL.to(model.device),
@@ -153,16 +148,12 @@ class _Ends(StoppingCriteria):  # type: ignore[misc]
 
 
 def _batches(model: PreTrainedModel, rows: Sequence[Row], options: EvalOptions) -> list[list[int]]:
-    """Indices of rows of the same settings, the group of the longest rows first."""
-    groups: dict[str, list[int]] = {}
+    """Rows of the same settings in batches, the group of the longest rows first."""
+    groups: dict[str, dict[int, int]] = {}
     for index, row in enumerate(rows):
-        groups.setdefault(row.settings, []).append(index)
-    lengths = [len(row.input_ids) + row.max_gen_toks for row in rows]
-    found = []
-    for group in sorted(groups.values(), key=lambda indices: -max(lengths[index] for index in indices)):
-        parts = batched(model, group, [lengths[index] for index in group], options)
-        found += [[group[place] for place in part] for part in parts]
-    return found
+        groups.setdefault(row.settings, {})[index] = len(row.input_ids) + row.max_gen_toks
+    ordered = sorted(groups.values(), key=lambda lengths: -max(lengths.values()))
+    return [batch for lengths in ordered for batch in batched(lengths, partial(rows_per_batch, model, options=options))]
 
 
 def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,4 +189,4 @@ def _own_seed(model: PreTrainedModel, row: Row) -> AbstractContextManager[None]:
     if not row.options["do_sample"]:
         return nullcontext()
     devices = dict.fromkeys(tensor.device for tensor in model.parameters())
-    return drawing(row.seed, [device for device in devices if device.type == "cuda"])
+    return torch_seed(row.seed, [device for device in devices if device.type == "cuda"])

@@ -1,8 +1,8 @@
-"""State that all threads of a process share (random generators, levels of logs, switches of libraries), lent to one
-thread at a time.
+"""State that all threads of a process share (random generators, levels of logs, switches of libraries), set for a while
+and put back.
 
-Suites run side by side in threads. Who needs such state to be as it says takes a turn, which is short: no forward pass
-that draws nothing belongs in one.
+Suites run side by side in threads. What only one thread at a time may set is set in a critical section, which is short:
+no forward pass belongs in one, unless it draws.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-_ONE_AT_A_TIME = threading.Lock()
-_COUNTING = threading.Lock()
+_exclusive = threading.Lock()
+_counting = threading.Lock()
 _inside: Counter[str] = Counter()
 _levels: dict[str, int] = {}
 
 
 @dataclass
 class Setting:
-    """Something global: how it is read and written, and its value during the turns of one owner."""
+    """Something global: how it is read and written, and its value in the critical sections of one owner."""
 
     read: Callable[[], Any]
     write: Callable[[Any], object]
     own: Any
 
 
-def seeds(*, python: int, numpy: int, torch_cpu: int) -> list[Setting]:
+def seeded_generators(*, python: int, numpy: int, torch_cpu: int) -> list[Setting]:
     """The generators of the CPU as `random.seed`, `numpy.random.seed` and `torch.manual_seed` leave them. Those of
     other devices are not touched: another thread may draw from them."""
     generator = torch.Generator().manual_seed(torch_cpu)
@@ -47,17 +47,15 @@ def seeds(*, python: int, numpy: int, torch_cpu: int) -> list[Setting]:
 
 
 class ExclusiveGlobals:
-    """A context manager, a turn inside: the settings have the owner's values, and nobody else has a turn.
-
-    Outside they are everybody's, as they were. The owner's values last: a turn goes on with what the one before left.
-    """
+    """A context manager, inside a critical section in which the settings have the owner's values; outside they are as
+    they were before. The owner's values last: the next section goes on with what the one before left."""
 
     def __init__(self, settings: Sequence[Setting]) -> None:
         self._settings = settings
         self._before: list[Any] | None = None
 
     def __enter__(self) -> Self:
-        _ONE_AT_A_TIME.acquire()
+        _exclusive.acquire()
         self._before = [setting.read() for setting in self._settings]
         for setting in self._settings:
             setting.write(setting.own)
@@ -72,20 +70,20 @@ class ExclusiveGlobals:
             setting.own = setting.read()
             setting.write(before)
         self._before = None
-        _ONE_AT_A_TIME.release()
+        _exclusive.release()
 
     @contextlib.contextmanager
-    def between(self) -> Iterator[None]:
-        """Ends the turn inside, and waits for the next one afterwards; after an error there is none."""
+    def released(self) -> Iterator[None]:
+        """Outside of the section while the block runs, and in it again afterwards; after an error not."""
         self.__exit__(None, None, None)
         yield
         self.__enter__()
 
 
 @contextlib.contextmanager
-def drawing(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
-    """A turn in which torch draws by the seed, on the CPU and on these CUDA devices; as before outside."""
-    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=devices, device_type="cuda"):
+def torch_seed(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
+    """A critical section in which torch draws by the seed, on the CPU and on these CUDA devices; as before outside."""
+    with _exclusive, torch.random.fork_rng(devices=devices, device_type="cuda"):
         torch.default_generator.manual_seed(seed)
         for device in devices:
             with torch.cuda.device(device):
@@ -94,19 +92,30 @@ def drawing(seed: int, devices: Sequence[torch.device]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hushed(name: str, level: int = logging.ERROR) -> Iterator[None]:
-    """Nothing below the level from the logger of that name while a thread is inside, however many are; as before after
-    the last one."""
-    logger = logging.getLogger(name)
-    with _COUNTING:
-        if not _inside[name]:
-            _levels[name] = logger.level
-            logger.setLevel(level)
-        _inside[name] += 1
+def torch_threads(number: int) -> Iterator[None]:
+    """torch computes in so many threads while the block runs, then in as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
     try:
         yield
     finally:
-        with _COUNTING:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def quiet_logger(name: str, level: int = logging.ERROR) -> Iterator[None]:
+    """Nothing below the level from the logger of that name, as long as any thread is inside. A logger that says less
+    already is left as it is."""
+    logger = logging.getLogger(name)
+    with _counting:
+        if not _inside[name]:
+            _levels[name] = logger.level
+        _inside[name] += 1
+        logger.setLevel(max(level, logger.getEffectiveLevel()))
+    try:
+        yield
+    finally:
+        with _counting:
             _inside[name] -= 1
             if not _inside[name]:
                 logger.setLevel(_levels[name])

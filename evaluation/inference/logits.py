@@ -40,7 +40,7 @@ def logits_of(model: PreTrainedModel, ids_BL: Tensor, start: int) -> Positions:
 
 
 def vocab_size(model: PreTrainedModel) -> int:
-    """V."""
+    """V, the width of the logits."""
     return int(model.config.get_text_config().vocab_size)
 
 

@@ -7,9 +7,9 @@ an answer depends on. The figures are those of lm-eval's own path to the roundin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,27 +64,22 @@ def score_answers(
     A pair of more than max_length + 1 tokens loses the first tokens of its context, as in lm-eval.
     Raises EvaluationError for an answer without tokens or of more than max_length, and for one without a context.
     """
-    rows, places = gather_rows(pairs, max_length)
-    batches = _batches(model, rows, options)
-    told = f"{{}} of {len(rows)} prompts scored".format
-    done = run_batches(model, score_rows, [batch for _, batch in batches], options, told=told)
-    indices = chain.from_iterable(batch for batch, _ in batches)
-    found = dict(zip(indices, chain.from_iterable(done), strict=True))
-    return [found[row][answer] for row, answer in places]
+    gathered, places = gather_rows(pairs, max_length)
+    rows, batches = _share_prefixes(gathered, partial(rows_per_batch, model, options=options))
+    message = f"{{}} of {len(rows)} prompts scored"
+    scores = run_batches(model, score_rows, rows, batches, options, message=message)
+    return [scores[row][answer] for row, answer in places]
 
 
-def _batches(model: PreTrainedModel, rows: Sequence[Row], options: EvalOptions) -> list[tuple[list[int], list[Row]]]:
-    """Indices of the rows and the rows, by batch, the longest first: memory that runs short does so at once."""
-
-    def rows_at_once(tokens: int) -> int:
-        return rows_per_batch(model, tokens, options)
-
-    found = []
+def _share_prefixes(rows: Sequence[Row], rows_at_once: Callable[[int], int]) -> tuple[list[Row], list[list[int]]]:
+    """The rows with how many first tokens each shares with its group, and the batches of all groups, the longest first:
+    memory that runs short does so at once."""
+    sharing, batches = [*rows], list[list[int]]()
     for group in grouped([row.input_ids for row in rows], [row.first for row in rows], rows_at_once):
-        mine = [replace(rows[index], shared=group.shared) for index in group.rows]
-        for batch in batched(model, mine, [cost(len(row.input_ids), group.shared) for row in mine], options):
-            found.append(([group.rows[place] for place in batch], [mine[place] for place in batch]))
-    return sorted(found, key=lambda batch: -max(len(row.input_ids) for row in batch[1]))
+        for index in group.rows:
+            sharing[index] = replace(rows[index], shared=group.shared)
+        batches += batched({i: cost(len(rows[i].input_ids), group.shared) for i in group.rows}, rows_at_once)
+    return sharing, sorted(batches, key=lambda batch: -max(len(rows[index].input_ids) for index in batch))
 
 
 def gather_rows(pairs: Sequence[Pair], max_length: int) -> tuple[list[Row], list[tuple[int, int]]]:

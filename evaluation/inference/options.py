@@ -14,7 +14,12 @@ Progress = Callable[[float, str], None]
 
 
 def silent(share: float, message: str) -> None:
-    """The progress of those who do not want to know."""
+    """A progress that reports nothing."""
+
+
+def part_of(progress: Progress, start: float, end: float, total: float = 1.0) -> Progress:
+    """The progress of a part of the work, from start to end of the total in any unit."""
+    return lambda share, message: progress((start + (end - start) * share) / total, message)
 
 
 class Replicas(Protocol):
@@ -23,7 +28,7 @@ class Replicas(Protocol):
     def run(
         self, model: PreTrainedModel, work: Any, batches: Sequence[Sequence[Any]], finished: Callable[[int], None]
     ) -> list[list[Any]]:
-        """The results of all batches in their order."""
+        """The results of all batches in their order; `finished` is called with the number of rows of each."""
         ...
 
 
@@ -31,8 +36,8 @@ class Replicas(Protocol):
 class EvalOptions:
     """How to measure, never what: nothing here changes a figure.
 
-    batch_size: most rows of a forward pass; None for as many as memory takes. crew: further copies of the model, in
-    other processes, that take a part of the rows.
+    batch_size: most rows of a forward pass; None for as many as memory takes. replicas: copies of the model in other
+    processes, which take a part of the rows.
     """
 
     batch_size: int | None = None

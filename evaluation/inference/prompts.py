@@ -1,10 +1,13 @@
-"""Prompts cut to what a model can read: at their beginning, as lm-eval does, or in their middle, as LongBench does."""
+"""Prompts cut to what a model can read: at their beginning, as lm-eval does, or in their middle, as LongBench does.
+
+Imports neither torch nor transformers: a run is planned with it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from evaluation.errors import EvaluationError
 
@@ -12,6 +15,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Truncation = Literal["left", "middle"]
+
+LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call the length of an answer; of several the first counts, as in lm-eval."""
+
+_MAX_GEN_TOKS = 256
+"""lm-eval's default."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +60,12 @@ def fit_prompt(tokenizer: PreTrainedTokenizerBase, text: str, rule: PromptRule, 
             f"an answer of {max_gen_toks} tokens leaves no room for a prompt in a context of {rule.context}; "
             "take a model of a longer context, or leave the task out"
         )
-    return (
-        _fit_middle(tokenizer, text, rule, room)
-        if rule.truncation == "middle"
-        else _fit_left(tokenizer, text, rule, room)
-    )
+    if rule.truncation == "middle":
+        return _fit_middle(tokenizer, text, rule, room)
+    ids = _encode(tokenizer, text, rule)
+    if len(ids) <= room:
+        return Prompt(ids, text, truncated=False)
+    return Prompt(ids[-room:], str(tokenizer.decode(list(ids[-room:]), skip_special_tokens=False)), truncated=True)
 
 
 def cut_middle(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], length: int) -> str:
@@ -73,14 +83,6 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The text as the only message of a user, and the beginning of an answer."""
     messages = [{"role": "user", "content": text}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
-def _fit_left(tokenizer: PreTrainedTokenizerBase, text: str, rule: PromptRule, room: int) -> Prompt:
-    ids = _encode(tokenizer, text, rule)
-    if len(ids) <= room:
-        return Prompt(ids, text, truncated=False)
-    kept = ids[-room:]
-    return Prompt(kept, str(tokenizer.decode(list(kept), skip_special_tokens=False)), truncated=True)
 
 
 def _fit_middle(tokenizer: PreTrainedTokenizerBase, text: str, rule: PromptRule, room: int) -> Prompt:
@@ -110,3 +112,25 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, rule: PromptRule) -> 
     elif rule.add_special_tokens is not None:
         special["add_special_tokens"] = rule.add_special_tokens
     return tuple(tokenizer(text, truncation=False, verbose=False, **special)["input_ids"])
+
+
+def max_gen_toks(settings: Mapping[str, Any]) -> int:
+    """Tokens of an answer by a task's generation settings."""
+    given = (settings[key] for key in LENGTH_KEYS if settings.get(key) is not None)
+    return int(next(given, _MAX_GEN_TOKS))
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts BOS before a text by itself."""
+    ids: list[int] = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def check_chat_template(present: bool | None) -> None:
+    """Raise EvaluationError if a chat template is asked for and absent; None: it is not known yet."""
+    if present is False:
+        raise EvaluationError(
+            "chat_template: true, but the model's tokenizer has no chat template; "
+            "set chat_template: false, or take the instruct or chat version of the model "
+            "(a template that writes tokens without an embedding does not count)"
+        )

@@ -8,8 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import count
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from evaluation.inference.batches import OomSplitter, Result, Row, Work
-from evaluation.inference.child_process import end_with_parent
+from evaluation.inference.global_state import torch_threads
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -31,38 +30,45 @@ Loader = Callable[..., "PreTrainedModel"]
 
 
 class ReplicaProcesses:
-    """Its processes live from start to end; as a context manager, as long as the block, and in any case no longer than
-    this process.
+    """Its processes live from start to end; as a context manager, as long as the block.
 
     loads: for each further process the keyword arguments that tell `loader` on which device to put the model.
+    initializer: called first in each of them, such as what ends it with this process; a function of a module.
     """
 
-    def __init__(self, folder: Path, loader: Loader, loads: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        loader: Loader,
+        loads: Sequence[Mapping[str, Any]],
+        *,
+        initializer: Callable[[], None] | None = None,
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._share = max(1, torch.get_num_threads() // (len(loads) + 1))
-        self._mates: list[tuple[Any, Connection]] = []
+        self._processes: list[tuple[Any, Connection]] = []
         for load in loads:
             here, there = context.Pipe()
-            mate = context.Process(target=_serve, args=(there, folder, loader, dict(load), self._share), daemon=True)
-            self._mates.append((mate, here))
+            given = (there, folder, loader, dict(load), self._share, initializer)
+            self._processes.append((context.Process(target=_serve, args=given, daemon=True), here))
 
     def start(self) -> None:
         """Start the processes; each loads its copy when it first has work."""
-        for mate, _ in self._mates:
-            mate.start()
+        for process, _ in self._processes:
+            process.start()
 
     def end(self) -> None:
-        """End those that were started; for good."""
-        started = [mate for mate, _ in self._mates if mate.pid is not None]
-        for mate in started:
-            mate.terminate()
-        for mate in started:
-            mate.join()
+        """End the processes that were started; they cannot be started again."""
+        started = [process for process, _ in self._processes if process.pid is not None]
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join()
 
     @property
     def alive(self) -> bool:
         """Whether every process was started and none has ended."""
-        return all(mate.is_alive() for mate, _ in self._mates)
+        return all(process.is_alive() for process, _ in self._processes)
 
     def __enter__(self) -> Self:
         self.start()
@@ -84,27 +90,28 @@ class ReplicaProcesses:
         with the rows of each batch. Raises the first error of any process; RuntimeError if one of them died."""
         results: dict[int, list[Result]] = {}
         errors: list[BaseException] = []
-        numbers, telling = count(), threading.Lock()
+        numbers, lock = count(), threading.Lock()
 
         def take(answer: Callable[[Sequence[Row]], list[Result]]) -> None:
             # itertools.count is atomic under the interpreter's lock: each batch is taken once
             while not errors and (number := next(numbers)) < len(batches):
                 try:
-                    found = answer(batches[number])
-                    with telling:
-                        results[number] = found
+                    answers = answer(batches[number])
+                    with lock:
+                        results[number] = answers
                         finished(len(batches[number]))
                 except BaseException as error:  # also Ctrl-C: the other threads must not wait for ever
                     errors.append(error)
                     return
 
         threads = [
-            threading.Thread(target=take, args=(_asker(mate, line, work),), daemon=True) for mate, line in self._mates
+            threading.Thread(target=take, args=(_asker(process, pipe, work),), daemon=True)
+            for process, pipe in self._processes
         ]
         for thread in threads:
             thread.start()
         splitter = OomSplitter(work)
-        with _threads(self._share):
+        with torch_threads(self._share):
             take(lambda rows: splitter(model, rows))
         for thread in threads:
             thread.join()
@@ -113,61 +120,58 @@ class ReplicaProcesses:
         return [results[number] for number in range(len(batches))]
 
 
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """Compute in so many threads while the block runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _asker(mate: Any, line: Connection, work: Work[Row, Result]) -> Callable[[Sequence[Row]], list[Result]]:
+def _asker(process: Any, pipe: Connection, work: Work[Row, Result]) -> Callable[[Sequence[Row]], list[Result]]:
     # sent once: what a work holds (a tokenizer) takes longer to send than the rows
     unsent: list[Work[Row, Result]] = [work]
 
     def ask(rows: Sequence[Row]) -> list[Result]:
         try:
-            line.send((unsent.pop() if unsent else None, rows))
-            answer = line.recv()
+            pipe.send((unsent.pop() if unsent else None, rows))
+            answer = pipe.recv()
         except (EOFError, OSError) as error:
-            mate.join(timeout=1.0)
-            perhaps = ", perhaps out of memory" if mate.exitcode == -signal.SIGKILL else ""
-            raise RuntimeError(f"a process of the evaluation died (exit code {mate.exitcode}){perhaps}") from error
+            process.join(timeout=1.0)
+            perhaps = ", perhaps out of memory" if process.exitcode == -signal.SIGKILL else ""
+            raise RuntimeError(f"a process of the evaluation died (exit code {process.exitcode}){perhaps}") from error
         if isinstance(answer, BaseException):
             raise answer
-        found: list[Result] = answer
-        return found
+        results: list[Result] = answer
+        return results
 
     return ask
 
 
-def _serve(line: Connection, folder: Path, loader: Loader, load: dict[str, Any], threads: int) -> None:
-    """One further process."""
-    end_with_parent()
+def _serve(
+    pipe: Connection,
+    folder: Path,
+    loader: Loader,
+    load: dict[str, Any],
+    threads: int,
+    initializer: Callable[[], None] | None,
+) -> None:
+    """One further process: loads its copy with its first rows, and answers each batch until it is ended."""
+    if initializer is not None:
+        initializer()
     torch.set_num_threads(threads)
     model: PreTrainedModel | None = None
     splitter: OomSplitter | None = None
     while True:
-        work, rows = line.recv()
+        work, rows = pipe.recv()
         if work is not None:
             splitter = OomSplitter(work)
         assert splitter is not None
         try:
             if model is None:
                 model = loader(folder, **load).eval()
-            line.send(splitter(model, rows))
+            pipe.send(splitter(model, rows))
         except Exception as error:  # whatever it is, the parent raises it
-            _send_error(line, error)
+            _send_error(pipe, error)
 
 
-def _send_error(line: Connection, error: Exception) -> None:
+def _send_error(pipe: Connection, error: Exception) -> None:
     """Send the error if the parent can rebuild it, else a RuntimeError with its type and words."""
     words = RuntimeError(f"{type(error).__name__}: {error}")
     try:
         # rebuilt as the parent does it; what cannot be sent fails before anything is
-        line.send(error if type(deepcopy(error)) is type(error) else words)
+        pipe.send(error if type(deepcopy(error)) is type(error) else words)
     except Exception:  # classes may raise what they like
-        line.send(words)
+        pipe.send(words)

@@ -120,7 +120,7 @@ def run_prefix(model: PreTrainedModel, ids_P: Tensor) -> Cache | None:
 
 class _Shared(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values [1, heads, P, head_dim], put before those of every row of a batch and left as they
-    are: a batch takes no memory beyond its own layer's turn."""
+    are: a batch takes no memory beyond that of one layer."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()

@@ -9,12 +9,10 @@ Shapes: L tokens of a window, K of them predicted, B windows of a batch, S token
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,12 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evaluation.errors import EvaluationError
-from evaluation.inference.batches import rows_per_batch, run_batches
+from evaluation.inference.batches import run_batches
 from evaluation.inference.eval_mode import eval_mode
-from evaluation.inference.logits import logits_of, rows_per_forward, vocab_size
+from evaluation.inference.logits import logits_of, vocab_size
 from evaluation.inference.options import EvalOptions
-from evaluation.language_modeling.perplexity import slices_of
+from evaluation.language_modeling.perplexity import batches_of, exponential, padded, ratio_of_sums, slices_of
 from evaluation.language_modeling.windows import Window
+from evaluation.significance.verdicts import Figure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,16 +48,8 @@ class Agreement:
 
     @property
     def num_tokens(self) -> int:
-        """K."""
+        """K, of tokens that are predicted."""
         return len(self.kl_K)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """stderr is None where there is none: of a single window, of a quantile."""
-
-    value: float
-    stderr: float | None
 
 
 def check_comparable(model: PreTrainedModel, reference: PreTrainedModel) -> None:
@@ -76,56 +67,49 @@ def agreements(
 ) -> list[Agreement]:
     """Both models on every window, in order, each on the device and in the dtype it has; probabilities in float32.
 
-    A crew has copies of one model only, so it is not used. Raises EvaluationError if the vocabularies differ or a model
-    gives NaN.
+    Replicas are copies of one model only, so they are not used. Raises EvaluationError if the vocabularies differ or a
+    model gives NaN.
     """
     check_comparable(model, reference)
-    batches = _batches(model, reference, windows, options)
-    results = run_batches(
-        model,
-        partial(_compare, reference),
-        [[windows[index] for index in batch] for batch in batches],
-        replace(options, replicas=None),
-        told=lambda done: f"{done} of {len(windows)} windows",
-    )
-    found = dict(zip(chain.from_iterable(batches), chain.from_iterable(results), strict=True))
-    return [found[index] for index in range(len(windows))]
+    batches = batches_of(windows, [model, reference], options)
+    message = f"{{}} of {len(windows)} windows"
+    work = partial(_compare, reference)
+    return run_batches(model, work, windows, batches, replace(options, replicas=None), message=message)
 
 
-def divergence(found: Sequence[Agreement]) -> Figure:
+def divergence(windows: Sequence[Agreement]) -> Figure:
     """Mean KL divergence per token, in nats."""
-    return _mean([_sum(each.kl_K) for each in found], found)
+    return _per_token_mean(windows, [each.kl_K for each in windows])
 
 
-def divergence_quantile(found: Sequence[Agreement], share: float) -> Figure:
-    """The KL divergence that so large a share of the tokens does not exceed."""
-    return Figure(float(np.quantile(np.concatenate([each.kl_K for each in found]), share)), None)
+def divergence_quantile(windows: Sequence[Agreement], share: float) -> Figure:
+    """The KL divergence that so large a share of the tokens does not exceed; without a standard error."""
+    return Figure(float(np.quantile(np.concatenate([each.kl_K for each in windows]), share)), None)
 
 
-def top1_agreement(found: Sequence[Agreement]) -> Figure:
+def top1_agreement(windows: Sequence[Agreement]) -> Figure:
     """Share of tokens at which both models have the same likeliest next token."""
-    return _mean([float(each.same_K.sum()) for each in found], found)
+    return replace(_per_token_mean(windows, [each.same_K for each in windows]), higher_is_better=True)
 
 
-def perplexity_ratio(found: Sequence[Agreement]) -> Figure:
+def perplexity_ratio(windows: Sequence[Agreement]) -> Figure:
     """Perplexity of the model over that of the reference on the same tokens; its error is that of the paired
-    difference, by the delta method."""
-    log = _mean([_sum(each.lost_K) for each in found], found)
-    if log.value >= 709:
-        return Figure(math.inf, None)
-    ratio = math.exp(log.value)
-    return Figure(ratio, None if log.stderr is None else ratio * log.stderr)
+    difference."""
+    return exponential(_per_token_mean(windows, [each.lost_K for each in windows]))
+
+
+def _per_token_mean(windows: Sequence[Agreement], values: Sequence[NDArray[Any]]) -> Figure:
+    sums = [float(each_K.sum(dtype=np.float64)) for each_K in values]
+    return ratio_of_sums(sums, [float(each.num_tokens) for each in windows])
 
 
 @torch.inference_mode()
 def _compare(reference: PreTrainedModel, model: PreTrainedModel, windows: Sequence[Window]) -> list[Agreement]:
-    """Shorter windows are filled up at the right, which no causal model sees."""
-    ids_BL = np.zeros((len(windows), max(len(window.inputs) for window in windows)), dtype=np.int64)
-    for row, window in enumerate(windows):
-        ids_BL[row, : len(window.inputs)] = window.inputs
+    """Work for `batches.run_batches`."""
+    ids_BL = padded(windows)
     first = min(window.first for window in windows)
     with eval_mode(model, reference):
-        mine, theirs = (logits_of(each, torch.from_numpy(ids_BL).to(each.device), first) for each in (model, reference))
+        mine, theirs = (logits_of(each, ids_BL.to(each.device), first) for each in (model, reference))
         return [
             _agreement(window, partial(mine, row), partial(theirs, row), vocab_size(model))
             for row, window in enumerate(windows)
@@ -160,34 +144,3 @@ def _per_token(mine_SV: Tensor, theirs_SV: Tensor, targets_S: Tensor) -> tuple[T
 
 def _greatest(logits_SV: Tensor) -> Tensor:
     return logits_SV == logits_SV.amax(-1, keepdim=True)
-
-
-def _batches(
-    model: PreTrainedModel, reference: PreTrainedModel, windows: Sequence[Window], options: EvalOptions
-) -> list[list[int]]:
-    """Indices of the windows, longest first; the logits of both models count."""
-    itemsize = model.dtype.itemsize + reference.dtype.itemsize
-    order = sorted(range(len(windows)), key=lambda index: -len(windows[index].inputs))
-    batches: list[list[int]] = []
-    start = 0
-    while start < len(order):
-        length = len(windows[order[start]].inputs)
-        rows = rows_per_forward(vocab_size(model), length, itemsize, rows_per_batch(model, length, options))
-        batches.append(order[start : start + rows])
-        start += rows
-    return batches
-
-
-def _sum(values: NDArray[np.float32]) -> float:
-    return float(values.sum(dtype=np.float64))
-
-
-def _mean(sums: Sequence[float], found: Sequence[Agreement]) -> Figure:
-    """Mean over all tokens; the standard error of that ratio of sums over windows, as if they were independent."""
-    tokens = [each.num_tokens for each in found]
-    total, count = sum(tokens), len(found)
-    mean = math.fsum(sums) / total
-    if count < 2:
-        return Figure(mean, None)
-    squares = math.fsum((part - mean * size) ** 2 for part, size in zip(sums, tokens, strict=True))
-    return Figure(mean, math.sqrt(count / (count - 1) * squares) / total)

@@ -6,10 +6,9 @@ Shapes: L tokens of a window, K of them predicted, B windows of a batch, V vocab
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,18 +17,19 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from evaluation.errors import EvaluationError
-from evaluation.inference.batches import rows_per_batch, run_batches
+from evaluation.inference.batches import batched, rows_per_batch, run_batches
 from evaluation.inference.eval_mode import eval_mode
 from evaluation.inference.logits import logits_of, rows_per_forward, vocab_size
 from evaluation.inference.options import EvalOptions
-from evaluation.language_modeling.protocol import Normalisation, WindowProtocol, check_length
+from evaluation.language_modeling.protocol import WindowProtocol, check_length
 from evaluation.language_modeling.windows import Window, select_windows, windows_of
+from evaluation.significance.verdicts import Figure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FLOAT32_BYTES = 2**27
-"""Cap on the float32 copy of a slice of them (128 MiB)."""
+"""Cap on the float32 copy of a slice of logits (128 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -41,32 +41,23 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """Something computed from all windows, such as "word_ppl", and its standard error."""
-
-    name: str
-    value: float
-    stderr: float | None
-
-
-@dataclass(frozen=True)
 class Perplexity:
     """`ppl` = exp(`nll`), `nll` the mean negative log-likelihood in nats over `num_tokens` predicted tokens.
 
     normalised: word_ppl, byte_ppl and bits_per_byte, if the protocol asks for them, over `num_words` and `num_bytes`
-    (see `windows.Normalisation`). A standard error takes windows as the unit, as if they were drawn independently of
+    (see `protocol.Normalisation`). A standard error takes windows as the unit, as if they were drawn independently of
     one another: neighbours in a document, and still more overlapping ones, are alike, so it rather is too small. It is
-    None for a single window. `ppl` is inf if it is beyond a float.
+    None for a single window. `ppl` is inf if it is beyond a float. scored: the windows, in their order.
     """
 
     ppl: float
     nll: float
     stderr: float | None
-    num_windows: int
+    scored: Sequence[Scored]
     num_tokens: int
     num_words: float = 0.0
     num_bytes: float = 0.0
-    normalised: tuple[Figure, ...] = ()
+    normalised: Mapping[str, Figure] = field(default_factory=dict)
 
 
 def perplexity(
@@ -81,29 +72,12 @@ def perplexity(
     Raises EvaluationError if the texts are too short, the window too long for the model, the protocol contradicts
     itself, a token is asked of a tokenizer without one, or the model gives NaN.
     """
-    return summary(score_windows(model, tokenizer, texts, protocol, options), protocol)
-
-
-def score_windows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    protocol: WindowProtocol,
-    options: EvalOptions = EvalOptions(),
-) -> list[Scored]:
-    """The windows that `perplexity` measures, in their order. Raises what it raises."""
     check_length(protocol.window, longest_context(model))
     windows = select_windows(windows_of(tokenizer, texts, protocol), protocol)
-    batches = _batches(model, windows, options)
-    results = run_batches(
-        model,
-        window_nlls,
-        [[windows[index] for index in batch] for batch in batches],
-        options,
-        told=lambda done: f"{done} of {len(windows)} windows of {protocol.window} tokens",
-    )
-    found = dict(zip(chain.from_iterable(batches), chain.from_iterable(results), strict=True))
-    return [Scored(window, found[index]) for index, window in enumerate(windows)]
+    message = f"{{}} of {len(windows)} windows of {protocol.window} tokens"
+    batches = batches_of(windows, [model], options)
+    sums = run_batches(model, window_nlls, windows, batches, options, message=message)
+    return summary([Scored(window, nll) for window, nll in zip(windows, sums, strict=True)], protocol)
 
 
 def longest_context(model: PreTrainedModel) -> int | None:
@@ -117,10 +91,10 @@ def window_nlls(model: PreTrainedModel, windows: Sequence[Window]) -> list[float
     """Of each window, the sum over its targets of -log p(target | what is before it in the window), in nats.
 
     Logits are upcast to float32 in slices, so a large vocabulary does not cost a full float32 copy, and those of a long
-    window are never all there (see `evaluation.inference.logits`). The sum is taken in float64. Shorter windows
-    are filled up at the right, which no causal model sees. Raises EvaluationError for NaN.
+    window are never all there (see `evaluation.inference.logits`). The sum is taken in float64. Raises EvaluationError
+    for NaN.
     """
-    inputs_BL = _filled(windows).to(model.device)
+    inputs_BL = padded(windows).to(model.device)
     with eval_mode(model):
         logits = logits_of(model, inputs_BL, min(window.first for window in windows))
         sums = [_nll(partial(logits, row), window, vocab_size(model)) for row, window in enumerate(windows)]
@@ -136,37 +110,42 @@ def summary(scored: Sequence[Scored], protocol: WindowProtocol) -> Perplexity:
     """The figures over all windows: sums over sums, so that each token (word, byte) has the same weight."""
     sums = [entry.nll for entry in scored]
     tokens = [float(len(entry.window.targets)) for entry in scored]
-    nll, error = _ratio(sums, tokens)
-    ppl = _exponential("ppl", nll, error)
     words = [entry.window.num_words for entry in scored]
     num_bytes = [entry.window.num_bytes for entry in scored]
+    nll, per_byte = ratio_of_sums(sums, tokens), ratio_of_sums(sums, num_bytes)
+    normalised: dict[str, Figure] = {}
+    if {"word", "lm_eval_word"} & set(protocol.normalise):
+        normalised["word_ppl"] = exponential(ratio_of_sums(sums, words))
+    if "byte" in protocol.normalise:
+        error_in_bits = None if per_byte.stderr is None else per_byte.stderr / math.log(2)
+        normalised |= {
+            "byte_ppl": exponential(per_byte),
+            "bits_per_byte": Figure(per_byte.value / math.log(2), error_in_bits),
+        }
     return Perplexity(
-        ppl=ppl.value,
-        nll=nll,
-        stderr=ppl.stderr,
-        num_windows=len(scored),
+        ppl=exponential(nll).value,
+        nll=nll.value,
+        stderr=exponential(nll).stderr,
+        scored=scored,
         num_tokens=int(sum(tokens)),
         num_words=math.fsum(words),
         num_bytes=math.fsum(num_bytes),
-        normalised=_normalised(protocol.normalise, sums, words, num_bytes),
+        normalised=normalised,
     )
 
 
-def _batches(model: PreTrainedModel, windows: Sequence[Window], options: EvalOptions) -> list[list[int]]:
-    """Indices of the windows, longest first; windows of one length keep their order and are never filled up."""
-    order = sorted(range(len(windows)), key=lambda index: -len(windows[index].inputs))
-    batches: list[list[int]] = []
-    start = 0
-    while start < len(order):
-        length = len(windows[order[start]].inputs)
-        wanted = rows_per_batch(model, length, options)
-        rows = rows_per_forward(vocab_size(model), length, model.dtype.itemsize, wanted)
-        batches.append(order[start : start + rows])
-        start += rows
-    return batches
+def batches_of(windows: Sequence[Window], models: Sequence[PreTrainedModel], options: EvalOptions) -> list[list[int]]:
+    """Windows (by their place) in batches, the longest first; the logits of all the models must fit at once."""
+    vocab, itemsize = vocab_size(models[0]), sum(model.dtype.itemsize for model in models)
+
+    def rows_at_once(length: int) -> int:
+        return rows_per_forward(vocab, length, itemsize, rows_per_batch(models[0], length, options))
+
+    return batched({place: len(window.inputs) for place, window in enumerate(windows)}, rows_at_once)
 
 
-def _filled(windows: Sequence[Window]) -> Tensor:
+def padded(windows: Sequence[Window]) -> Tensor:
+    """The inputs of a batch (B, L); shorter windows are filled up at the right, which no causal model sees."""
     ids_BL = np.zeros((len(windows), max(len(window.inputs) for window in windows)), dtype=np.int64)
     for row, window in enumerate(windows):
         ids_BL[row, : len(window.inputs)] = window.inputs
@@ -189,38 +168,24 @@ def slices_of(window: Window, vocab_size: int, float32_bytes: int) -> Iterator[t
         yield window.first + offset, targets_K[offset : offset + step]
 
 
-def _normalised(
-    wanted: Sequence[Normalisation], sums: Sequence[float], words: Sequence[float], num_bytes: Sequence[float]
-) -> tuple[Figure, ...]:
-    found: list[Figure] = []
-    if {"word", "lm_eval_word"} & set(wanted):
-        found.append(_exponential("word_ppl", *_ratio(sums, words)))
-    if "byte" in wanted:
-        nll, error = _ratio(sums, num_bytes)
-        found.append(_exponential("byte_ppl", nll, error))
-        in_bits = None if error is None else error / math.log(2)
-        found.append(Figure("bits_per_byte", nll / math.log(2), in_bits))
-    return tuple(found)
-
-
-def _ratio(sums: Sequence[float], weights: Sequence[float]) -> tuple[float, float | None]:
+def ratio_of_sums(sums: Sequence[float], weights: Sequence[float]) -> Figure:
     """sum(sums) / sum(weights), and its standard error over windows by the delta method (None for one window).
 
     inf where there is nothing to divide by: a figure per word of windows in which no word begins.
     """
     total, count = math.fsum(weights), len(sums)
     if total == 0:
-        return math.inf, None
+        return Figure(math.inf, None)
     mean = math.fsum(sums) / total
     if count < 2 or not math.isfinite(mean):
-        return mean, None
+        return Figure(mean, None)
     squares = math.fsum((s - mean * w) ** 2 for s, w in zip(sums, weights, strict=True))
-    return mean, math.sqrt(count / (count - 1) * squares) / total
+    return Figure(mean, math.sqrt(count / (count - 1) * squares) / total)
 
 
-def _exponential(name: str, mean: float, error: float | None) -> Figure:
-    """exp of a mean; d exp(x) = exp(x) dx."""
-    if mean >= 709:
-        return Figure(name, math.inf, None)
-    value = math.exp(mean)
-    return Figure(name, value, None if error is None else value * error)
+def exponential(mean: Figure) -> Figure:
+    """exp of a figure, its standard error by the delta method: d exp(x) = exp(x) dx."""
+    if mean.value >= 709:
+        return Figure(math.inf, None)
+    value = math.exp(mean.value)
+    return Figure(value, None if mean.stderr is None else value * mean.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -72,17 +71,13 @@ _FILES: Mapping[str, Mapping[str, str]] = {"ptb": _PTB_FILES, "ptb-test": _PTB_F
 
 _ONE_FILE = (".txt", ".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst")
 
-_OF_A_FILE = {"data_files": None, "config": None, "split": "train"}
-_OF_A_TEXT = _OF_A_FILE | {"text_field": "text"}
-"""All that can be said of a single file (whose rows may be sliced), and of a .txt, which is a single text."""
-
 
 def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with a preset's values for what they do not say themselves.
+    """The options with a preset's values for what they leave out.
 
-    A preset's split is read from its own file, whichever of the two is said. Another data set than the default one has
-    no configuration unless one is named, and a file has the split "train". Raises EvaluationError, naming the value,
-    for a split or configuration of a preset whose file is not known, and for what says nothing about a single file.
+    A preset's split is read from its own file, whichever of the two is set. Another data set than the default one has
+    no configuration unless one is named, and a file has the split "train", by its name alone: the disk is not looked
+    at. Raises EvaluationError, naming the value, for a split or configuration of a preset whose file is not known.
     """
     dataset = options.get("dataset")
     if not isinstance(dataset, str):
@@ -92,22 +87,20 @@ def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
     implied: dict[str, Any] = {} if dataset == PRESETS["wikitext2"]["dataset"] else {"config": None}
     if dataset.endswith(_ONE_FILE):
         implied["split"] = "train"
-    if os.path.isfile(os.path.expanduser(dataset)):
-        _check_file(dataset, options)
     return implied | dict(options)
 
 
-def _preset(name: str, said: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset's values beside those that are said, split and file fitting each other."""
+def _preset(name: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's values beside the user's own, split and file fitting each other."""
     preset, files = PRESETS[name], _FILES.get(name)
-    file = said.get("data_files")
+    file = own.get("data_files")
     implied: dict[str, Any] = {}
-    if files is not None and "data_files" not in said:
-        implied["data_files"] = _file_of(name, said.get("split", preset["split"]))
-        _check_config(name, said.get("config"), implied["data_files"])
+    if files is not None and "data_files" not in own:
+        implied["data_files"] = _file_of(name, own.get("split", preset["split"]))
+        _check_config(name, own.get("config"), implied["data_files"])
     elif files is not None and isinstance(file, str) and file != preset["data_files"]:
         implied["split"] = _split_of(file, files)
-    return {**preset, **implied, **said}
+    return {**preset, **implied, **own}
 
 
 def _file_of(name: str, split: Any) -> str:
@@ -130,21 +123,9 @@ def _split_of(data_files: str, files: Mapping[str, str]) -> str:
 
 
 def _check_config(name: str, config: Any, file: str) -> None:
+    """Raise EvaluationError for a configuration that the preset's file is not of."""
     if config is not None and config != file.partition("/")[0]:
         raise EvaluationError(
             f"config {config!r}: the preset {name} reads {file}, which is not of it; leave config out, or give "
             "`data_files` too"
         )
-
-
-def _check_file(dataset: str, options: Mapping[str, Any]) -> None:
-    """Refuse now what the loader would refuse, or not look at, when a model has been made and loaded."""
-    is_text = re.search(r"\.txt(\.(gz|bz2|xz|zst))?$", dataset) is not None
-    for key, usual in (_OF_A_TEXT if is_text else _OF_A_FILE).items():
-        value = options.get(key, usual)
-        slices = key == "split" and not is_text
-        if (str(value).partition("[")[0] if slices else value) != usual:
-            raise EvaluationError(
-                f"{dataset} is a single {'text' if is_text else 'file'}: {key} {value!r} names nothing in it; leave "
-                f"{key} out"
-            )

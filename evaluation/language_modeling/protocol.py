@@ -64,11 +64,15 @@ class WindowSelection(SuiteConfig):
     the text."""
 
     keep_last_partial: bool = False
-    """Measure the shorter window that is left at the end of a text too, weighted by its tokens. If nothing is said,
+    """Measure the shorter window that is left at the end of a text too, weighted by its tokens. If it is not set,
     `rolling` sets it. A text shorter than a window is measured in any case."""
 
     normalise: tuple[Normalisation, ...] = ()
     """Further figures over the same windows: word_ppl@W per word; byte_ppl@W and bits_per_byte@W per byte."""
+
+    def at(self, window: int) -> WindowProtocol:
+        """The complete protocol with windows of so many tokens."""
+        return WindowProtocol(window=window, **{name: getattr(self, name) for name in WindowSelection.model_fields})
 
     @model_validator(mode="before")
     @classmethod

@@ -61,20 +61,20 @@ def windows_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], protoco
     """
     check_consistent(protocol, [protocol.window])
     lead = _lead(tokenizer, protocol)
-    found: list[Window] = []
+    windows: list[Window] = []
     num_tokens = 0
     # the BOS that leads a rolling window is not one of the tokens that are predicted
     cut = protocol.model_copy(update={"bos": "none"}) if _led_by_bos(protocol) else protocol
     for stream in streams_of(tokenizer, texts, cut):
         num_tokens += len(stream.ids) - (cut.bos == "once")
         for span in _spans(len(stream.ids), protocol):
-            found.append(_window(len(found), stream, span, lead, protocol))
-    if not found:
+            windows.append(_window(len(windows), stream, span, lead, protocol))
+    if not windows:
         raise EvaluationError(
             f"the {len(texts)} texts hold {num_tokens} tokens with bos='{protocol.bos}', too few to predict one; "
             "give a longer text or another split"
         )
-    return found
+    return windows
 
 
 def select_windows(windows: list[Window], protocol: WindowProtocol) -> list[Window]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import product
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from evaluation.bounds import Amount, Count, Real, Seed
 from evaluation.errors import EvaluationError
-from evaluation.naming import names_alike
+from evaluation.naming import did_you_mean
 
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2402.02834, section 4 and its published measuring script: a prompt of 12 tokens; latency is the time of a
@@ -36,10 +36,8 @@ Axis = Annotated[tuple[Count, ...], BeforeValidator(_as_tuple), Field(min_length
 """One number, or several to be measured each."""
 
 
-class GridPoint(BaseModel):
+class GridPoint(BaseModel, frozen=True, extra="forbid"):
     """One combination of batch size and lengths in tokens. task: its name in reports."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: str
     batch_size: int
@@ -47,13 +45,11 @@ class GridPoint(BaseModel):
     new_tokens: int
 
 
-class ProfileConfig(BaseModel):
+class ProfileConfig(BaseModel, frozen=True, extra="forbid"):
     """A forward pass over a prompt, then greedy decoding, repeated, for every combination of the sizes asked for.
 
     `preset` is a short word for a paper's options; options beside it go before its own. It is written out, not kept.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     preset: Literal["shortened_llama", "slimgpt_table4"] | None = Field(default=None, exclude=True)
     batch_size: Axis = (1,)
@@ -92,7 +88,7 @@ class ProfileConfig(BaseModel):
             return data
         name = data["preset"]
         if name not in PRESETS:
-            hint = names_alike(str(name).lower().replace("-", "_"), PRESETS, most=1)
+            hint = did_you_mean(str(name).lower().replace("-", "_"), PRESETS, most=1)
             raise ValueError(f"unknown preset {name!r}; {hint and f'{hint} '}available: {', '.join(PRESETS)}")
         return PRESETS[name] | {key: value for key, value in data.items() if key != "preset"}
 

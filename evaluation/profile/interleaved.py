@@ -14,19 +14,22 @@ for a thread that waits for another one that lost its core spends processor time
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from evaluation.inference.options import Progress, silent
-from evaluation.profile.paired_ratio import paired_ratio
 from evaluation.profile.report import Ratio
 from evaluation.profile.timed_generation import Clock
+
+Floats = NDArray[np.float64]
 
 TURN_CLOCKS: dict[str, Clock] = {"wall clock": time.perf_counter, "processor time": time.thread_time}
 """Clocks for turns, by the names that they have in reports."""
@@ -40,16 +43,10 @@ _MOST_PREFILLS = 16
 _GROWTH = 1.25
 """The precision is looked at when there are so many times more rounds: bootstrapping takes time too."""
 
+MIN_PAIRS = 8
+"""Fewer of them say nothing about their own spread."""
 
-@contextmanager
-def turn_threads(clock_name: str) -> Iterator[None]:
-    """Inside, torch has as many threads as turns take by this clock."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_turn_threads(clock_name))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+_RESAMPLES = 400
 
 
 def num_turn_threads(clock_name: str) -> int:
@@ -91,7 +88,7 @@ class TurnRules:
 
     @property
     def decode_turns(self) -> int:
-        """Decoding turns of one round."""
+        """Whole decoding turns of one round; what is left over is not decoded."""
         return (self.new_tokens - 1) // self.tokens_per_turn if self.tokens_per_turn else 0
 
 
@@ -113,12 +110,12 @@ def interleave(
 ) -> TurnRatios:
     """begin: starts a generation of the reference, and one of the measured model. turn_clock: times the turns; clock:
     all of them together. The first round is not counted."""
-    turns = _Turns(begin, rules, turn_clock)
-    turns.round()
-    turns.forget()
+    timer = _PairTimer(begin, rules, turn_clock)
+    timer.round()
+    timer.clear()
     started, rounds, look_at = clock(), 0, rules.min_rounds
     while True:
-        turns.round()
+        timer.round()
         rounds += 1
         spent = clock() - started
         progress(min(1.0, spent / rules.seconds) if rules.seconds else 1.0, f"{rounds} rounds of turns")
@@ -126,11 +123,11 @@ def interleave(
         if rounds < rules.min_rounds or (rounds < look_at and not over):
             continue
         look_at = max(look_at + 1, int(look_at * _GROWTH))
-        found = turns.ratios()
-        prefill_precise, decode_precise = _precise(found.prefill, rules), _precise(found.decode, rules)
+        ratios = timer.ratios()
+        prefill_precise, decode_precise = _precise(ratios.prefill, rules), _precise(ratios.decode, rules)
         if over or (prefill_precise and decode_precise):
-            return found
-        turns.neglect(prefill=prefill_precise, decode=decode_precise)
+            return ratios
+        timer.skip(prefill=prefill_precise, decode=decode_precise)
 
 
 def _precise(ratio: Ratio | None, rules: TurnRules) -> bool:
@@ -139,7 +136,7 @@ def _precise(ratio: Ratio | None, rules: TurnRules) -> bool:
     return ratio.stderr is not None and ratio.stderr <= rules.precision * ratio.value
 
 
-class _Turns:
+class _PairTimer:
     """The pairs (reference, measured) of seconds that were taken so far."""
 
     def __init__(self, begin: Sequence[Callable[[], Generating]], rules: TurnRules, clock: Clock) -> None:
@@ -149,14 +146,14 @@ class _Turns:
         self._first_prefills, self._first_decodes = 0, 0
         self._prefills, self._most_prefills = 1, _MOST_PREFILLS
         self._decodes = True
-        self.forget()
+        self.clear()
 
-    def forget(self) -> None:
-        """Begin anew."""
+    def clear(self) -> None:
+        """Drop all pairs: those of the first round are of a cold machine."""
         self._prefill: list[tuple[float, float]] = []
         self._decode: list[tuple[float, float]] = []
 
-    def neglect(self, *, prefill: bool, decode: bool) -> None:
+    def skip(self, *, prefill: bool, decode: bool) -> None:
         """Spend the coming rounds on what is not precise yet."""
         self._decodes = not decode
         self._most_prefills = 1 if prefill else _MOST_PREFILLS
@@ -180,15 +177,13 @@ class _Turns:
             works = [partial(generation.decode, turn) for generation in generations]
             self._decode.append(self._pair(works, first=(self._first_decodes + index) % 2))
         self._first_decodes = 1 - self._first_decodes
-        self._balance((prefilled - started) / self._prefills, self._clock() - prefilled)
+        # as much time for prompts as for decoding, by this round's
+        prefill_s, decode_s = (prefilled - started) / self._prefills, self._clock() - prefilled
+        self._prefills = max(1, min(self._most_prefills, round(decode_s / prefill_s))) if prefill_s else 1
 
     def ratios(self) -> TurnRatios:
-        """From all pairs so far."""
+        """The ratios over all pairs so far."""
         return TurnRatios(paired_ratio(self._prefill), paired_ratio(self._decode) if self._decode else None)
-
-    def _balance(self, prefill_s: float, decode_s: float) -> None:
-        """As much time for prompts as for decoding, by the last round's."""
-        self._prefills = max(1, min(self._most_prefills, round(decode_s / prefill_s))) if prefill_s else 1
 
     def _pair(self, works: Sequence[Callable[[], None]], *, first: int) -> tuple[float, float]:
         seconds = [0.0, 0.0]
@@ -197,3 +192,29 @@ class _Turns:
             works[index]()
             seconds[index] = self._clock() - start
         return seconds[0], seconds[1]
+
+
+def paired_ratio(pairs: Sequence[tuple[float, float]]) -> Ratio:
+    """The second time over the first, from (reference, own) pairs of any one unit; the same pairs, the same answer.
+
+    What other processes take is added to one side of a pair or to the other, at times ten times over: means follow such
+    outliers, and the median wastes much of what the pairs say. The interquartile mean of the logarithms does neither,
+    and is the same (with the sign turned) whichever model is called the reference.
+    """
+    logs_N = np.log(np.asarray(pairs, dtype=np.float64))
+    logs_N = logs_N[:, 1] - logs_N[:, 0]
+    value = math.exp(float(_middle_mean(logs_N)))
+    if len(logs_N) < MIN_PAIRS:
+        return Ratio(value=value, stderr=None, low=None, high=None, num_pairs=len(logs_N))
+    drawn_RN = np.random.default_rng(0).integers(len(logs_N), size=(_RESAMPLES, len(logs_N)))
+    means_R = _middle_mean(logs_N[drawn_RN])
+    low, high = np.exp(np.quantile(means_R, (0.025, 0.975)))
+    stderr = value * float(np.std(means_R, ddof=1))
+    return Ratio(value=value, stderr=stderr, low=float(low), high=float(high), num_pairs=len(logs_N))
+
+
+def _middle_mean(values_N: Floats) -> Floats:
+    """Mean of the middle half along the last axis."""
+    count = values_N.shape[-1]
+    cut = count // 4
+    return np.asarray(np.sort(values_N, axis=-1)[..., cut : count - cut].mean(-1))

@@ -10,21 +10,22 @@ getrusage's ru_maxrss, because Linux lets a child inherit its parent's ru_maxrss
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import logging
 import math
+import os
 import resource
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from evaluation.errors import EvaluationError
-from evaluation.inference.child_process import end_with_lifeline, lifeline
 from evaluation.inference.options import Progress, silent
 from evaluation.profile.config import GridPoint, ProfileConfig
 from evaluation.profile.report import ProfileReport
@@ -40,13 +41,11 @@ _GROUPS_V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "")
 """Where control groups are, their files of limit and usage, and what their statistics' names begin with."""
 
 
-class PeakMemory(BaseModel):
+class PeakMemory(BaseModel, frozen=True, extra="forbid"):
     """GiB of resident memory at its highest: after all imports, and after loading the model and one run of it.
 
     `model_gib`, the difference, is what the model itself costs; the libraries take a few hundred MiB.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     libraries_gib: float
     peak_gib: float
@@ -76,16 +75,9 @@ def least_bytes(models: Sequence[PreTrainedModel], point: GridPoint) -> int:
 
 def available_bytes(root: Path = Path("/")) -> float:
     """Memory that this process may still fill: what the kernel calls available, and no more than the limits of the
-    control groups that it is in leave. Infinite where the system does not tell."""
+    control groups that it is in leave. Infinite where the system does not say."""
     available = _numbers(root / "proc/meminfo").get("MemAvailable:", math.inf)
     return min([1024 * available, *_left_in_groups(root)])
-
-
-def give_back_freed() -> None:
-    """Have glibc return freed memory to the system: it keeps small pieces, a gigabyte of a cache of many layers."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
@@ -120,13 +112,16 @@ def peak_resident_gib(folder: Path, config: ProfileConfig, model_class: str) -> 
     run.
     Raises EvaluationError if the process fails, with its last words.
     """
-    command = [sys.executable, "-m", "evaluation.profile.peak_memory", str(folder.resolve()), config.model_dump_json()]
-    command += [model_class]
+    module = "evaluation.profile.peak_memory"
+    command = [sys.executable, "-m", module, str(folder.resolve()), config.model_dump_json(), model_class]
     root = Path(__file__).resolve().parents[2]
-    with lifeline() as line:
-        done = subprocess.run(
-            [*command, str(line)], cwd=root, capture_output=True, text=True, check=False, pass_fds=[line]
-        )
+    # our end of the pipe is closed when this process ends, however it does, and the child reads that
+    theirs, ours = os.pipe()
+    try:
+        done = subprocess.run(command, stdin=theirs, cwd=root, capture_output=True, text=True, check=False)
+    finally:
+        os.close(theirs)
+        os.close(ours)
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise EvaluationError(f"peak memory of {folder} could not be measured: {words[-1]}")
@@ -171,9 +166,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("config", type=ProfileConfig.model_validate_json)
     parser.add_argument("model_class")
-    parser.add_argument("lifeline", type=int)
     given = parser.parse_args(arguments)
-    end_with_lifeline(given.lifeline)
+    _end_with_parent()
 
     import torch
 
@@ -194,6 +188,17 @@ def main(arguments: list[str] | None = None) -> None:
     timed_run(runner, random_prompt(model, point, given.config.seed), point.new_tokens)
     measured = PeakMemory(libraries_gib=libraries, peak_gib=_high_water_gib())
     sys.stdout.write(measured.model_dump_json() + "\n")
+
+
+def _end_with_parent() -> None:
+    """Ctrl-C is the parent's affair; when it is gone, however it went, standard input ends and this process too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        os.read(sys.stdin.fileno(), 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _high_water_gib() -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from evaluation.inference.eval_mode import eval_mode
-from evaluation.inference.oom import short_of_memory
-from evaluation.inference.options import Progress, silent
+from evaluation.inference.global_state import torch_threads
+from evaluation.inference.oom import free_memory, short_of_memory
+from evaluation.inference.options import Progress, part_of, silent
 from evaluation.profile.compilation import (
     check_compiler,
     is_offloaded,
@@ -24,18 +24,10 @@ from evaluation.profile.compilation import (
     set_attention_,
 )
 from evaluation.profile.config import GridPoint, ProfileConfig
-from evaluation.profile.device import device_name
-from evaluation.profile.interleaved import (
-    TURN_CLOCKS,
-    TurnRatios,
-    TurnRules,
-    interleave,
-    num_turn_threads,
-    turn_threads,
-)
-from evaluation.profile.peak_memory import available_bytes, give_back_freed, least_bytes
-from evaluation.profile.power import Meter, Reading, mean_reading, meter_of
-from evaluation.profile.report import Comparison, PointReport, ProfileReport, Ratio, Speed, Timing
+from evaluation.profile.device import Meter, Reading, device_name, mean_reading, meter_of
+from evaluation.profile.interleaved import TURN_CLOCKS, TurnRatios, TurnRules, interleave, num_turn_threads
+from evaluation.profile.peak_memory import available_bytes, least_bytes
+from evaluation.profile.report import Comparison, PointReport, ProfileReport, Speed, Timing
 from evaluation.profile.sizes import (
     attention_macs,
     attention_shapes,
@@ -70,10 +62,10 @@ def profile(
     """Time `model` on `device`, to which it (and the reference) is moved, in the dtype it has; a model that was loaded
     with a device map stays spread. The reference may come on the host, and goes there when both do not fit.
 
-    Latencies come from whole runs of one model, in turns with the reference's: ratios to it from shorter turns (see
-    `turns`). A grid point that does not fit into memory is reported as such and the others go on. meter: tells power
-    and utilisation; None asks the device. Raises EvaluationError if the lengths exceed the model's positions, for an
-    attention implementation that the model does not have, and for `compile` where it would not be done.
+    Latencies come from whole runs of one model, alternating with the reference's; ratios to it from shorter turns (see
+    `interleaved`). A grid point that does not fit into memory is reported as such and the others go on. meter: reads
+    power and utilisation; None asks the device. Raises EvaluationError if the lengths exceed the model's positions, for
+    an attention implementation that the model does not have, and for `compile` where it would not be done.
     """
     if reference is not None and is_offloaded(reference) and not is_offloaded(model):
         log.warning("the reference does not fit beside the model, no ratios")
@@ -89,10 +81,11 @@ def profile(
     with eval_mode(*models), only_compiled(compiled=config.compile):
         shapes = attention_shapes(model)
         runners = [runner_of(each, compiled=config.compile) for each in models]
-        bench = _Bench(config, runners, torch.device(device), meter or meter_of(_devices(model)))
+        profiler = _GridProfiler(config, runners, torch.device(device), meter or meter_of(_devices(model)))
         points = []
         for index, point in enumerate(config.points):
-            report = bench.measure(point, _part(progress, index, len(config.points), point.task))
+            part = part_of(progress, index, index + 1, len(config.points))
+            report = profiler.measure(point, partial(_named, part, point.task) if len(config.points) > 1 else part)
             macs = attention_macs(shapes, batch_size=point.batch_size, length=point.prompt_len)
             points.append(report.model_copy(update={"attention_macs": macs}))
     per_token = linear_macs_per_token(model)
@@ -116,7 +109,7 @@ def profile(
 
 
 @dataclass(frozen=True)
-class _Bench:
+class _GridProfiler:
     """runners: the reference, if there is one, and the measured model, which is the last."""
 
     config: ProfileConfig
@@ -128,15 +121,15 @@ class _Bench:
         """All figures of one grid point, as many of them as memory allows."""
         report = PointReport(**point.model_dump(), attention_macs=0)
         figures = partial(self._figures, point, progress)
-        found = self._fitting(lambda: figures(self.runners))
-        if found is None and len(self.runners) == 2:
+        measured = self._fitting(lambda: figures(self.runners))
+        if measured is None and len(self.runners) == 2:
             place_(self.runners[0].model, "cpu")
-            _free()
-            found = self._fitting(lambda: figures(self.runners[1:]))
-        if found is None:
+            free_memory()
+            measured = self._fitting(lambda: figures(self.runners[1:]))
+        if measured is None:
             log.warning("%s: out of memory, no figures for this grid point", _sizes(point))
             return report
-        runs, update = found
+        runs, update = measured
         if len(self.runners) == 2:
             update["comparison"] = self._comparison(point, runs, progress)
         return report.model_copy(update=update)
@@ -149,7 +142,10 @@ class _Bench:
             place_(runner.model, self.device)
             self._check_room(point, [runner])
         runs = self._whole_runs(point, progress, runners)
-        peak, reading = self._peak_cuda_gib(point), self._reading(point)
+        peak, reading, last = self._peak_cuda_gib(point), Reading(), runners[-1]
+        if self.meter is not None:
+            prompt_BL = random_prompt(last.model, point, self.config.seed)
+            reading = mean_reading(self.meter, lambda: timed_run(last, prompt_BL, point.new_tokens))
         return runs, {"speed": _speed(runs[-1], point), "peak_memory_gib": peak} | vars(reading)
 
     def _check_room(self, point: GridPoint, runners: Sequence[Runner]) -> None:
@@ -159,7 +155,7 @@ class _Bench:
             return
         needed, left = least_bytes([runner.model for runner in runners], point), available_bytes()
         if needed > left:
-            _free()
+            free_memory()
             left = available_bytes()
         if needed > left:
             message = "%s: needs at least %.2f GiB of memory, and %.2f GiB are there"
@@ -171,14 +167,14 @@ class _Bench:
         prompts = self._prompts(point, runners)
         runs: list[list[TimedRun]] = [[] for _ in runners]
         total = self.config.warmup + self.config.runs
-        for turn in range(total):
-            order = range(len(runners)) if turn % 2 == 0 else reversed(range(len(runners)))
+        for number in range(total):
+            order = range(len(runners)) if number % 2 == 0 else reversed(range(len(runners)))
             for index in order:
                 run = timed_run(runners[index], prompts[index], point.new_tokens)
-                if turn >= self.config.warmup:
+                if number >= self.config.warmup:
                     runs[index].append(run)
-            share = (turn + 1) / total
-            progress(share / len(self.runners), f"{turn + 1} of {total} runs")
+            share = (number + 1) / total
+            progress(share / len(self.runners), f"{number + 1} of {total} runs")
         return runs
 
     def _comparison(self, point: GridPoint, runs: list[list[TimedRun]], progress: Progress) -> Comparison | None:
@@ -190,13 +186,17 @@ class _Bench:
         if ratios is None:
             log.warning("%s: the caches of both models do not fit at once, no ratios", _sizes(point))
         reference = _speed(runs[0], point)
+        latency_ratio = None
+        if ratios:
+            share = min(1.0, reference.ttft_ms.p50 / reference.latency_ms.p50)
+            latency_ratio = share * ratios.prefill.value + (1 - share) * (ratios.decode or ratios.prefill).value
         return Comparison(
             prefill_ms=reference.prefill_ms,
             decode_ms_per_token=reference.decode_ms_per_token,
             latency_ms=reference.latency_ms,
             prefill_ratio=ratios.prefill if ratios else None,
             decode_ratio=ratios.decode if ratios else None,
-            latency_ratio=_latency_ratio(ratios, reference) if ratios else None,
+            latency_ratio=latency_ratio,
         )
 
     def _turns(self, point: GridPoint, progress: Progress) -> TurnRatios:
@@ -212,7 +212,7 @@ class _Bench:
         prompts = self._prompts(point, self.runners)
         begin = [partial(Generation, runner, prompt) for runner, prompt in zip(self.runners, prompts, strict=True)]
         clock_name = _turn_clock(self.runners[-1].model)
-        with turn_threads(clock_name):
+        with torch_threads(num_turn_threads(clock_name)):
             return interleave(
                 begin,
                 rules,
@@ -222,14 +222,6 @@ class _Bench:
 
     def _prompts(self, point: GridPoint, runners: Sequence[Runner]) -> list[Tensor]:
         return [random_prompt(runner.model, point, self.config.seed) for runner in runners]
-
-    def _reading(self, point: GridPoint) -> Reading:
-        """While the model generates, and the reference does not."""
-        if self.meter is None:
-            return Reading()
-        runner = self.runners[-1]
-        prompt_BL = random_prompt(runner.model, point, self.config.seed)
-        return mean_reading(self.meter, lambda: timed_run(runner, prompt_BL, point.new_tokens))
 
     def _peak_cuda_gib(self, point: GridPoint) -> float | None:
         """Peak of one run, without whatever else (the reference) lives on the devices; None on CPU."""
@@ -252,7 +244,7 @@ class _Bench:
                 raise
             # the traceback holds the tensors that fill the memory
             error.__traceback__ = None
-        _free()
+        free_memory()
         return None
 
 
@@ -275,12 +267,6 @@ def _timing(values_ms: list[float]) -> Timing:
     return Timing(p50=float(values.quantile(0.5)), p90=float(values.quantile(0.9)))
 
 
-def _latency_ratio(ratios: TurnRatios, reference: Speed) -> float:
-    share = min(1.0, reference.ttft_ms.p50 / reference.latency_ms.p50)
-    decode: Ratio = ratios.decode or ratios.prefill
-    return share * ratios.prefill.value + (1 - share) * decode.value
-
-
 def _turn_clock(model: PreTrainedModel) -> str:
     """A CPU's own time where the model computes on CPU; an accelerator's work is not in it."""
     on_cpu = all(device.type == "cpu" for device in _devices(model))
@@ -291,17 +277,9 @@ def _devices(model: PreTrainedModel) -> tuple[torch.device, ...]:
     return tuple(dict.fromkeys(parameter.device for parameter in model.parameters()))
 
 
-def _free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing where CUDA was not used
-    give_back_freed()
-
-
-def _part(progress: Progress, index: int, count: int, task: str) -> Progress:
-    """The progress of one grid point within that of all."""
-    name = f"{task}: " if count > 1 else ""
-    return lambda share, message: progress((index + share) / count, name + message)
-
-
 def _sizes(point: GridPoint) -> str:
     return f"batch {point.batch_size}, prompt {point.prompt_len}, {point.new_tokens} new tokens"
+
+
+def _named(progress: Progress, task: str, share: float, message: str) -> None:
+    progress(share, f"{task}: {message}")

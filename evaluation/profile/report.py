@@ -75,7 +75,7 @@ class PointReport(Report):
     forward pass over the whole batch, each position with each other (what eager attention computes). peak_memory_gib:
     the most memory allocated on CUDA devices by this model alone, without the reference; on CPU resident memory, which
     `evaluation.profile.peak_memory` measures in a process of its own. power_w and utilization_percent: means while
-    the model generates, None where the device does not tell.
+    the model generates, None where the driver does not report them.
     """
 
     task: str
@@ -161,10 +161,10 @@ class ProfileReport(Report):
             "kv_cache_bytes_per_token",
             "checkpoint_bytes",
         )
-        found = list(rows("profile", {name: getattr(self, name) for name in sizes}, None))
+        metrics = list(rows("profile", {name: getattr(self, name) for name in sizes}, None))
         for point in self.points:
-            found += point.metrics(self.runs)
-        return tuple(found)
+            metrics += point.metrics(self.runs)
+        return tuple(metrics)
 
     def conditions(self) -> dict[str, JsonValue]:
         """What must be printed beside the figures: where and how they were taken, and the sizes of all grid points."""

@@ -31,7 +31,7 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        """Where its input goes."""
+        """Where its input goes: of a spread model the first device."""
         device: torch.device = self.model.device
         return device
 
@@ -71,7 +71,7 @@ class Generation:
 
     @torch.inference_mode()
     def choose(self) -> None:
-        """The first token."""
+        """The first token, the likeliest after the prompt."""
         self._token_B1 = self._out.logits[:, -1:].argmax(-1)
         self._wait()
 

@@ -58,7 +58,7 @@ class Paired:
 
     @property
     def difference(self) -> float:
-        """Of the two values."""
+        """value - reference_value, in the unit of the metric."""
         return self.value - self.reference_value
 
 
@@ -87,7 +87,7 @@ class _Stratum:
 
     @property
     def parts_N(self) -> Floats:
-        """What each item adds to the difference."""
+        """What each item adds to the difference, (N,)."""
         differences_N: Floats = (self.scores_NP[:, 0] - self.scores_NP[:, 1]) * self.weights_N
         return differences_N * (self.share / math.fsum(self.weights_N))
 
@@ -133,16 +133,16 @@ def is_exponential(metric: str) -> bool:
 
 
 class _NotPaired(Exception):
-    """The message is half a sentence."""
+    """Two results that cannot be compared; the message is the `reason` of an Unpaired."""
 
 
 def _by_metric(samples: Iterable[Sample]) -> dict[_Place, list[Sample]]:
     """The samples that have a score, for each task and metric: items of two metrics may share their numbers."""
-    found: dict[_Place, list[Sample]] = {}
+    samples_of: dict[_Place, list[Sample]] = {}
     for sample in samples:
         for metric in sample.scores:
-            found.setdefault((sample.task, metric), []).append(sample)
-    return found
+            samples_of.setdefault((sample.task, metric), []).append(sample)
+    return samples_of
 
 
 def _matched(mine: Sequence[Sample], theirs: Sequence[Sample], metric: str) -> _Stratum:
@@ -164,10 +164,10 @@ def _matched(mine: Sequence[Sample], theirs: Sequence[Sample], metric: str) -> _
 
 
 def _by_item(samples: Sequence[Sample]) -> Mapping[int, Sample]:
-    found = {sample.item: sample for sample in samples}
-    if len(found) < len(samples):
-        raise _NotPaired(f"{len(samples) - len(found)} of {len(samples)} items have the number of another")
-    return found
+    by_item = {sample.item: sample for sample in samples}
+    if len(by_item) < len(samples):
+        raise _NotPaired(f"{len(samples) - len(by_item)} of {len(samples)} items have the number of another")
+    return by_item
 
 
 def _asked(sample: Sample) -> tuple[str, float]:
@@ -225,7 +225,7 @@ def _compared(task: str, metric: str, strata: Sequence[_Stratum], seed: int, res
 def _interval(
     strata: Sequence[_Stratum], metric: str, generator: np.random.Generator, resamples: int
 ) -> tuple[float, float]:
-    """Of the difference of the figures."""
+    """The bootstrap's confidence interval of the difference of the figures."""
     means_RP = np.zeros((resamples, 2))
     for stratum in strata:
         drawn_RP = resampled_means(stratum.scores_NP, stratum.weights_N, generator, resamples=resamples)

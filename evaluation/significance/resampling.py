@@ -59,10 +59,10 @@ def sign_flip_p(differences_N: Floats, generator: np.random.Generator, *, resamp
     if len(sizes_N) <= _MOST_ENUMERATED:
         flips_RN = np.arange(2 ** len(sizes_N))[:, None] >> np.arange(len(sizes_N)) & 1
         return float(np.mean(np.abs((2 * flips_RN - 1) @ sizes_N) >= least))
-    found = sum(int(np.sum(np.abs(sums_R) >= least)) for sums_R in _flipped_sums(sizes_N, generator, resamples))
-    drawn = (found + 1) / (resamples + 1)
+    extreme = sum(int(np.sum(np.abs(sums_R) >= least)) for sums_R in _flipped_sums(sizes_N, generator, resamples))
+    drawn = (extreme + 1) / (resamples + 1)
     bound = 2 * math.exp(-(least**2) / (2 * float(sizes_N @ sizes_N)))
-    return drawn if found else min(drawn, bound)
+    return drawn if extreme else min(drawn, bound)
 
 
 def resampled_means(

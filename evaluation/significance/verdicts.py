@@ -1,11 +1,11 @@
 """Is a figure better or worse than the one before it, or is the difference noise?
 
 The test: two figures with standard errors are compared by a two-sided z test of their difference, the errors taken as
-independent. Two measurements on the same items are not independent, which makes this test careful: it finds fewer
+independent. Two measurements on the same items are not independent, which makes this test conservative: it finds fewer
 differences than a paired one, whose p-value (`evaluation.significance.paired`) takes its place where it is known. All
-tests of one comparison share the level `alpha` by Holm's step-down procedure (Holm
-1979, "A simple sequentially rejective multiple test procedure"). Figures without a standard error (times, memory,
-counts) are compared by their relative change, which must exceed `tolerance`.
+tests of one comparison share the level `alpha` by Holm's step-down procedure (Holm 1979, "A simple sequentially
+rejective multiple test procedure"). Figures without a standard error (times, memory, counts) are compared by their
+relative change, which must exceed `tolerance`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Figure:
 
     value: float
     stderr: float | None
-    higher_is_better: bool
+    higher_is_better: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def judge(
     ]
     significant = holm(p_values, alpha)
     return tuple(
-        _judgement(now, before, p, found, tolerance)
-        for (now, before), p, found in zip(pairs, p_values, significant, strict=True)
+        _judgement(now, before, p, differs, tolerance)
+        for (now, before), p, differs in zip(pairs, p_values, significant, strict=True)
     )
 
 

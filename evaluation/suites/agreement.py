@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,17 +9,17 @@ from pydantic import Field
 
 from evaluation.bounds import Count
 from evaluation.errors import EvaluationError
-from evaluation.inference.options import EvalOptions, Progress
-from evaluation.language_modeling.protocol import WindowProtocol, WindowSelection, window_lengths
+from evaluation.inference.options import EvalOptions, part_of
+from evaluation.inference.prompts import adds_bos
+from evaluation.language_modeling.protocol import window_lengths
 from evaluation.report import EvalReport, Metric
 from evaluation.suite import SuiteData, SuiteResult
 from evaluation.suites import perplexity
-from evaluation.suites.perplexity import check_model, needs, task_name
+from evaluation.suites.perplexity import check_model, metrics_of, needs, sample_of, task_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from evaluation.language_modeling.divergence import Agreement
     from evaluation.samples import Sample
 
 __all__ = ["COMPARES", "IMPORTS", "VERSION", "Config", "check", "check_model", "evaluate", "needs", "task_name"]
@@ -30,8 +29,6 @@ IMPORTS = ("evaluation.language_modeling.divergence",)
 
 COMPARES = True
 """`evaluate` takes the dense model as `reference`: both are in memory at once."""
-
-_SHOWN_TOKENS = 24
 
 
 class Config(perplexity.Config):
@@ -66,12 +63,18 @@ def evaluate(
     tokens at which both would take the same next one. ppl_ratio@W: perplexity over that of the dense model; its samples
     are differences of mean negative log-likelihoods, in nats.
 
-    Both models are run here, by turns: a crew has copies of one model only. For the errors raised
+    Both models are run in this process, window by window: replicas are copies of one model only. For the errors raised
     see `evaluation.language_modeling.divergence` and `evaluation.language_modeling.windows`.
     """
-    from evaluation.language_modeling.divergence import agreements, check_comparable
+    from evaluation.language_modeling.divergence import (
+        agreements,
+        check_comparable,
+        divergence,
+        divergence_quantile,
+        perplexity_ratio,
+        top1_agreement,
+    )
     from evaluation.language_modeling.perplexity import longest_context
-    from evaluation.language_modeling.token_streams import adds_bos
     from evaluation.language_modeling.windows import select_windows, windows_of
 
     check(config)
@@ -81,70 +84,29 @@ def evaluate(
     metrics: list[Metric] = []
     samples: list[Sample] = []
     for done, window in enumerate(lengths):
-        protocol = _protocol(config, window)
+        protocol = config.at(window)
         windows = select_windows(windows_of(tokenizer, texts, protocol), protocol)
-        part = replace(options, progress=_part(options.progress, done, len(lengths)))
-        found = agreements(model, reference, windows, part)
-        metrics += _metrics(config, window, found)
-        samples += [_sample(config, window, each, tokenizer) for each in found]
-    said = config.model_dump(mode="json") | {
+        part = replace(options, progress=part_of(options.progress, done, done + 1, len(lengths)))
+        results = agreements(model, reference, windows, part)
+        figures = {
+            "kl": divergence(results),
+            "kl_p99": divergence_quantile(results, 0.99),
+            "top1_agreement": top1_agreement(results),
+            "ppl_ratio": perplexity_ratio(results),
+        }
+        metrics += metrics_of(config, window, figures, len(results))
+        for each in results:
+            scores = {
+                f"kl@{window}": float(each.kl_K.mean(dtype="float64")),
+                f"top1_agreement@{window}": float(each.same_K.mean()),
+                f"ppl_ratio@{window}": float(each.lost_K.mean(dtype="float64")),
+            }
+            samples.append(sample_of(config, each.window, scores, tokenizer))
+    taken = config.model_dump(mode="json") | {
         "stride": config.stride or "window (no overlap)",
         "tokenizer_adds_bos": adds_bos(tokenizer),
         "divergence": "KL(dense || model), nats per token",
         "dtype": str(model.dtype),
         "dense_dtype": str(reference.dtype),
     }
-    return SuiteResult(EvalReport(suite="agreement", metrics=tuple(metrics), protocol=said), tuple(samples))
-
-
-def _metrics(config: Config, window: int, found: Sequence[Agreement]) -> list[Metric]:
-    from evaluation.language_modeling.divergence import (
-        divergence,
-        divergence_quantile,
-        perplexity_ratio,
-        top1_agreement,
-    )
-
-    figures = {
-        "kl": divergence(found),
-        "kl_p99": divergence_quantile(found, 0.99),
-        "top1_agreement": top1_agreement(found),
-        "ppl_ratio": perplexity_ratio(found),
-    }
-    return [
-        Metric(
-            task=task_name(config),
-            metric=f"{name}@{window}",
-            value=figure.value,
-            stderr=figure.stderr,
-            num_examples=len(found),
-            higher_is_better=name == "top1_agreement",
-        )
-        for name, figure in figures.items()
-    ]
-
-
-def _sample(config: Config, window: int, found: Agreement, tokenizer: PreTrainedTokenizerBase) -> Sample:
-    from evaluation.samples import Sample
-
-    return Sample(
-        task=task_name(config),
-        item=found.window.number,
-        item_hash=found.window.content,
-        scores={
-            f"kl@{window}": float(found.kl_K.mean(dtype="float64")),
-            f"top1_agreement@{window}": float(found.same_K.mean()),
-            f"ppl_ratio@{window}": float(found.lost_K.mean(dtype="float64")),
-        },
-        weight=float(found.num_tokens),
-        prompt=tokenizer.decode(found.window.inputs[:_SHOWN_TOKENS].tolist()),
-    )
-
-
-def _protocol(config: Config, window: int) -> WindowProtocol:
-    selection = {name: getattr(config, name) for name in WindowSelection.model_fields}
-    return WindowProtocol(window=window, **selection)
-
-
-def _part(progress: Progress, index: int, count: int) -> Progress:
-    return lambda share, message: progress((index + share) / count, message)
+    return SuiteResult(EvalReport(suite="agreement", metrics=tuple(metrics), protocol=taken), tuple(samples))

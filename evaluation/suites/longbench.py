@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import importlib.util
 import logging
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,12 +20,11 @@ from pydantic import Field, JsonValue
 from evaluation.bounds import Count
 from evaluation.errors import EvaluationError
 from evaluation.harness.stock_tasks import StockTask, stock_task
-from evaluation.inference.chat_template import check_chat_template
-from evaluation.inference.options import EvalOptions, Progress
-from evaluation.naming import names_alike, refuse_twice
-from evaluation.report import Average, EvalReport, Metric
+from evaluation.inference.options import EvalOptions, Progress, part_of
+from evaluation.inference.prompts import check_chat_template
+from evaluation.naming import did_you_mean, refuse_twice
+from evaluation.report import Average, EvalReport, Metric, plain_mean
 from evaluation.suite import DataNeed, ModelFacts, SuiteConfig, SuiteData, SuiteResult
-from evaluation.suites._longbench_tasks import CONTINUED, KNOWN, TASKS, Category, Language, task_name, tasks_by_category
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +34,34 @@ if TYPE_CHECKING:
 
 VERSION = 1
 IMPORTS = ("evaluation.harness.run_tasks",)
+
+Category = Literal["single_doc_qa", "multi_doc_qa", "summarization", "few_shot", "synthetic", "code"]
+Language = Literal["en", "zh"]
+
+TASKS: dict[Category, dict[Language, tuple[str, ...]]] = {
+    "single_doc_qa": {"en": ("narrativeqa", "qasper", "multifieldqa_en"), "zh": ("multifieldqa_zh",)},
+    "multi_doc_qa": {"en": ("hotpotqa", "2wikimqa", "musique"), "zh": ("dureader",)},
+    "summarization": {"en": ("gov_report", "qmsum", "multi_news"), "zh": ("vcsum",)},
+    "few_shot": {"en": ("trec", "triviaqa", "samsum"), "zh": ("lsht",)},
+    "synthetic": {"en": ("passage_count", "passage_retrieval_en"), "zh": ("passage_retrieval_zh",)},
+    "code": {"en": ("lcc", "repobench-p"), "zh": ("lcc", "repobench-p")},
+}
+"""The 21 tasks by category and language (table 1 of the paper). Code counts in the tables of both languages."""
+
+
+def _full_name(name: str) -> str:
+    """lm-eval's name of a task of LongBench."""
+    return f"longbench_{name}"
+
+
+KNOWN = tuple(dict.fromkeys(_full_name(name) for part in TASKS.values() for names in part.values() for name in names))
+"""lm-eval's names of all 21."""
+
+_CONTINUED: tuple[Category, ...] = ("few_shot", "code")
+CONTINUED = frozenset(
+    _full_name(name) for category in _CONTINUED for names in TASKS[category].values() for name in names
+)
+"""Never put into a chat template: their prompts end in the middle of what is to be continued (the authors' pred.py)."""
 
 _PACKAGES = ("jieba", "fuzzywuzzy", "rouge")
 
@@ -83,8 +109,8 @@ def check(config: Config) -> None:
         refuse_twice(field, getattr(config, field) or ())
     for name in config.tasks or ():
         if name not in KNOWN:
-            whole = task_name(name)
-            hint = f"did you mean '{whole}'?" if whole in KNOWN else names_alike(name, KNOWN)
+            whole = _full_name(name)
+            hint = f"did you mean '{whole}'?" if whole in KNOWN else did_you_mean(name, KNOWN)
             raise EvaluationError(f"LongBench has no task '{name}'; {hint or 'it has ' + ', '.join(KNOWN)}")
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise EvaluationError(
@@ -151,7 +177,7 @@ def evaluate(
         protocols.append(protocol)
     averages = _averages(config)
     for average in averages:
-        metrics[average.task] = _mean(average, [metrics[task] for task, _ in average.parts])
+        metrics[average.task] = plain_mean(average, [metrics[task] for task, _ in average.parts])
     rows = [metrics[name] for name in (*samples, *(average.task for average in averages))]
     protocol = _protocol(config, protocols) | {"generation_config": _generation_config(model)}
     report = EvalReport(suite="longbench", metrics=tuple(rows), protocol=protocol, averages=averages)
@@ -178,12 +204,8 @@ def _runs(config: Config, progress: Progress) -> Iterator[tuple[TaskRun, Progres
                 prompt_length=config.max_length if middle else None,
                 max_length=None if middle else config.max_length,
             )
-            yield run, _part(progress, done / len(names), len(chosen) / len(names))
+            yield run, part_of(progress, done, done + len(chosen), len(names))
             done += len(chosen)
-
-
-def _part(progress: Progress, start: float, share: float) -> Progress:
-    return lambda done, message: progress(start + share * done, message)
 
 
 def _averages(config: Config) -> tuple[Average, ...]:
@@ -194,19 +216,6 @@ def _averages(config: Config) -> tuple[Average, ...]:
     parts = {category: tuple((name, "score") for name in names) for category, names in categories.items()}
     parts["average"] = tuple((category, "score") for category in categories)
     return tuple(Average(task=task, metric="score", parts=part, weighted_by="tasks") for task, part in parts.items())
-
-
-def _mean(average: Average, metrics: Sequence[Metric]) -> Metric:
-    errors = [metric.stderr for metric in metrics if metric.stderr is not None]
-    return Metric(
-        task=average.task,
-        metric=average.metric,
-        value=math.fsum(metric.value for metric in metrics) / len(metrics),
-        stderr=math.hypot(*errors) / len(metrics) if len(errors) == len(metrics) else None,
-        num_fewshot=metrics[0].num_fewshot,
-        num_examples=sum(metric.num_examples or 0 for metric in metrics),
-        higher_is_better=True,
-    )
 
 
 def _protocol(config: Config, protocols: Sequence[dict[str, Any]]) -> dict[str, JsonValue]:
@@ -246,17 +255,23 @@ def _names(config: Config) -> tuple[str, ...]:
 
 
 def _by_category(config: Config) -> dict[str, tuple[str, ...]]:
-    return tasks_by_category(config.categories or tuple(TASKS), config.languages or ("en",))
+    """lm-eval's names of the tasks of each category, once each."""
+    languages = config.languages or ("en",)
+    chosen = {
+        category: [name for each in languages for name in TASKS[category][each]]
+        for category in config.categories or TASKS
+    }
+    return {category: tuple(_full_name(name) for name in dict.fromkeys(names)) for category, names in chosen.items()}
 
 
 @contextlib.contextmanager
 def _quiet_metrics() -> Iterator[None]:
     """Without what the metrics' packages say on stderr: jieba of its dictionary, fuzzywuzzy of a faster library."""
-    from evaluation.inference.global_state import ExclusiveGlobals, hushed
+    from evaluation.inference.global_state import ExclusiveGlobals, quiet_logger
 
     with ExclusiveGlobals(()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in ("jieba", "fuzzywuzzy.fuzz"):
             importlib.import_module(name)
-    with hushed("jieba", logging.WARNING):
+    with quiet_logger("jieba", logging.WARNING):
         yield

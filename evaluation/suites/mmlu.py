@@ -11,9 +11,9 @@ from pydantic import Field
 from evaluation.bounds import Amount, Count
 from evaluation.errors import EvaluationError
 from evaluation.harness.stock_tasks import StockTask, mmlu_tasks
-from evaluation.inference.chat_template import check_chat_template
 from evaluation.inference.options import EvalOptions
-from evaluation.naming import names_alike, refuse_twice
+from evaluation.inference.prompts import check_chat_template
+from evaluation.naming import did_you_mean, refuse_twice
 from evaluation.report import Average, EvalReport, Metric
 from evaluation.suite import DataNeed, ModelFacts, SuiteConfig, SuiteData, SuiteResult
 
@@ -54,7 +54,7 @@ def check(config: Config) -> None:
     known = [_subject(task) for task in mmlu_tasks() if not task.is_group]
     for name in config.subjects or ():
         if name not in known:
-            hint = names_alike(name, known) or f"there are {', '.join(sorted(known))}"
+            hint = did_you_mean(name, known) or f"there are {', '.join(sorted(known))}"
             raise EvaluationError(f"MMLU has no subject '{name}'; {hint}")
     refuse_twice("subjects", config.subjects or ())
 
@@ -152,8 +152,8 @@ def _averaged(config: Config) -> dict[str, list[str]]:
     names = _names(config)
     if names == ("mmlu",):
         return _categories() | {"mmlu": asked}
-    found = {category: members for category, members in _categories().items() if category in names}
-    return found | ({f"mmlu_{len(asked)}_subjects": asked} if len(asked) > 1 else {})
+    complete = {category: members for category, members in _categories().items() if category in names}
+    return complete | ({f"mmlu_{len(asked)}_subjects": asked} if len(asked) > 1 else {})
 
 
 def _categories() -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,22 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from evaluation.bounds import Count
-from evaluation.inference.options import EvalOptions, Progress
+from evaluation.inference.options import EvalOptions, part_of
+from evaluation.inference.prompts import adds_bos
 from evaluation.language_modeling.presets import expanded
-from evaluation.language_modeling.protocol import (
-    WindowProtocol,
-    WindowSelection,
-    check_consistent,
-    refuse_twice,
-    window_lengths,
-)
+from evaluation.language_modeling.protocol import WindowSelection, check_consistent, refuse_twice, window_lengths
 from evaluation.report import EvalReport, Metric
+from evaluation.significance.verdicts import Figure
 from evaluation.suite import DataNeed, ModelFacts, SuiteData, SuiteResult, TextNeed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from evaluation.language_modeling.perplexity import Perplexity, Scored
+    from evaluation.language_modeling.perplexity import Perplexity
+    from evaluation.language_modeling.windows import Window
     from evaluation.samples import Sample
 
 VERSION = 3
@@ -40,13 +38,13 @@ class Config(WindowSelection):
     dataset: str = "Salesforce/wikitext"
     """A data set's id on the hub, whatever else the caller's SuiteData can resolve (a folder, a file), or a preset:
     wikitext2, ptb, ptb-test, c4 and lm-eval-wikitext stand for the data and the protocol of the papers' code, of which
-    any part can be said otherwise."""
+    any part can be set otherwise."""
 
     config: str | None = "wikitext-2-raw-v1"
-    """For a data set that is named, None if nothing is said."""
+    """For a data set that is named, None if it is not set."""
 
     split: str = "test"
-    """For a single file that is named, train if nothing is said."""
+    """For a single file that is named, train if it is not set."""
 
     text_field: str = "text"
     data_files: str | None = None
@@ -61,7 +59,7 @@ class Config(WindowSelection):
 
     @property
     def texts(self) -> TextNeed:
-        """Which texts are read."""
+        """The texts, as `SuiteData.texts` and the preflight ask for them."""
         return TextNeed(**{name: getattr(self, name) for name in TextNeed.model_fields})
 
     @model_validator(mode="before")
@@ -100,8 +98,7 @@ def evaluate(
     Words and bytes of a window are the same for every model with that tokenizer, so what is per word or byte has no
     score of its own: it differs between two models as ppl@W does.
     """
-    from evaluation.language_modeling.perplexity import longest_context, score_windows, summary
-    from evaluation.language_modeling.token_streams import adds_bos
+    from evaluation.language_modeling.perplexity import longest_context, perplexity
 
     # All lengths first: a window that cannot fit must not cost the time of the ones before it.
     lengths = window_lengths(config.windows, longest_context(model))
@@ -111,20 +108,21 @@ def evaluate(
     samples: list[Sample] = []
     amounts: dict[str, JsonValue] = {}
     for done, window in enumerate(lengths):
-        protocol = _protocol(config, window)
-        share = replace(options, progress=_part(options.progress, done, len(lengths)))
-        scored = score_windows(model, tokenizer, texts, protocol, share)
-        result = summary(scored, protocol)
-        metrics += _metrics(config, window, result)
-        samples += [_sample(config, window, entry, tokenizer) for entry in scored]
+        part = replace(options, progress=part_of(options.progress, done, done + 1, len(lengths)))
+        result = perplexity(model, tokenizer, texts, config.at(window), part)
+        figures = {"ppl": Figure(result.ppl, result.stderr), **result.normalised}
+        metrics += metrics_of(config, window, figures, len(result.scored))
+        for each in result.scored:
+            nll = each.nll / len(each.window.targets)
+            samples.append(sample_of(config, each.window, {f"ppl@{window}": nll}, tokenizer))
         amounts[str(window)] = _amounts(result)
-    said = config.model_dump(mode="json") | {
+    taken = config.model_dump(mode="json") | {
         "stride": config.stride or "window (no overlap)",
         "tokenizer_adds_bos": adds_bos(tokenizer),
         "measured": amounts,
         "dtype": str(model.dtype),
     }
-    return SuiteResult(EvalReport(suite="perplexity", metrics=tuple(metrics), protocol=said), tuple(samples))
+    return SuiteResult(EvalReport(suite="perplexity", metrics=tuple(metrics), protocol=taken), tuple(samples))
 
 
 def task_name(config: Config) -> str:
@@ -137,50 +135,40 @@ def task_name(config: Config) -> str:
     return f"{name}-{config.config}"
 
 
-def _metrics(config: Config, window: int, result: Perplexity) -> list[Metric]:
-    figures = [("ppl", result.ppl, result.stderr)]
-    figures += [(figure.name, figure.value, figure.stderr) for figure in result.normalised]
+def metrics_of(config: Config, window: int, figures: Mapping[str, Figure], num_windows: int) -> list[Metric]:
+    """One metric "<name>@<window>" for each of the figures."""
     return [
         Metric(
             task=task_name(config),
             metric=f"{name}@{window}",
-            value=value,
-            stderr=stderr,
-            num_examples=result.num_windows,
-            higher_is_better=False,
+            value=figure.value,
+            stderr=figure.stderr,
+            num_examples=num_windows,
+            higher_is_better=figure.higher_is_better,
         )
-        for name, value, stderr in figures
+        for name, figure in figures.items()
     ]
 
 
-def _sample(config: Config, window: int, scored: Scored, tokenizer: PreTrainedTokenizerBase) -> Sample:
+def sample_of(config: Config, window: Window, scores: dict[str, float], tokenizer: PreTrainedTokenizerBase) -> Sample:
+    """The sample of a window: its weight is the number of predicted tokens, its prompt what it begins with."""
     from evaluation.samples import Sample
 
-    num_tokens = len(scored.window.targets)
     return Sample(
         task=task_name(config),
-        item=scored.window.number,
-        item_hash=scored.window.content,
-        scores={f"ppl@{window}": scored.nll / num_tokens},
-        weight=float(num_tokens),
-        prompt=tokenizer.decode(scored.window.inputs[:_SHOWN_TOKENS].tolist()),
+        item=window.number,
+        item_hash=window.content,
+        scores=scores,
+        weight=float(len(window.targets)),
+        prompt=tokenizer.decode(window.inputs[:_SHOWN_TOKENS].tolist()),
     )
 
 
 def _amounts(result: Perplexity) -> dict[str, JsonValue]:
     """How much was measured: a figure per word means little without the number of words."""
-    said: dict[str, JsonValue] = {"windows": result.num_windows, "tokens": result.num_tokens}
+    amounts: dict[str, JsonValue] = {"windows": len(result.scored), "tokens": result.num_tokens}
     if result.num_words:
-        said["words"] = result.num_words
+        amounts["words"] = result.num_words
     if result.num_bytes:
-        said["bytes"] = result.num_bytes
-    return said
-
-
-def _protocol(config: Config, window: int) -> WindowProtocol:
-    selection = {name: getattr(config, name) for name in WindowSelection.model_fields}
-    return WindowProtocol(window=window, **selection)
-
-
-def _part(progress: Progress, index: int, count: int) -> Progress:
-    return lambda share, message: progress((index + share) / count, message)
+        amounts["bytes"] = result.num_bytes
+    return amounts

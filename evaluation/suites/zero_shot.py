@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,11 +10,10 @@ from pydantic import Field
 from evaluation.bounds import Amount, Count, Seed
 from evaluation.errors import EvaluationError
 from evaluation.harness.stock_tasks import PAPER_TASKS, StockTask, stock_task
-from evaluation.inference.answer_length import max_gen_toks
-from evaluation.inference.chat_template import check_chat_template
 from evaluation.inference.options import EvalOptions
+from evaluation.inference.prompts import check_chat_template, max_gen_toks
 from evaluation.naming import refuse_twice
-from evaluation.report import Average, EvalReport, Metric
+from evaluation.report import Average, EvalReport, Metric, plain_mean
 from evaluation.suite import DataNeed, ModelFacts, SuiteConfig, SuiteData, SuiteResult
 
 if TYPE_CHECKING:
@@ -37,9 +35,11 @@ AVERAGE_RECIPE = {
 2402.02834), whose authors matched it to LLM-Pruner's table (arXiv 2305.11627). SlimGPT's text names no choice, but it
 prints LLM-Pruner's figures beside its own."""
 
+_PAPER_AVERAGE = Average(task="average", metric="acc", parts=tuple(AVERAGE_RECIPE.items()), weighted_by="tasks")
+
 
 class Config(SuiteConfig):
-    """Which tasks, and how."""
+    """Which of lm-eval's tasks, and how their prompts are made."""
 
     tasks: tuple[str, ...] = Field(default=PAPER_TASKS, min_length=1)
     """lm-eval's names of single tasks."""
@@ -60,8 +60,8 @@ class Config(SuiteConfig):
 
 def needs(config: Config) -> tuple[DataNeed, ...]:
     """The splits the tasks read, each once."""
-    found = (need for name in config.tasks for need in stock_task(name).needs(config.num_fewshot))
-    return tuple(dict.fromkeys(found))
+    needed = (need for name in config.tasks for need in stock_task(name).needs(config.num_fewshot))
+    return tuple(dict.fromkeys(needed))
 
 
 def check(config: Config) -> None:
@@ -80,8 +80,10 @@ def check_model(config: Config, facts: ModelFacts) -> None:
     if context is None:
         return
     for name in config.tasks:
-        length = _answer_length(stock_task(name))
-        if length is not None and context - length < 2:
+        settings = stock_task(name).settings
+        length = max_gen_toks(settings.get("generation_kwargs") or {})
+        # without a type lm-eval has the answers written; other tasks score given ones
+        if settings.get("output_type", "generate_until") == "generate_until" and context - length < 2:
             raise EvaluationError(
                 f"'{name}' writes {length} tokens, which leaves no room for a prompt in {context}; "
                 "take a model of a longer context, or leave the task out"
@@ -121,29 +123,13 @@ def evaluate(
     if set(PAPER_TASKS) <= set(config.tasks):
         metrics += (paper_average(metrics),)
         protocol["average"] = dict(AVERAGE_RECIPE)
-        averages = (Average(task="average", metric="acc", parts=tuple(AVERAGE_RECIPE.items()), weighted_by="tasks"),)
+        averages = (_PAPER_AVERAGE,)
     report = EvalReport(suite="zero_shot", metrics=metrics, protocol=protocol, averages=averages)
     return SuiteResult(report, samples)
 
 
-def _answer_length(task: StockTask) -> int | None:
-    """Tokens; None for a task that scores given answers. Without a type lm-eval has the answers written."""
-    if task.settings.get("output_type", "generate_until") != "generate_until":
-        return None
-    return max_gen_toks(task.settings.get("generation_kwargs") or {})
-
-
 def paper_average(metrics: Sequence[Metric]) -> Metric:
-    """The plain mean over the seven tasks, each with the metric of AVERAGE_RECIPE; tasks' errors are independent."""
+    """The plain mean over the seven tasks, each with the metric of AVERAGE_RECIPE."""
     chosen = [metric for metric in metrics if AVERAGE_RECIPE.get(metric.task) == metric.metric]
     assert len(chosen) == len(AVERAGE_RECIPE), [metric.task for metric in chosen]
-    errors = [metric.stderr for metric in chosen if metric.stderr is not None]
-    return Metric(
-        task="average",
-        metric="acc",
-        value=math.fsum(metric.value for metric in chosen) / len(chosen),
-        stderr=math.hypot(*errors) / len(chosen) if len(errors) == len(chosen) else None,
-        num_fewshot=chosen[0].num_fewshot,
-        num_examples=sum(metric.num_examples or 0 for metric in chosen),
-        higher_is_better=True,
-    )
+    return plain_mean(_PAPER_AVERAGE, chosen)

@@ -6,7 +6,6 @@ another kind gets the device empty (see tasks.devices.pool).
 
 from __future__ import annotations
 
-import gc
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from evaluation.inference.oom import free_memory
 from infra.artifacts.store import ArtifactRef, ArtifactStore
+from infra.child_process import end_with_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +63,7 @@ def load_cached(refs: Sequence[ArtifactRef], store: ArtifactStore, place: Placem
     for key in others:
         del cached.models[key]
     if others:
-        _free(place)
+        free_memory()
     for ref in refs:
         if ref.key not in cached.models:
             cached.models[ref.key] = load_checkpoint(store.path(ref), **place.load).eval()
@@ -85,7 +86,8 @@ def cached_replicas(
     try:
         if cached.replicas is None or cached.replicas_of != wanted or not cached.replicas.alive:
             cached.end_replicas()
-            cached.replicas, cached.replicas_of = ReplicaProcesses(store.path(ref), load_checkpoint, loads), wanted
+            copies = ReplicaProcesses(store.path(ref), load_checkpoint, loads, initializer=end_with_parent)
+            cached.replicas, cached.replicas_of = copies, wanted
             cached.replicas.start()
         yield cached.replicas
     except BaseException:
@@ -101,18 +103,12 @@ def evict(place: Placement | None = None) -> None:
         return
     while dropped:
         dropped.pop().end_replicas()
-    _free(place)
+    free_memory()
 
 
 def _cached_on(place: Placement) -> _Cached:
     with _lock:
         return _cache.setdefault(place, _Cached())
-
-
-def _free(place: Placement | None) -> None:
-    gc.collect()
-    if _on_cuda(place):
-        sys.modules["torch"].cuda.empty_cache()
 
 
 def _on_cuda(place: Placement | None) -> bool:

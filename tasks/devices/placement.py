@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.profile.device import device_name
+from evaluation.profile.device import processor_name
 from infra.errors import SettingsInvalid
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def device_names(setting: str) -> tuple[str, ...]:
 
 def device_label(setting: str) -> str:
     """What a profile is a profile of: the name of the accelerator, or of the processor and its number of cores."""
-    cpu = f"cpu {device_name('cpu')} ({os.cpu_count()} cores)"
+    cpu = f"cpu {processor_name()} ({os.cpu_count()} cores)"
     # torch costs seconds to import and a fully cached run does not need it: no driver, no CUDA device
     if setting == "cpu" or (setting in ("auto", BALANCED) and not any(Path(path).exists() for path in GPU_DRIVERS)):
         return cpu
@@ -85,6 +85,6 @@ def device_label(setting: str) -> str:
     if names[0] == "cpu":
         return cpu
     if not names[0].startswith("cuda"):
-        return f"{names[0]} {device_name('cpu')}"
+        return f"{names[0]} {processor_name()}"
     name = str(torch.cuda.get_device_name(names[0]))
     return f"{len(names)} x {name} (balanced)" if setting == BALANCED and len(names) > 1 else name

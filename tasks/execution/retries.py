@@ -6,10 +6,8 @@ full disk, an answer "not found".
 from __future__ import annotations
 
 import errno
-import gc
 import logging
 import ssl
-import sys
 from collections.abc import Iterator
 from typing import Any, Literal
 from uuid import UUID
@@ -18,7 +16,7 @@ from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 
-from evaluation.inference.oom import class_names, short_of_memory
+from evaluation.inference.oom import class_names, free_memory, short_of_memory
 from infra.settings import Settings
 
 log = logging.getLogger("slimline")
@@ -82,7 +80,7 @@ def with_smaller_batches(settings: Settings, stage_name: str) -> Settings:
     times = _short.get(context.task_run.id, 0) if context else 0
     if times == 0:
         return settings
-    free_caches()
+    free_memory()
     # a suite halves its batches itself, and comes here only if one row was too much beside what else was loaded
     evaluation = 1 if settings.eval_batch_size == "auto" else max(1, settings.eval_batch_size >> times)
     walk = max(1, settings.walk_batch_size >> times)
@@ -90,14 +88,6 @@ def with_smaller_batches(settings: Settings, stage_name: str) -> Settings:
         "%s: after running out of memory, in batches of %d (walk) and %d (evaluation)", stage_name, walk, evaluation
     )
     return settings.model_copy(update={"walk_batch_size": walk, "eval_batch_size": evaluation})
-
-
-def free_caches() -> None:
-    """Give back what the failed try left behind: cycles with tensors in them, and CUDA's cached blocks."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,13 +8,13 @@ import os
 import pickle
 import signal
 import tempfile
-import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
+from infra.child_process import end_with_parent
 from tasks.devices.placement import device_names
 from tasks.execution.context import StageContext
 
@@ -116,7 +116,7 @@ def _run_process(rank: int, size: int, rendezvous: Path, settings: Settings, job
 
     from pruning.distributed import ProcessGroup
 
-    _end_with_parent()
+    end_with_parent()
     try:
         names = device_names(settings.device)
         device = torch.device(names[rank % len(names)])
@@ -142,19 +142,6 @@ def _run_process(rank: int, size: int, rendezvous: Path, settings: Settings, job
         messages.put(None)
     except Exception as error:  # whatever it is, the parent raises it
         messages.put(_sendable(error))
-
-
-def _end_with_parent() -> None:
-    """Ctrl-C is the parent's affair; when the parent is gone, however it went, this process goes too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _sendable(error: Exception) -> Exception:

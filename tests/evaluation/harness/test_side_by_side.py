@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from evaluation.errors import EvaluationError
 from evaluation.harness import run_tasks as harness
-from evaluation.inference import generate as generating
+from evaluation.inference import generate
 from evaluation.inference.generate import generate_until
 from evaluation.inference.options import EvalOptions
 from evaluation.inference.prompts import PromptRule
@@ -134,9 +134,7 @@ def test_one_loads_its_tasks_while_another_ones_model_runs(
     assert together([works[0], later]) == alone
 
 
-def test_an_error_in_one_thread_leaves_the_others_their_turns(
-    tokenizer: PreTrainedTokenizerFast, data: LocalData
-) -> None:
+def test_an_error_in_one_thread_does_not_block_the_others(tokenizer: PreTrainedTokenizerFast, data: LocalData) -> None:
     works = suites(data, tokenizer, [zero_shot.Config(tasks=("piqa",))])
     broken = tiny_model("llama")
     with torch.no_grad():
@@ -168,7 +166,7 @@ def test_a_sampled_answer_is_drawn_by_its_seed_on_every_device_of_a_spread_model
     tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(generating, "drawing", lambda *given: asked.append(given) or nullcontext())
+    monkeypatch.setattr(generate, "torch_seed", lambda *given: asked.append(given) or nullcontext())
 
     class Spread:
         def __init__(self, device: str) -> None:

@@ -7,7 +7,9 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,9 +46,22 @@ class Narrow:
         return [row * row for row in rows]
 
 
-def test_batches_hold_neighbours_in_length_the_longest_first(model: PreTrainedModel) -> None:
-    lengths = [len(row) for row in ROWS]
-    batches = batched(model, ROWS, lengths, EvalOptions(batch_size=3))
+def run(model: PreTrainedModel, work: Any, batches: Sequence[Sequence[Any]], options: EvalOptions) -> list[Any]:
+    """The results of the rows of all batches."""
+    numbers = count()
+    numbered = [[next(numbers) for _ in batch] for batch in batches]
+    return run_batches(model, work, [row for batch in batches for row in batch], numbered, options)
+
+
+def test_results_come_in_the_order_of_the_rows(model: PreTrainedModel) -> None:
+    batches = batched({row: row % 3 for row in range(7)}, lambda length: 2)
+    assert batches == [[2, 5], [1, 4], [0, 3], [6]]
+    assert run_batches(model, Narrow(2, MemoryError()), range(7), batches, EvalOptions()) == [n * n for n in range(7)]
+
+
+def test_batches_hold_neighbours_in_length_the_longest_first() -> None:
+    lengths = dict(enumerate(map(len, ROWS)))
+    batches = batched(lengths, lambda length: 3)
     assert [[lengths[index] for index in batch] for batch in batches] == [[9, 9, 7], [6, 5, 4], [2]]
     assert sorted(index for batch in batches for index in batch) == list(range(len(ROWS)))
 
@@ -64,17 +79,17 @@ def test_the_batch_size_is_the_asked_or_what_keeps_the_device_busy(model: PreTra
 def test_short_of_memory_batches_are_halved_and_nothing_is_lost(
     model: PreTrainedModel, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    narrow, told = Narrow(2, error), []
-    options = EvalOptions(progress=lambda share, message: told.append((share, message)))
+    narrow, reported = Narrow(2, error), []
+    options = EvalOptions(progress=lambda share, message: reported.append((share, message)))
     with caplog.at_level(logging.WARNING, "slimline"):
-        results = run_batches(model, narrow, [list(range(7)), list(range(7, 12))], options)
-    assert results == [[row * row for row in range(7)], [row * row for row in range(7, 12)]]
+        results = run(model, narrow, [list(range(7)), list(range(7, 12))], options)
+    assert results == [row * row for row in range(12)]
     assert [record.getMessage() for record in caplog.records] == [
         "out of memory with 7 rows at once; going on with 4",
         "out of memory with 4 rows at once; going on with 2",
     ]
     assert narrow.taken == [7, 4, 2, 2, 2, 1, 2, 2, 1]  # once it is known, too much is not tried again
-    assert told == [(7 / 12, "7 rows"), (1.0, "12 rows")]
+    assert reported == [(7 / 12, "7 rows"), (1.0, "12 rows")]
 
 
 def test_long_rows_that_do_not_fit_leave_the_short_ones_their_batches(model: PreTrainedModel) -> None:
@@ -87,20 +102,20 @@ def test_long_rows_that_do_not_fit_leave_the_short_ones_their_batches(model: Pre
         taken.append(len(lengths))
         return list(lengths)
 
-    results = run_batches(model, work, [[900] * 2, [10] * 200, [10] * 160], EvalOptions())
-    assert results == [[900] * 2, [10] * 200, [10] * 160]
+    results = run(model, work, [[900] * 2, [10] * 200, [10] * 160], EvalOptions())
+    assert results == [900] * 2 + [10] * 360
     assert taken == [1, 1, 50, 50, 50, 50, 40, 40, 40, 40]
 
 
 def test_one_row_that_does_not_fit_is_an_error(model: PreTrainedModel) -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        run_batches(model, Narrow(0, torch.OutOfMemoryError("CUDA out of memory")), [[1, 2]], EvalOptions())
+        run(model, Narrow(0, torch.OutOfMemoryError("CUDA out of memory")), [[1, 2]], EvalOptions())
 
 
 def test_any_other_error_is_one(model: PreTrainedModel) -> None:
     narrow = Narrow(0, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes"):
-        run_batches(model, narrow, [[1, 2]], EvalOptions())
+        run(model, narrow, [[1, 2]], EvalOptions())
     assert narrow.taken == [2]
 
 
@@ -115,25 +130,23 @@ def end(share: float, message: str) -> None:
         raise InterruptedError(message)
 
 
-def test_a_crew_gives_what_one_process_gives(model: PreTrainedModel, folder: Path) -> None:
+def test_replicas_give_what_one_process_gives(model: PreTrainedModel, folder: Path) -> None:
     batches = [ROWS[:3], ROWS[3:5], ROWS[5:]]
-    alone = run_batches(model, last_logit, batches, EvalOptions())
-    told: list[str] = []
+    alone = run(model, last_logit, batches, EvalOptions())
+    reported: list[str] = []
     threads = torch.get_num_threads()
     with ReplicaProcesses(folder, load_checkpoint, [{"device": "cpu"}]) as replicas:
-        together = run_batches(
-            model, last_logit, batches, EvalOptions(replicas=replicas, progress=lambda _, text: told.append(text))
+        together = run(
+            model, last_logit, batches, EvalOptions(replicas=replicas, progress=lambda _, text: reported.append(text))
         )
-        processes = {
-            pid for batch in run_batches(model, who, [[1]] * 200, EvalOptions(replicas=replicas)) for pid in batch
-        }
+        processes = set(run(model, who, [[1]] * 200, EvalOptions(replicas=replicas)))
         with pytest.raises(IndexError):
-            run_batches(model, last_logit, [[(10**6,)]] * 8, EvalOptions(replicas=replicas))
+            run(model, last_logit, [[(10**6,)]] * 8, EvalOptions(replicas=replicas))
         with pytest.raises(InterruptedError):
-            run_batches(model, who, [[1]] * 200, EvalOptions(replicas=replicas, progress=end))
+            run(model, who, [[1]] * 200, EvalOptions(replicas=replicas, progress=end))
     assert together == alone
     assert len(processes) == 2
-    assert told[-1] == "7 rows"
+    assert reported[-1] == "7 rows"
     assert torch.get_num_threads() == threads
 
 
@@ -149,7 +162,7 @@ def test_a_process_that_dies_is_an_error_and_not_a_wait(model: PreTrainedModel, 
         ReplicaProcesses(folder, load_checkpoint, [{"device": "cpu"}]) as replicas,
         pytest.raises(RuntimeError, match=r"a process of the evaluation died \(exit code 9\)"),
     ):
-        run_batches(model, die, [[os.getpid()]] * 1000, EvalOptions(replicas=replicas))
+        run(model, die, [[os.getpid()]] * 1000, EvalOptions(replicas=replicas))
 
 
 class Unsendable(Exception):
@@ -195,4 +208,4 @@ def test_an_error_that_cannot_be_sent_keeps_its_words(model: PreTrainedModel, fo
     with ReplicaProcesses(folder, load_checkpoint, [{"device": "cpu"}]) as replicas:
         for kind, sentence in sentences.items():
             with pytest.raises(RuntimeError, match=sentence):
-                run_batches(model, Complaint(kind), [[0]] * 1000, EvalOptions(replicas=replicas))
+                run(model, Complaint(kind), [[0]] * 1000, EvalOptions(replicas=replicas))

@@ -138,7 +138,7 @@ def test_short_of_memory_the_batch_is_halved(
 
 
 class Elsewhere:
-    """A crew whose only member is in another process, as far as what is sent can tell."""
+    """A replica in another process, as far as what is sent can tell."""
 
     def run(
         self, model: PreTrainedModel, work: Any, batches: Sequence[Any], finished: Callable[[int], None]
@@ -147,7 +147,7 @@ class Elsewhere:
         return [pickle.loads(pickle.dumps(there[0](model, batch))) for batch in there[1]]
 
 
-def test_a_crew_can_be_sent_the_work(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_work_can_be_sent_to_replicas(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     requests = [(prompt, {"until": ["e"], "max_gen_toks": 6}) for prompt in PROMPTS]
     replicas: Any = Elsewhere()
     expected = texts(model, tokenizer, requests, PromptRule(200))
@@ -218,12 +218,12 @@ def test_responses_say_what_was_asked(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model.generation_config.max_length = 30  # older models bring one along
-    told: list[tuple[float, str]] = []
-    options = EvalOptions(batch_size=2, progress=lambda share, message: told.append((share, message)))
+    reported: list[tuple[float, str]] = []
+    options = EvalOptions(batch_size=2, progress=lambda share, message: reported.append((share, message)))
     requests = [(prompt, {"max_gen_toks": 4}) for prompt in PROMPTS]
     responses = generate_until(model, tokenizer, requests, PromptRule(80, "middle"), options)
     assert [response.truncated for response in responses] == [False, False, True, False, False, True]
     assert responses[0].prompt == PROMPTS[0]
     assert len(responses[5].prompt) < len(PROMPTS[5])
-    assert told[-1] == (1.0, "6 of 6 answers written")
+    assert reported[-1] == (1.0, "6 of 6 answers written")
     assert capfd.readouterr() == ("", "")

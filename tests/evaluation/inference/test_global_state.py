@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.inference.global_state import ExclusiveGlobals, Setting, drawing, hushed, seeds
+from evaluation.inference.global_state import ExclusiveGlobals, Setting, quiet_logger, seeded_generators, torch_seed
 
 
 def drawn() -> tuple[float, float, float]:
@@ -32,34 +32,34 @@ def expected(*, python: int, others: int, count: int) -> list[tuple[float, float
     return found
 
 
-def test_a_turn_goes_on_where_the_last_one_ended() -> None:
+def test_a_section_goes_on_where_the_last_one_ended() -> None:
     inside, outside = expected(python=0, others=1234, count=3), expected(python=7, others=8, count=3)
     random.seed(7)
     np.random.seed(8)
     torch.manual_seed(8)
-    turns = ExclusiveGlobals(seeds(python=0, numpy=1234, torch_cpu=1234))
+    globals_ = ExclusiveGlobals(seeded_generators(python=0, numpy=1234, torch_cpu=1234))
     found_outside = [drawn()]
-    with turns:
+    with globals_:
         found = [drawn()]
-        with turns.between():
+        with globals_.released():
             found_outside.append(drawn())
         found.append(drawn())
     found_outside.append(drawn())
-    with turns:
+    with globals_:
         found.append(drawn())
     assert (found, found_outside) == (inside, outside)
 
 
-def test_an_error_ends_the_turn_wherever_it_happens() -> None:
+def test_an_error_ends_the_section_wherever_it_happens() -> None:
     values = {"x": "everybody's"}
-    turns = ExclusiveGlobals([Setting(lambda: values["x"], lambda value: values.update(x=value), "mine")])
-    with pytest.raises(KeyError), turns:
+    globals_ = ExclusiveGlobals([Setting(lambda: values["x"], lambda value: values.update(x=value), "mine")])
+    with pytest.raises(KeyError), globals_:
         fail(values, "mine")
     assert values == {"x": "everybody's"}
-    with pytest.raises(KeyError), turns, turns.between():
+    with pytest.raises(KeyError), globals_, globals_.released():
         fail(values, "everybody's")
     assert values == {"x": "everybody's"}
-    with turns:  # nobody has kept it
+    with globals_:  # nobody has kept it
         assert values == {"x": "mine"}
 
 
@@ -68,16 +68,16 @@ def fail(values: dict[str, str], expected: str) -> None:
     raise KeyError
 
 
-def test_threads_have_turns_one_after_the_other_and_see_nothing_of_each_other() -> None:
+def test_threads_enter_one_after_the_other_and_see_nothing_of_each_other() -> None:
     inside = expected(python=3, others=4, count=30)
     before = random.getstate(), torch.get_rng_state().tolist()
     found: dict[int, list[Any]] = {}
     having: list[int] = []
 
     def draw(number: int) -> None:
-        turns = ExclusiveGlobals(seeds(python=3, numpy=4, torch_cpu=4))
+        globals_ = ExclusiveGlobals(seeded_generators(python=3, numpy=4, torch_cpu=4))
         for _ in range(30):
-            with turns:
+            with globals_:
                 having.append(number)
                 time.sleep(0.0005)
                 found.setdefault(number, []).append(drawn())
@@ -117,22 +117,32 @@ def test_only_the_generators_that_are_asked_for_are_seeded(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "manual_seed", asked.append)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("all devices were seeded"))
     before = torch.get_rng_state()
-    with drawing(5, [torch.device("cuda:0"), torch.device("cuda:1")]):
+    with torch_seed(5, [torch.device("cuda:0"), torch.device("cuda:1")]):
         first = float(torch.rand(()))
     torch.set_rng_state(before)
     assert asked == [["cuda:0", "cuda:1"], "cuda:0", 5, "cuda:1", 5]
     assert first == float(torch.rand((), generator=torch.Generator().manual_seed(5)))
-    with ExclusiveGlobals(seeds(python=0, numpy=0, torch_cpu=0)):
+    with ExclusiveGlobals(seeded_generators(python=0, numpy=0, torch_cpu=0)):
         pass
 
 
 def test_a_logger_is_quiet_until_the_last_one_leaves() -> None:
-    logger = logging.getLogger("slimline.tests.hushed")
+    logger = logging.getLogger("slimline.tests.quiet")
     logger.setLevel(logging.INFO)
-    first, second = hushed(logger.name), hushed(logger.name)
+    first, second = quiet_logger(logger.name), quiet_logger(logger.name)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
     assert logger.level == logging.ERROR
     second.__exit__(None, None, None)
     assert logger.level == logging.INFO
+
+
+@pytest.mark.parametrize("level, parents", [(logging.CRITICAL, logging.INFO), (logging.NOTSET, logging.CRITICAL)])
+def test_a_logger_that_says_less_already_is_left_so(level: int, parents: int) -> None:
+    parent, logger = logging.getLogger("slimline.tests.loud"), logging.getLogger("slimline.tests.loud.quiet")
+    parent.setLevel(parents)
+    logger.setLevel(level)
+    with quiet_logger(logger.name):
+        assert not logger.isEnabledFor(logging.ERROR)
+    assert logger.level == level

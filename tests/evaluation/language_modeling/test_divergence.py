@@ -27,6 +27,7 @@ from evaluation.language_modeling.perplexity import perplexity
 from evaluation.language_modeling.protocol import WindowProtocol
 from evaluation.language_modeling.windows import Window, windows_of
 from evaluation.significance.paired import pair
+from evaluation.significance.verdicts import Figure
 from evaluation.suite import SuiteResult, TextNeed
 from evaluation.suites import agreement as suite
 from tests.tiny import add_noise_, tiny_model
@@ -92,7 +93,7 @@ def test_divergence_is_that_of_the_definition(
 
 def test_a_model_diverges_not_from_itself(model: PreTrainedModel, windows: list[Window]) -> None:
     found = agreements(model, model, windows, EvalOptions())
-    assert divergence(found) == module.Figure(0.0, 0.0)
+    assert divergence(found) == Figure(0.0, 0.0)
     assert divergence_quantile(found, 0.99).value == 0.0
     assert top1_agreement(found).value == perplexity_ratio(found).value == 1.0
 
@@ -181,7 +182,7 @@ def test_memory_that_runs_out_halves_the_batch(
     assert divergence(found).value == pytest.approx(divergence(expected).value, rel=1e-5)
 
 
-def test_a_crew_is_not_asked(model: PreTrainedModel, near: PreTrainedModel, windows: list[Window]) -> None:
+def test_replicas_are_not_used(model: PreTrainedModel, near: PreTrainedModel, windows: list[Window]) -> None:
     replicas = object.__new__(ReplicaProcesses)
     assert len(agreements(near, model, windows, EvalOptions(replicas=replicas))) == len(windows)
 
@@ -250,9 +251,9 @@ def test_windows_too_long_and_figures_per_word_are_refused(
 
 
 def test_progress_ends_at_one(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    told: list[float] = []
-    means = replace(EvalOptions(), progress=lambda share, message: told.append(share))
+    reported: list[float] = []
+    options = replace(EvalOptions(), progress=lambda share, message: reported.append(share))
     config = suite.Config(windows=(24, 48), bos="none")
-    suite.evaluate(model, tokenizer, Texts(), config, means, reference=model)
-    assert told == sorted(told)
-    assert told[-1] == 1.0
+    suite.evaluate(model, tokenizer, Texts(), config, options, reference=model)
+    assert reported == sorted(reported)
+    assert reported[-1] == 1.0

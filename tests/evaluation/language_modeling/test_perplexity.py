@@ -74,11 +74,11 @@ def test_a_batch_is_no_larger_than_its_logits_may_be(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows = windows_of(tokenizer, TEXTS, WindowProtocol(window=24, keep_last_partial=True, bos="none"))
-    sizes = [len(batch) for batch in module._batches(model, windows, EvalOptions())]
+    sizes = [len(batch) for batch in module.batches_of(windows, [model], EvalOptions())]
     assert sizes == [len(windows)]  # all of them fit into the tokens that keep a CPU busy
     monkeypatch.setattr(logits_module, "_LOGITS_BYTES", 4 * VOCAB_SIZE * 24 * 3)
-    assert max(len(batch) for batch in module._batches(model, windows, EvalOptions())) == 3
-    assert max(len(batch) for batch in module._batches(model, windows, EvalOptions(batch_size=2))) == 2
+    assert max(len(batch) for batch in module.batches_of(windows, [model], EvalOptions())) == 3
+    assert max(len(batch) for batch in module.batches_of(windows, [model], EvalOptions(batch_size=2))) == 2
 
 
 def test_slices_of_the_logits_do_not_change_the_figure(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def test_the_last_window_is_weighted_by_its_tokens(model: PreTrainedModel, token
     result = perplexity(model, tokenizer, TEXTS, protocol, EvalOptions(batch_size=4))
 
     assert result.num_tokens == tokens
-    assert result.num_windows == full.shape[0] + 1
+    assert len(result.scored) == full.shape[0] + 1
     assert result.ppl == pytest.approx(math.exp(total / tokens), rel=1e-6)
 
 
@@ -170,7 +170,7 @@ def test_windows_are_chosen_as_protocol_p1_says(tokenizer: PreTrainedTokenizerFa
 
 def test_a_text_shorter_than_the_window_is_measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     result = perplexity(model, tokenizer, ["The quick brown fox"], WindowProtocol(window=256, bos="none"))
-    assert result.num_windows == 1
+    assert len(result.scored) == 1
     assert result.stderr is None
     assert result.num_tokens == len(ids_of(tokenizer, ["The quick brown fox"])) - 1
 

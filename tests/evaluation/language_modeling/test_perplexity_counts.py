@@ -13,9 +13,9 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from evaluation.errors import EvaluationError
-from evaluation.language_modeling.detokenizers import wikitext
-from evaluation.language_modeling.perplexity import perplexity, score_windows
+from evaluation.language_modeling.perplexity import perplexity
 from evaluation.language_modeling.protocol import WindowProtocol
+from evaluation.language_modeling.token_streams import wikitext_detokenized
 from evaluation.language_modeling.windows import windows_of
 
 TEXTS = ["  The quick brown fox, \n 1 @,@ 000 times", "naïve café – 日本語 🙂 ok", "one", "jumps over the lazy dog  "]
@@ -38,8 +38,8 @@ def lm_eval_wikitext() -> ModuleType:
 
 def test_the_detokenizer_writes_what_lm_eval_s_does() -> None:
     expected = lm_eval_wikitext().wikitext_detokenizer({"page": PAGE})
-    assert wikitext(PAGE) == expected != PAGE
-    assert wikitext("") == ""
+    assert wikitext_detokenized(PAGE) == expected != PAGE
+    assert wikitext_detokenized("") == ""
 
 
 @pytest.mark.parametrize("documents", ["joined", "separate"])
@@ -90,13 +90,13 @@ def test_the_figures_are_the_same_log_likelihood_over_other_counts(
 ) -> None:
     protocol = WindowProtocol(window=12, bos="none", max_windows=5, normalise=("word", "byte"))
     result = perplexity(model, tokenizer, TEXTS, protocol)
-    scored = score_windows(model, tokenizer, TEXTS, protocol)
+    scored = result.scored
     total = sum(entry.nll for entry in scored)
     words = sum(entry.window.num_words for entry in scored)
     size = sum(entry.window.num_bytes for entry in scored)
-    figures = {figure.name: figure for figure in result.normalised}
+    figures = result.normalised
 
-    assert (result.num_windows, result.num_words, result.num_bytes) == (5, words, size)
+    assert (len(result.scored), result.num_words, result.num_bytes) == (5, words, size)
     assert figures["word_ppl"].value == pytest.approx(math.exp(total / words))
     assert figures["byte_ppl"].value == pytest.approx(math.exp(total / size))
     assert figures["bits_per_byte"].value == pytest.approx(total / size / math.log(2))
@@ -110,7 +110,7 @@ def test_windows_without_the_beginning_of_a_word_have_no_figure_per_word(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     protocol = WindowProtocol(window=8, bos="none", normalise=("word",))
-    (figure,) = perplexity(model, tokenizer, ["x" * 40], protocol).normalised
+    figure = perplexity(model, tokenizer, ["x" * 40], protocol).normalised["word_ppl"]
     assert (figure.value, figure.stderr) == (math.inf, None)
 
 

@@ -1,4 +1,4 @@
-"""Presets and what is said beside them: the rows that are measured are those that the recorded config names."""
+"""Presets and what is set beside them: the rows that are measured are those that the recorded config names."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from evaluation.language_modeling.presets import PRESETS
 from evaluation.suites import agreement, perplexity
+from infra.errors import SourceInvalid
 from infra.settings import Settings
 from infra.sources.find import TextData, sources_from
 
@@ -74,8 +75,8 @@ def read(**options: Any) -> tuple[str, str | None]:
 def test_a_bare_preset_is_what_it_always_was(name: str) -> None:
     """Cache keys are made of this: a change here measures again what was measured."""
     for suite, windows in ((perplexity, [128, 2048]), (agreement, [2048])):
-        told = ["max"] if name == "lm-eval-wikitext" else windows
-        assert suite.Config(dataset=name).model_dump(mode="json") == USUAL | BARE[name] | {"windows": told}
+        lengths = ["max"] if name == "lm-eval-wikitext" else windows
+        assert suite.Config(dataset=name).model_dump(mode="json") == USUAL | BARE[name] | {"windows": lengths}
 
 
 @pytest.mark.parametrize(
@@ -174,27 +175,31 @@ def test_the_rows_are_those_of_the_split(options: dict[str, Any], text: str, tmp
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("a.txt", {"split": "train[5:]"}, "a.txt is a single text: split 'train[5:]' names nothing in it;"),
-        ("a.txt", {"text_field": "body"}, "a.txt is a single text: text_field 'body' names nothing in it;"),
-        ("a.txt", {"data_files": "b.txt"}, "a.txt is a single text: data_files 'b.txt' names nothing in it;"),
+        ("a.txt", {"split": "train[5:]"}, "a.txt is a single text: split 'train[5:]' names nothing in it; leave split"),
+        ("a.txt", {"text_field": "body"}, "a.txt has no column 'body'; it has text"),
         ("a.jsonl", {"data_files": "b.jsonl"}, "a.jsonl is a single file: data_files 'b.jsonl' names nothing in it;"),
-        ("a.jsonl", {"split": "test"}, "a.jsonl is a single file: split 'test' names nothing in it;"),
-        ("a.jsonl", {"config": "en"}, "a.jsonl is a single file: config 'en' names nothing in it;"),
+        ("a.jsonl", {"split": "test"}, "a.jsonl is a single file: it has the split 'train' and no configs, not 'test'"),
+        ("a.jsonl", {"config": "en"}, "a.jsonl is a single file: it has the split 'train' and no configs, not 'en';"),
     ],
 )
-def test_what_says_nothing_about_a_file_is_refused(
+def test_what_says_nothing_about_a_file_is_refused_by_the_preflight_and_not_by_the_config(
     name: str, options: dict[str, str], sentence: str, tmp_path: Path
 ) -> None:
-    (tmp_path / name).write_text("")
-    with pytest.raises(ValidationError) as error:
-        perplexity.Config.model_validate({"dataset": str(tmp_path / name), **options})
+    """A spec is as valid where the file is as where it is not: a scheduler may read it on another machine."""
+    elsewhere = perplexity.Config.model_validate({"dataset": str(tmp_path / name), **options})
+    (tmp_path / name).write_text('{"text": "one"}\n')
+    config = perplexity.Config.model_validate({"dataset": str(tmp_path / name), **options})
+    assert config == elsewhere
+    sources = sources_from(None, Settings(home=tmp_path / "home", mirror=None))
+    with pytest.raises(SourceInvalid) as error:
+        sources.check_columns(TextData.model_validate(config.texts.model_dump()), (config.text_field,))
     assert sentence in str(error.value)
 
 
 def test_what_a_file_has_may_be_said(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "a.jsonl").write_text("")
-    said = {"config": None, "split": "train", "text_field": "text", "data_files": None}
-    assert read(dataset=str(tmp_path / "a.txt"), **said) == ("train", None)
+    usual = {"config": None, "split": "train", "text_field": "text", "data_files": None}
+    assert read(dataset=str(tmp_path / "a.txt"), **usual) == ("train", None)
     assert read(dataset=str(tmp_path / "a.jsonl"), split="train[:5]", text_field="body") == ("train[:5]", None)
     assert read(dataset=str(tmp_path), split="test", data_files="a.txt") == ("test", "a.txt")

@@ -9,8 +9,14 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from evaluation.profile.interleaved import TurnRules, interleave, num_turn_threads, turn_threads
-from evaluation.profile.paired_ratio import MIN_PAIRS, paired_ratio
+from evaluation.inference.global_state import torch_threads
+from evaluation.profile.interleaved import (
+    MIN_PAIRS,
+    TurnRules,
+    interleave,
+    num_turn_threads,
+    paired_ratio,
+)
 
 
 @dataclass
@@ -141,9 +147,9 @@ def test_turns_leave_half_of_the_threads_to_others() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(5)
-        with turn_threads("processor time"):
+        with torch_threads(num_turn_threads("processor time")):
             assert torch.get_num_threads() == 2
-        with turn_threads("wall clock"):
+        with torch_threads(num_turn_threads("wall clock")):
             assert torch.get_num_threads() == 5
         assert torch.get_num_threads() == 5
         torch.set_num_threads(1)
@@ -210,9 +216,9 @@ def test_the_standard_error_is_the_spread_of_repeated_measurements() -> None:
     values = [ratio.value for ratio in found]
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    told = sum(ratio.stderr or 0 for ratio in found) / len(found)
+    reported = sum(ratio.stderr or 0 for ratio in found) / len(found)
     assert mean == pytest.approx(0.8, rel=0.005)
-    assert told == pytest.approx(spread, rel=0.35)
+    assert reported == pytest.approx(spread, rel=0.35)
     covered = sum((ratio.low or 9) <= 0.8 <= (ratio.high or 0) for ratio in found)
     assert covered >= 51  # 95 % of 60, less three standard deviations
 

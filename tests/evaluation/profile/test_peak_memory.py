@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +15,10 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from transformers import PreTrainedModel
 
-from evaluation.profile import peak_memory, power, profiler
+from evaluation.profile import device, peak_memory, profiler
 from evaluation.profile.config import ProfileConfig
+from evaluation.profile.device import Reading
 from evaluation.profile.peak_memory import available_bytes, least_bytes, with_resident_peaks
-from evaluation.profile.power import Reading
 from evaluation.profile.profiler import profile
 from evaluation.profile.report import ProfileReport
 from evaluation.report import GIB
@@ -58,8 +60,8 @@ def rows_of(report: ProfileReport) -> dict[tuple[str, str], float]:
 def test_figures_without_the_reference_are_taken_while_it_is_away(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(power, "_SETTLE_S", 0.01)
-    monkeypatch.setattr(power, "_SAMPLE_S", 0.01)
+    monkeypatch.setattr(device, "_SETTLE_S", 0.01)
+    monkeypatch.setattr(device, "_SAMPLE_S", 0.01)
     reference = tiny_model("llama", layers=4)
     memory = Memory(monkeypatch, model, reference)
     memory.rows_beside = 2
@@ -250,3 +252,10 @@ def test_resident_memory_is_of_the_cpu_only(
     report = profile(model, GRID).model_copy(update={"device": "mps:0"})
     monkeypatch.setattr(peak_memory, "peak_resident_gib", lambda *_: pytest.fail("a figure of another device"))
     assert with_resident_peaks(report, tmp_path, GRID, model_class="transformers:LlamaForCausalLM") == report
+
+
+def test_the_measuring_process_ends_with_the_one_that_waits_for_it(tmp_path: Path) -> None:
+    """Its standard input is at its end: nobody is there any more."""
+    command = [sys.executable, "-m", "evaluation.profile.peak_memory", str(tmp_path), GRID.model_dump_json(), "a:b"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")

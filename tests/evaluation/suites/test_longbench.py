@@ -23,7 +23,7 @@ from evaluation.samples import Sample
 from evaluation.significance.paired import pair
 from evaluation.suite import ModelFacts
 from evaluation.suites import longbench
-from evaluation.suites._longbench_tasks import CONTINUED, KNOWN, TASKS
+from evaluation.suites.longbench import CONTINUED, KNOWN, TASKS
 from tests.evaluation.local_data import LocalData, Rows, write_data
 from tests.tiny import tiny_model
 
@@ -220,7 +220,7 @@ def stock_text(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "given, words",
     [
         ({"tasks": ["qasper"]}, r"no task 'qasper'; did you mean 'longbench_qasper'\?"),
         ({"tasks": ["longbench_hotpot"]}, r"did you mean 'longbench_hotpotqa'"),
@@ -229,8 +229,8 @@ def stock_text(name: str) -> str:
         ({"tasks": ["longbench_lcc"], "languages": ["en"]}, "tasks beside categories or languages"),
     ],
 )
-def test_bad_tasks_are_refused(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(EvaluationError, match=said):
+def test_bad_tasks_are_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(EvaluationError, match=words):
         longbench.check(longbench.Config(**given))
 
 
@@ -243,7 +243,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "given, facts, said",
+    "given, facts, words",
     [
         ({"chat_template": True}, ModelFacts(4096, False), "the model's tokenizer has no chat template"),
         ({"max_length": 4000}, ModelFacts(4096), "set max_length to 3584 or less"),
@@ -252,8 +252,8 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, ModelFacts(512), "'longbench_gov_report' writes 512 tokens, which leaves no room for a prompt in 512"),
     ],
 )
-def test_what_a_model_cannot_do_is_refused(given: dict[str, Any], facts: ModelFacts, said: str) -> None:
-    with pytest.raises(EvaluationError, match=said):
+def test_what_a_model_cannot_do_is_refused(given: dict[str, Any], facts: ModelFacts, words: str) -> None:
+    with pytest.raises(EvaluationError, match=words):
         longbench.check_model(longbench.Config(**given), facts)
 
 
@@ -278,8 +278,8 @@ def test_chinese_is_scored_in_silence(
     importlib.import_module("jieba")
     logger = logging.getLogger("jieba")
     level = logger.level
-    told: list[float] = []
-    options = EvalOptions(progress=lambda share, _: told.append(share))
+    reported: list[float] = []
+    options = EvalOptions(progress=lambda share, _: reported.append(share))
     config = longbench.Config(categories=("single_doc_qa",), languages=("zh",))
     capfd.readouterr()
     result = longbench.evaluate(model, tokenizer, LocalData(tmp_path), config, options)
@@ -289,6 +289,6 @@ def test_chinese_is_scored_in_silence(
         "single_doc_qa",
         "average",
     ]
-    assert told == sorted(told)
-    assert told[-1] == 1.0
+    assert reported == sorted(reported)
+    assert reported[-1] == 1.0
     assert logger.level == level

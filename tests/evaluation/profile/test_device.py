@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from evaluation.profile import power
+from evaluation.profile import device as device_module
 from evaluation.profile.config import ProfileConfig
-from evaluation.profile.power import Reading, mean_reading, meter_of
+from evaluation.profile.device import Reading, mean_reading, meter_of
 from evaluation.profile.profiler import profile
 from evaluation.profile.timed_generation import wait_for
 
@@ -17,9 +17,9 @@ CONFIG = ProfileConfig(prompt_len=8, new_tokens=2, warmup=0, runs=1)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(power, "_SETTLE_S", 0.05)
-    monkeypatch.setattr(power, "_SAMPLE_S", 0.2)
-    monkeypatch.setattr(power, "_INTERVAL_S", 0.02)
+    monkeypatch.setattr(device_module, "_SETTLE_S", 0.05)
+    monkeypatch.setattr(device_module, "_SAMPLE_S", 0.2)
+    monkeypatch.setattr(device_module, "_INTERVAL_S", 0.02)
 
 
 def test_the_first_second_does_not_count() -> None:
@@ -81,12 +81,12 @@ def test_what_one_device_does_not_tell_is_not_told_of_all(monkeypatch: pytest.Mo
     assert meter() == Reading(None, 50.0)
 
 
-@pytest.mark.parametrize("told, expected", [(250, 250.0), (0, None)])
+@pytest.mark.parametrize("reported, expected", [(250, 250.0), (0, None)])
 def test_rocm_tells_watts_and_nothing_as_zero(
-    monkeypatch: pytest.MonkeyPatch, told: int, expected: float | None
+    monkeypatch: pytest.MonkeyPatch, reported: int, expected: float | None
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: told)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: reported)
     monkeypatch.setattr(torch.cuda, "utilization", lambda device: 50)
     meter = meter_of((torch.device("cuda:0"),))
     assert meter is not None
