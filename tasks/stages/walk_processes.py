@@ -115,13 +115,13 @@ def _member(rank: int, size: int, meeting: Path, settings: Settings, job: WalkJo
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=meeting.as_uri(), rank=rank, world_size=size)
+        process_group = ProcessGroup.join(backend, meeting.as_uri(), rank, size)
 
         def tell(share: float, message: str) -> None:
             if rank == 0:
                 messages.put((share, message))
 
-        job(walk_options(settings, device, process_group=ProcessGroup.of_this_process()), tell)
+        job(walk_options(settings, device, process_group=process_group), tell)
         dist.barrier()
         dist.destroy_process_group()
         messages.put(None)
