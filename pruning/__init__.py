@@ -1,16 +1,17 @@
 """Structured pruning of decoder-only transformers: model and tensors in, plan and model out.
 
-This room knows tensors and nothing of the world: no workflow engine, no tracking, no environment variables. The map:
+Nothing here knows of workflows, tracking or environment variables, and nothing is imported from another room. The map:
 
-* `plan`        what is kept, per layer (no torch)
-* `families`    where a decoder keeps its parts, and what a head or a channel costs
-* `surgery`     `shrink_` cuts a model to a plan, `mask_` zeroes instead
-* `checkpoint`  saves and loads pruned models, uneven layers included
-* `decoder`     a model whose layers come one at a time, from memory or from files
-* `sequential`  the walk over them; around it `activations`, `ledger`, `team`
-* `layerwise`   what the walk offers meets budgets (`schedule`) and mathematics (`hessian`, `obs`)
-* `splits`      several distributions of the cut tried, the best kept; `orders` one order for every sparsity
-* `streaming`   from one checkpoint folder to another, durably
-* `methods`     one file per pruning method, the file name is the method's name
-* `recovery`    one file per way to train a pruned model back to health
+* `plan`         what is kept, per layer (no torch); `calibration` token windows; `instructions` records as text
+* `families`     where a decoder keeps its parts, and what a head or a channel costs; `modeling` uneven layers
+* `checkpoints`  saves, loads and checks model folders, whole or one layer at a time; `surgery` cuts to a plan
+* `walk`         the loop over decoder layers, and how an interrupted one goes on
+* `obs`          Optimal Brain Surgeon: second moments, greedy elimination, refit
+* `allocation`   from one sparsity to heads and channels per layer
+* `layerwise`    all of these together: prune, capture, compare splits, checkpoint to checkpoint
+* `methods`      one file per pruning method, the file name is the method's name
+* `recovery`     one file per way to train a pruned model back to health
+* `distributed`  several processes that prune one model together
+
+Read `methods/slimgpt` first, then `layerwise/prune` and `walk/sequential`.
 """

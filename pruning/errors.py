@@ -1,4 +1,4 @@
-"""The exceptions of the pruning room."""
+"""What pruning raises: PruningError for what a user gave, UnsoundCheckpoint for what we wrote."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class InstructionColumns(BaseModel):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns to read."""
+        """Their names in the data set, without those that are None."""
         return tuple(name for name in (self.instruction, self.input, self.output) if name is not None)
 
 

@@ -34,7 +34,7 @@ class LayerShape(BaseModel):
 
     @property
     def num_groups(self) -> int:
-        """Query heads per kv head."""
+        """Query heads per kv head, 1 without grouping."""
         return self.num_heads // self.num_kv_heads
 
     def kv_head_of(self, query_head: int) -> int:
@@ -134,11 +134,6 @@ class PruningPlan(BaseModel):
         return tuple(kept.shape for kept in self.layers)
 
     @property
-    def is_uniform(self) -> bool:
-        """All kept layers have equal widths afterwards."""
-        return len(set(self.shapes)) == 1
-
-    @property
     def dropped_layers(self) -> tuple[int, ...]:
         """Indices of the layers that are removed as a whole."""
         kept = {plan.layer for plan in self.layers}
@@ -159,7 +154,7 @@ class PruningPlan(BaseModel):
 
 
 def describe_shapes(shapes: Sequence[LayerShape]) -> str:
-    """Shapes in words for messages, equal neighbours told once: "2 layers of 8/4 heads x 64, 1 layer of ..."."""
+    """Shapes in words for messages, equal neighbours counted: "2 layers of 8/4 heads x 64, 1 layer of ..."."""
     runs: list[tuple[LayerShape, int]] = []
     for shape in shapes:
         count = runs.pop()[1] if runs and runs[-1][0] == shape else 0

@@ -37,7 +37,7 @@ class Decoder(ABC):
 
     @property
     def num_layers(self) -> int:
-        """How many decoder layers there are."""
+        """Decoder layers of the model as it is before pruning."""
         return len(self.family.layers(self.skeleton))
 
 
@@ -48,7 +48,7 @@ class ResidentDecoder(Decoder):
         self.skeleton, self.family = model, family_of(model)
 
     def layer(self, index: int, device: torch.device) -> nn.Module:
-        """A fresh copy of a decoder layer on `device`."""
+        """A copy, so that pruning it leaves the model as it is."""
         layer = _copy(self.family.layers(self.skeleton)[index], self.skeleton.config)
         return layer.to(device).requires_grad_(False).eval()
 
@@ -71,7 +71,7 @@ class StreamedDecoder(Decoder):
         self.skeleton.eval().requires_grad_(False)
 
     def layer(self, index: int, device: torch.device) -> nn.Module:
-        """A fresh copy of a decoder layer on `device`, read from its file."""
+        """Read from its files in the checkpoint's dtype."""
         layer = _copy(self.family.layers(self.skeleton)[index], self.skeleton.config)
         prefix = f"{self.family.layers_path}.{index}."
         tensors = self._stored.read(prefix + name for name in layer.state_dict())

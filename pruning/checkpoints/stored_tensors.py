@@ -46,7 +46,7 @@ class Place:
 
 @dataclass(frozen=True)
 class StoredTensors:
-    """A checkpoint folder as one model.
+    """The tensors of a checkpoint folder under the names of one model.
 
     config: of the model class; whether the head is tied, and the dtype, are as the tensors say. dtype: of all weights:
     the one that most are stored in. files: all that belong to the model. places: of every weight by its name in the

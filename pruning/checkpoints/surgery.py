@@ -1,4 +1,4 @@
-"""Cutting a model to a plan. The only functions of the room that change a model's shapes, both in place.
+"""Cutting a model to a plan. The only functions of `pruning` that change a model's shapes, both in place.
 
 Row and column order: heads lie one after another in q/k/v rows and o_proj columns, head_dim wide each.
 """

@@ -70,11 +70,11 @@ class ModelFamily:
         return model.get_submodule(self.layers_path.rpartition(".")[0])
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
-        """All decoder layers."""
+        """The decoder layers, first to last."""
         return cast("nn.ModuleList", model.get_submodule(self.layers_path))
 
     def embeddings(self, model: nn.Module) -> nn.Embedding:
-        """The input embeddings."""
+        """token ids -> hidden."""
         return cast("nn.Embedding", model.get_submodule(self.embeddings_path))
 
     def final_norm(self, model: nn.Module) -> nn.Module:
@@ -90,7 +90,7 @@ class ModelFamily:
         return cast("nn.Linear", model.get_submodule(self.head_path))
 
     def attention(self, layer: nn.Module) -> nn.Module:
-        """The attention block of a layer."""
+        """The module that holds q, k, v and o."""
         return layer.get_submodule(self.attention_name)
 
     def mlp(self, layer: nn.Module) -> nn.Module:

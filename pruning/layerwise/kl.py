@@ -34,7 +34,7 @@ def final_stream(decoder: Decoder, input_ids_ML: Tensor, options: WalkOptions) -
 def mean_kl(decoder: Decoder, dense_MLC: Tensor, pruned_MLC: Tensor, options: WalkOptions) -> float:
     """Mean over tokens of KL(dense ‖ pruned) in nats, of the logits that the model's own head gives both streams.
 
-    Streams of one process; the mean is over the samples of the whole team. Only the streams are kept, never all logits:
+    Streams of one process; the mean is over the samples of all processes. Only the streams are held, never all logits:
     M x L x V of a large vocabulary would not fit. Raises PruningError when it is not finite: no comparison with NaN
     chooses anything.
     """

@@ -7,6 +7,7 @@ sparsity takes the first so many groups of it and refits the rest.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from pruning.allocation.schedule import MAX_RATIO, HeadUnit, num_head_units
 from pruning.distributed import ProcessGroup
 from pruning.families import shapes
-from pruning.obs import elimination as obs
+from pruning.obs.elimination import nested_group_sizes, prepare
 from pruning.obs.groups import Groups, channel_groups, head_groups, search
 from pruning.walk.sequential import SubLayer, WalkOptions, walk_layers
 
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 class Order(BaseModel):
     """One linear: groups in the order they go, as far as any budget may ask; after `rounds` removals the predicted
-    error (mean squared output error per token) was `errors`."""
+    error (mean squared output error per token) was `errors`. refactorisations: 0; files of earlier versions may say
+    more."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,7 +41,11 @@ class Order(BaseModel):
     rounds: tuple[int, ...]
     errors: tuple[float, ...]
     condition: float
-    refactorisations: int
+    refactorisations: int = 0
+
+    def bounds(self, count: int) -> tuple[float, float]:
+        """Between what the error of removing the first `count` groups must lie: it grows from round to round."""
+        return (0.0, *self.errors)[bisect_right(self.rounds, count)], self.errors[bisect_left(self.rounds, count)]
 
 
 class Orders:
@@ -74,7 +80,7 @@ def trace_orders(
     ):
         assert sub_layer.hessian is not None
         weight_OI = sub_layer.linear.weight
-        problem = obs.prepare(sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac)
+        problem = prepare(sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac)
         for unit, groups in _groups(sub_layer, widths[sub_layer.layer], head_dim, solver).items():
             found = search(problem, groups, solver)
             order = Order(
@@ -82,7 +88,6 @@ def trace_orders(
                 rounds=found.rounds,
                 errors=found.errors,
                 condition=1.0 / problem.rcond,
-                refactorisations=found.refactorisations,
             )
             _file(folder, sub_layer.name, unit).write_text(order.model_dump_json(), encoding="utf-8")
         if sub_layer.kind == "mlp":
@@ -97,7 +102,7 @@ def _groups(sub_layer: SubLayer, shape: LayerShape, head_dim: int, solver: Solve
         count = min(total, math.ceil(MAX_RATIO * total) + 1)  # a budget is rounded
         groups = channel_groups(shape, count, solver)
         if solver.group_size is None:
-            groups = replace(groups, sizes=tuple(obs.nested_group_sizes(count, total)))
+            groups = replace(groups, sizes=tuple(nested_group_sizes(count, total)))
         return {"channel": groups}
     units: tuple[HeadUnit, ...] = ("kv_group", "query_head") if shape.num_groups > 1 else ("kv_group",)
     return {unit: head_groups(shape, head_dim, num_head_units(shape, unit) - 1, unit) for unit in units}

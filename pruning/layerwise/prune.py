@@ -1,10 +1,11 @@
-"""Pruning layer by layer: the meeting of the walk (structure), the budgets (schedule) and OBS (mathematics).
+"""Pruning layer by layer: chooses, refits and reports each linear that the walk yields, as its budget asks.
 
 Shapes: O outputs, I inputs of the linear, N groups, D columns per group, K kept columns.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from pruning.distributed import ProcessGroup
 from pruning.families.forward import SubLayerKind
-from pruning.obs import elimination as obs
+from pruning.obs.elimination import System, dampen, output_error, prepare, refit, removal_error
 from pruning.obs.groups import Groups, Solver, channel_groups, head_groups, search
 from pruning.plan import LayerPlan, LayerShape
 from pruning.walk.sequential import SubLayer
@@ -23,6 +24,12 @@ from pruning.walk.state import LayerEntry, SubLayerReport, WalkState
 if TYPE_CHECKING:
     from pruning.allocation.schedule import HeadUnit, LayerBudget
     from pruning.layerwise.orders import Orders
+
+log = logging.getLogger("slimline")
+
+#: relative difference of predicted and refitted error above which a search is doubted. With sums in float32 the two
+#: agree to 1e-10, in the worst case that `prepare` lets pass (condition 1e13) to 1e-5.
+_TOLERANCE = 1e-2
 
 
 def prune_layerwise_(
@@ -40,11 +47,11 @@ def prune_layerwise_(
 ) -> Tensor:
     """Remove what `budgets` say from each linear the walk offers; its weight is changed in place, in masked form.
 
-    The removed columns become zero and the kept ones are compensated. What was decided is entered in the ledger, which
-    must be the one the walk writes to. orders: what goes first, found earlier from the same Hessians. measured: False
-    leaves measured and held-out errors out of the reports. team: the processes that walk together; the leader solves
-    for all. `on_layer` is told each finished layer. Returns what the walk returns: the held-out stream after the last
-    layer.
+    The removed columns become zero and the kept ones are compensated. walk_state: takes plan and reports of each layer;
+    the one that the walk writes to. orders: what goes first, found earlier from the same Hessians. measured:
+    False leaves all errors but those of the search out of the reports. process_group: the processes that walk together;
+    the leader solves for all. on_layer: called with each finished layer. Returns what the walk returns: the held-out
+    stream after the last layer.
     """
     process_group = process_group or ProcessGroup()
     reports: list[SubLayerReport] = []
@@ -106,22 +113,16 @@ def _prune_(
         return tuple(range(total)), report
     assert sub_layer.hessian is not None
     weight_OI = sub_layer.linear.weight.detach()
-    if orders is None:
-        system, order, found = _solve(sub_layer, groups, solver)
-    else:
-        system = obs.dampen(
-            sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac, dtype=solver.dtype
-        )
-        traced = orders.load(sub_layer.name, solver.head_unit if sub_layer.kind == "attention" else "channel")
-        order, found = traced.order[: groups.count], {"condition": traced.condition}
+    system, order, bounds, found = _choose(sub_layer, groups, solver, orders)
     kept_N = torch.ones(total, dtype=torch.bool)
     kept_N[list(order)] = False
-    kept_K = groups.columns_ND[kept_N].flatten().to(system.H_II.device)
-    refitted_OK = obs.refit(system, kept_K)
+    kept_K, removed_G = (groups.columns_ND[mask_N].flatten().to(system.H_II.device) for mask_N in (kept_N, ~kept_N))
     pruned_OI = torch.zeros_like(system.W_OI)
-    pruned_OI[:, kept_K] = refitted_OK
-    if orders is not None:
-        found["predicted_error"] = obs.output_error(system.W_OI, pruned_OI, system.H_II)
+    pruned_OI[:, kept_K] = refit(system, kept_K)
+    if measured:  # trials in float32 are judged by what their weights do, not by predictions
+        error = removal_error(system, pruned_OI, removed_G)
+        _warn_of_rounding(sub_layer.name, error, bounds)
+        found.setdefault("predicted_error", error)
     del system
     pruned_OI = pruned_OI.to(weight_OI)
     if measured:
@@ -132,21 +133,40 @@ def _prune_(
     )
 
 
-def _solve(
-    sub_layer: SubLayer, groups: Groups, solver: Solver
-) -> tuple[obs.System, tuple[int, ...], dict[str, float | None]]:
-    """The order of removal by OBS, the system it came from and what was found on the way."""
+def _choose(
+    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: Orders | None
+) -> tuple[System, tuple[int, ...], tuple[float, float], dict[str, float | None]]:
+    """The linear's system, the groups that go, the bounds of the error that was predicted for this, and its report.
+
+    The bounds are equal where the search stopped at this very number of groups.
+    """
     assert sub_layer.hessian is not None
-    weight_OI = sub_layer.linear.weight.detach()
-    problem = obs.prepare(
-        sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac, dtype=solver.dtype
-    )
-    elimination = search(problem, groups, solver)
-    return obs.System(problem.name, problem.W_OI, problem.H_II), elimination.order, {
-        "predicted_error": elimination.errors[-1],
-        "condition": 1.0 / problem.rcond,
-        "refactorisations": elimination.refactorisations,
-    }  # fmt: skip
+    name, weight_OI, hessian = sub_layer.name, sub_layer.linear.weight.detach(), sub_layer.hessian
+    frac, dtype = solver.dampening_frac, solver.dtype
+    if orders is not None:
+        traced = orders.load(name, solver.head_unit if sub_layer.kind == "attention" else "channel")
+        system = dampen(name, weight_OI, hessian, dampening_frac=frac, dtype=dtype)
+        return system, traced.order[: groups.count], traced.bounds(groups.count), {"condition": traced.condition}
+    problem = prepare(name, weight_OI, hessian, dampening_frac=frac, dtype=dtype)
+    found = search(problem, groups, solver)
+    predicted = found.errors[-1]
+    report: dict[str, float | None] = {"predicted_error": predicted, "condition": 1.0 / problem.rcond}
+    # without the inverse, which is as large as the Hessian
+    return System(name, problem.W_OI, problem.H_II), found.order, (predicted, predicted), report
+
+
+def _warn_of_rounding(name: str, error: float, predicted: tuple[float, float]) -> None:
+    """Warn if the refitted weight costs something else than the search predicted: its scores were then rounded.
+
+    No error: the weights are the best for the columns that are kept, only other columns might have been better.
+    """
+    lowest, highest = predicted
+    if not (1 - _TOLERANCE) * lowest <= error <= (1 + _TOLERANCE) * highest:  # also for NaN
+        log.warning(
+            "pruning %s costs %.6g where %.6g to %.6g were predicted, so rounding may have changed what was chosen; "
+            "raise dampening_frac or num_samples",
+            *(name, error, lowest, highest),
+        )
 
 
 def _measured(sub_layer: SubLayer, weight_OI: Tensor, pruned_OI: Tensor) -> dict[str, float | None]:
@@ -155,9 +175,9 @@ def _measured(sub_layer: SubLayer, weight_OI: Tensor, pruned_OI: Tensor) -> dict
     H_II = sub_layer.hessian.matrix_II
     weight_OI, pruned_OI = weight_OI.to(H_II), pruned_OI.to(H_II)
     return {
-        "measured_error": obs.output_error(weight_OI, pruned_OI, H_II),
-        "output_energy": obs.output_error(weight_OI, torch.zeros_like(weight_OI), H_II),
-        "heldout_error": obs.output_error(weight_OI, pruned_OI, sub_layer.heldout.matrix_II.to(H_II))
+        "measured_error": output_error(weight_OI, pruned_OI, H_II),
+        "output_energy": output_error(weight_OI, torch.zeros_like(weight_OI), H_II),
+        "heldout_error": output_error(weight_OI, pruned_OI, sub_layer.heldout.matrix_II.to(H_II))
         if sub_layer.heldout
         else None,
     }

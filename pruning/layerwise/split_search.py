@@ -21,13 +21,12 @@ from pruning.families import layer_cost, shapes
 from pruning.layerwise.kl import final_stream, mean_kl
 from pruning.layerwise.orders import Orders
 from pruning.layerwise.prune import prune_layerwise_, sub_layers_to_prune
-from pruning.obs import elimination as obs
+from pruning.obs.elimination import single_precision_will_do
 from pruning.obs.groups import Solver
 from pruning.obs.hessian import Statistics
 from pruning.plan import PruningPlan
-from pruning.walk.pruned import Pruned
 from pruning.walk.sequential import WalkOptions, walk_layers
-from pruning.walk.state import WalkState
+from pruning.walk.state import Pruned, WalkState
 
 Progress = Callable[[float, str], None]
 
@@ -66,7 +65,7 @@ class Candidate:
 
 
 def prune_split(job: Job, candidate: Candidate, walk_state: WalkState, progress: Progress) -> Pruned:
-    """Solve the budgets and prune once; the weights are in the ledger."""
+    """Solve the budgets and prune once; the weights are in the walk state."""
     if job.statistics is not None:  # nothing is to be judged, so nothing need be computed but the linears themselves
         job = replace(job, calibration=replace(job.calibration, heldout_ids_ML=job.calibration.heldout_ids_ML[:0]))
     pruned, _ = _prune(job, candidate, walk_state, progress)
@@ -169,7 +168,7 @@ def _scouting_set(job: Job) -> CalibrationSet:
 
 def _quick(candidate: Candidate, job: Job) -> Candidate:
     """In float32, if the dampening leaves it digits enough to compare by."""
-    if not obs.single_precision_will_do(_widest(job.decoder), candidate.solver.dampening_frac):
+    if not single_precision_will_do(_widest(job.decoder), candidate.solver.dampening_frac):
         return candidate
     return replace(candidate, solver=replace(candidate.solver, dtype=torch.float32))
 

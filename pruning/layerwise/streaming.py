@@ -31,8 +31,8 @@ from pruning.walk.durable_state import DurableWalkState
 if TYPE_CHECKING:
     from pruning.calibration import CalibrationSet
     from pruning.plan import PruningPlan
-    from pruning.walk.pruned import Pruned
     from pruning.walk.sequential import WalkOptions
+    from pruning.walk.state import Pruned
 
 
 def prune_checkpoint(
@@ -52,9 +52,9 @@ def prune_checkpoint(
     plan.json; no tokenizer).
 
     work: folder of finished layers, to be kept until `out` is whole; it belongs to this pruning alone. With several
-    processes (options.team) all call this with the same folders and the leader writes `out`, and loads it once. Raises
-    PruningError as the method does, if the source is no checkpoint of a supported family, or if the work folder holds
-    layers of another pruning; UnsoundCheckpoint if what was written is not what was pruned.
+    processes (options.process_group) all call this with the same folders and the leader writes `out`, and loads it
+    once. Raises PruningError as the method does, if the source is no checkpoint of a supported family, or if the work
+    folder holds layers of another pruning; UnsoundCheckpoint if what was written is not what was pruned.
     """
     decoder = StreamedDecoder(source)
     _claim(work, _identity(source, module, calibration, config))
@@ -88,7 +88,7 @@ def _identity(source: Path, module: Any, calibration: CalibrationSet, config: An
 
 
 def _claim(work: Path, identity: str) -> None:
-    """Mark the work folder as this pruning's. Every process of a team writes the same, none sees it half written."""
+    """Mark the work folder as this pruning's. Every process of a group writes the same, none sees it half written."""
     work.mkdir(parents=True, exist_ok=True)
     mark = work / "pruning.sha256"
     if mark.is_file() and mark.read_text(encoding="utf-8") != identity:

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from pruning.calibration import CalibrationSet
     from pruning.checkpoints.decoder import Decoder
     from pruning.layerwise.split_search import Candidate
-    from pruning.walk.pruned import Pruned
     from pruning.walk.sequential import WalkOptions
-    from pruning.walk.state import WalkState
+    from pruning.walk.state import Pruned, WalkState
 
 VERSION = 2
 
@@ -35,7 +34,7 @@ _AUTO_SPLITS = ("ffn", "third", "half", "equal")
 
 
 class Config(BaseModel):
-    """What SlimGPT is asked to do."""
+    """The options of SlimGPT; all of them enter the cache key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -130,7 +129,7 @@ def prune(
     walk_state: WalkState,
     progress: Callable[[float, str], None] = lambda share, message: None,
 ) -> Pruned:
-    """Prune; the compensated weights are in the ledger, the decoder stays as it was.
+    """Prune; the compensated weights are in walk_state, the decoder stays as it was.
 
     statistics: folder of a capture if `needs_statistics(config)`, else None. orders: folder that `order` filled from
     the same statistics, to save the search. Raises PruningError when statistics and config disagree, the sparsity

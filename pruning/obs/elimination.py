@@ -7,8 +7,9 @@ For a weight W and H = mean x xᵀ (dampened), removing the columns G jointly an
 and leaves the inverse H⁻¹ - H⁻¹_:,G (H⁻¹_GG)⁻¹ H⁻¹_G,: for the columns that remain: a rank-|G| down-date, no
 re-inversion. With H the mean over tokens the error is in units of mean squared output error per token.
 
-Down-dates drift: now and then the inverse is probed against the Hessian, and computed afresh when it has lost digits.
-Columns that have gone are dropped from the matrices from time to time, so that later rounds are cheaper.
+Down-dates only choose what goes: the final weights are refitted from H, and `removal_error` of the refit says whether
+rounding has spoilt the predicted errors. Removed columns are dropped from the matrices from time to time, so that later
+rounds are cheaper.
 
 Shapes: O outputs, I inputs, A columns still in the matrices, G columns of one elimination, K kept columns, N groups,
 D columns per group.
@@ -27,10 +28,8 @@ from pruning.obs.hessian import Hessian
 
 #: rcond below which float64 solutions lose the digits that float32 weights keep
 _MIN_RCOND = 1e-13
-#: relative error of the down-dated inverse above which it is computed afresh
-_MAX_DRIFT = 1e-6
-#: shares of the columns that must have gone before the matrices are copied without them, the inverse probed again
-_COMPACT_SHARE = _PROBE_SHARE = 0.125
+#: share of the columns that must have gone before the matrices are copied without them
+_COMPACT_SHARE = 0.125
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,12 @@ class Elimination:
     """The greedy order of removed groups and the error after each round.
 
     order: group indices in the order they went. rounds: number of groups gone after each round.
-    errors: cumulative predicted error after each round, same length as `rounds`. refactorisations: how often the
-    inverse had drifted and was computed afresh.
+    errors: cumulative predicted error after each round, same length as `rounds`.
     """
 
     order: tuple[int, ...]
     rounds: tuple[int, ...]
     errors: tuple[float, ...]
-    refactorisations: int = 0
 
 
 def dampen(
@@ -186,23 +183,18 @@ def eliminate_groups(
             f"the inverse Hessian of {problem.name} lost positive definiteness after {len(order)} removals "
             f"(1/condition {problem.rcond:.1e}); raise dampening_frac or num_samples"
         ) from error
-    return Elimination(tuple(order), tuple(rounds), tuple(errors), matrices.refactorisations)
+    return Elimination(tuple(order), tuple(rounds), tuple(errors))
 
 
 class _Matrices:
     """Weight and inverse of the columns that are left, and of some that have gone (zero in both)."""
 
     def __init__(self, problem: Problem, columns_ND: Tensor) -> None:
-        self._problem, self._columns_ND = problem, columns_ND
+        self._columns_ND = columns_ND
         self._W_OA, self._inverse_AA = problem.W_OI.clone(), problem.inverse_II.clone()
-        num_inputs = problem.H_II.shape[0]
-        self._active_A = torch.arange(num_inputs, device=columns_ND.device)
+        self._active_A = torch.arange(problem.W_OI.shape[1], device=columns_ND.device)
         self._place_I = self._active_A.clone()  # where a column of the linear stands in the matrices
-        self._gone_I = torch.zeros(num_inputs, dtype=torch.bool, device=columns_ND.device)
-        self._probe_I = torch.randn(num_inputs, generator=torch.Generator().manual_seed(0)).to(problem.H_II)
-        self._unprobed = 0
-        self.refactorisations = 0
-        self._limit = self._acceptable_drift()
+        self._gone_I = torch.zeros_like(self._active_A, dtype=torch.bool)
 
     def cheapest(self, groups_M: Tensor, size: int, *, conditional: bool) -> Tensor:
         """Those `size` of the groups whose removal costs least, cheapest first."""
@@ -215,60 +207,34 @@ class _Matrices:
         columns_G = self._columns_ND[groups_M].flatten()
         places_G = self._place_I[columns_G]
         self._gone_I[columns_G] = True
-        gone = int(self._gone_I[self._active_A].sum())
-        if gone > _COMPACT_SHARE * len(self._active_A):
-            W_OG, inverse_GA = self._W_OA[:, places_G], self._inverse_AA[places_G]
-            stay_A = self._compact_()  # first, so that nothing is computed for columns that go
-            error = _down_date_(self._W_OA, self._inverse_AA, W_OG, inverse_GA[:, places_G], inverse_GA[:, stay_A])
-        else:
-            error = eliminate_(self._W_OA, self._inverse_AA, places_G)
-        self._unprobed += len(columns_G)
-        if self._unprobed > _PROBE_SHARE * len(self._active_A):
-            self._unprobed = 0
-            if self._drift() > self._limit:
-                self._refactorise_()
-        return error
-
-    def _compact_(self) -> Tensor:
-        """Drop the columns that have gone; returns the old places of the others."""
         stay_A = (~self._gone_I[self._active_A]).nonzero().squeeze(1)
+        if len(self._active_A) - len(stay_A) <= _COMPACT_SHARE * len(self._active_A):
+            return eliminate_(self._W_OA, self._inverse_AA, places_G)
+        W_OG, inverse_GA = self._W_OA[:, places_G], self._inverse_AA[places_G]
         self._active_A = self._active_A[stay_A]
-        self._W_OA = self._W_OA[:, stay_A]
-        self._inverse_AA = self._inverse_AA[stay_A][:, stay_A]
+        # the copies first, so that nothing is computed for columns that go
+        self._W_OA, self._inverse_AA = self._W_OA[:, stay_A], self._inverse_AA[stay_A][:, stay_A]
         self._place_I[self._active_A] = torch.arange(len(stay_A), device=stay_A.device)
-        return stay_A
-
-    def _drift(self) -> float:
-        """Relative error of H (H⁻¹ v) = v for a fixed random v on the columns that are left."""
-        left_A = ~self._gone_I[self._active_A]
-        probe_A = self._probe_I[self._active_A] * left_A
-        solved_I = torch.zeros_like(self._probe_I)
-        solved_I[self._active_A] = self._inverse_AA @ probe_A
-        back_A = (self._problem.H_II @ solved_I)[self._active_A] * left_A
-        return float((back_A - probe_A).norm() / probe_A.norm().clamp_min(1e-300))
-
-    def _refactorise_(self) -> None:
-        """Inverse and weight of the columns that are left, from the Hessian itself."""
-        self._compact_()
-        left_K = self._active_A
-        self._inverse_AA = torch.cholesky_inverse(torch.linalg.cholesky(self._problem.H_II[left_K][:, left_K]))
-        self._W_OA = refit(self._problem, left_K)
-        self.refactorisations += 1
-        self._limit = self._acceptable_drift()
-
-    def _acceptable_drift(self) -> float:
-        # of an ill conditioned Hessian even a fresh inverse is no better than this: it must not be made every round
-        return max(_MAX_DRIFT, 10 * self._drift())
+        return _down_date_(self._W_OA, self._inverse_AA, W_OG, inverse_GA[:, places_G], inverse_GA[:, stay_A])
 
 
 def refit(system: System, kept_K: Tensor) -> Tensor:
     """Least-squares weight on the kept columns, (O, K): W H_:,K (H_KK)⁻¹.
 
-    What the eliminations converge to, solved afresh from H so that no rounding of the down-dates reaches the weights.
+    What the down-dates give but for their rounding, which so does not reach the weights.
     """
     H_IK = system.H_II[:, kept_K]
     L_KK = torch.linalg.cholesky(H_IK[kept_K])
     return torch.cholesky_solve((system.W_OI @ H_IK).T, L_KK).T
+
+
+def removal_error(system: System, pruned_OI: Tensor, removed_G: Tensor) -> float:
+    """Mean squared output error per token, dampened as the predicted one, of a refitted weight without the columns G.
+
+    tr((W - W') H (W - W')ᵀ), of which the refit makes everything but (W - W') H_:,G W_Gᵀ vanish.
+    """
+    difference_OG = (system.W_OI - pruned_OI) @ system.H_II[:, removed_G]
+    return float((difference_OG * system.W_OI[:, removed_G]).sum())
 
 
 def output_error(W_OI: Tensor, pruned_OI: Tensor, H_II: Tensor) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pruning.obs import elimination as obs
+from pruning.obs.elimination import Elimination, Problem, eliminate_groups, fixed_group_sizes, halving_group_sizes
 from pruning.plan import LayerShape
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ class Solver:
     group_size: int | None
     head_unit: HeadUnit
     dtype: torch.dtype = torch.float64
-    """Of the factorisations."""
+    """Of Hessian, inverse and weight while they are solved."""
 
 
 @dataclass(frozen=True)
 class Groups:
     """What may go together. columns_ND: of each group. sizes: groups removed in each round, `count` in all.
 
-    eligible: see obs.eliminate_groups.
+    eligible: see elimination.eliminate_groups.
     """
 
     columns_ND: Tensor
@@ -44,7 +44,7 @@ class Groups:
 
     @property
     def count(self) -> int:
-        """How many go."""
+        """Groups that go in all rounds together."""
         return sum(self.sizes)
 
 
@@ -54,7 +54,7 @@ def head_groups(shape: LayerShape, head_dim: int, units: int, head_unit: HeadUni
     per_group = shape.num_groups
     if head_unit == "kv_group":
         columns_ND = torch.arange(num_columns).reshape(shape.num_kv_heads, -1)
-        return Groups(columns_ND, tuple(obs.fixed_group_sizes(units, 1)))
+        return Groups(columns_ND, tuple(fixed_group_sizes(units, 1)))
 
     def eligible(live_N: Tensor) -> Tensor:
         live_GH = live_N.reshape(-1, per_group)
@@ -62,20 +62,20 @@ def head_groups(shape: LayerShape, head_dim: int, units: int, head_unit: HeadUni
         return (live_GH & (left_G == left_G.max()).unsqueeze(1)).flatten()
 
     columns_ND = torch.arange(num_columns).reshape(shape.num_heads, -1)
-    return Groups(columns_ND, tuple(obs.fixed_group_sizes(units * shape.num_kv_heads, 1)), eligible)
+    return Groups(columns_ND, tuple(fixed_group_sizes(units * shape.num_kv_heads, 1)), eligible)
 
 
 def channel_groups(shape: LayerShape, count: int, solver: Solver) -> Groups:
-    """Single channels, many a round."""
+    """Each channel alone is a group; a round takes as many as group_size says, by default half of what is left."""
     columns_ND = torch.arange(shape.intermediate_size).unsqueeze(1)
     if solver.group_size is None:
-        return Groups(columns_ND, tuple(obs.halving_group_sizes(count)))
-    return Groups(columns_ND, tuple(obs.fixed_group_sizes(count, solver.group_size)))
+        return Groups(columns_ND, tuple(halving_group_sizes(count)))
+    return Groups(columns_ND, tuple(fixed_group_sizes(count, solver.group_size)))
 
 
-def search(problem: obs.Problem, groups: Groups, solver: Solver) -> obs.Elimination:
+def search(problem: Problem, groups: Groups, solver: Solver) -> Elimination:
     """The greedy order in which `groups` go; changes nothing."""
-    return obs.eliminate_groups(
+    return eliminate_groups(
         problem,
         groups.columns_ND.to(problem.W_OI.device),
         iter(groups.sizes),

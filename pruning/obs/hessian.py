@@ -50,7 +50,7 @@ class HessianAccumulator:
         self._num_tokens += X_TI.shape[0]
 
     def finish(self, name: str, process_group: ProcessGroup | None = None) -> Hessian:
-        """The mean, over the tokens of all processes of the team; the accumulator is used up.
+        """The mean over the tokens of all processes of the group; the accumulator is used up.
 
         `name` (e.g. "layers.3.mlp.down_proj") goes into the errors.
         """
@@ -92,5 +92,5 @@ class Statistics:
         return hessian, Hessian(tensors["heldout_matrix"], int(tensors["heldout_num_tokens"]))
 
     def file(self, name: str) -> Path:
-        """Where the Hessians of the linear `name` are."""
+        """The safetensors of the linear `name`: matrix, num_tokens, and heldout_... if there were held-out samples."""
         return self.folder / f"{name}.safetensors"

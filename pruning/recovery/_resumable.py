@@ -94,7 +94,7 @@ def train(
 
 
 def count_steps(num_examples: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
-    """Optimizer steps of a run."""
+    """Optimizer steps of a run; max_steps, if given, overrides epochs."""
     return max_steps or math.ceil(math.ceil(num_examples / batch_size) * epochs)
 
 
@@ -170,7 +170,7 @@ class _FiniteLoss(TrainerCallback):  # type: ignore[misc]
 
 
 class _Reporter(TrainerCallback):  # type: ignore[misc]
-    """Tells the caller how far the training is; what the caller raises is kept, and ends it with a checkpoint."""
+    """Reports progress to the caller; what the caller raises ends the training, with a checkpoint, and is passed on."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress

@@ -29,32 +29,32 @@ class Activations(ABC):
 
     @abstractmethod
     def put(self, start: int, values_BLF: Tensor) -> None:
-        """Keep the values of samples start, start + 1, ..."""
+        """Store the values of samples start, start + 1, ..."""
 
     @abstractmethod
     def get(self, start: int, stop: int) -> Tensor:
         """The values (stop - start, L, F) of a batch that was put, on the CPU; not to be changed in place."""
 
     def drop(self, start: int) -> None:  # noqa: B027 (files keep what they have)
-        """Say that a batch is needed no more."""
+        """Free a batch that is read no more, where that saves memory."""
 
     def close(self) -> None:  # noqa: B027 (memory goes by itself)
-        """Free everything."""
+        """Free memory and file handles; nothing can be read afterwards."""
 
 
 class MemoryActivations(Activations):
-    """Batches in host memory."""
+    """Batches in host memory, each as the tensor that was put."""
 
     def __init__(self, sample_shape: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__(sample_shape, dtype)
         self._batches: dict[int, Tensor] = {}
 
     def put(self, start: int, values_BLF: Tensor) -> None:
-        """Keep a reference, on the CPU."""
+        """Hold a reference to the values, on the CPU."""
         self._batches[start] = values_BLF.cpu()
 
     def get(self, start: int, stop: int) -> Tensor:
-        """The very tensor that was put."""
+        """The tensor itself, so start and stop must be those of one `put`."""
         values_BLF = self._batches[start]
         assert len(values_BLF) == stop - start, (start, stop, values_BLF.shape)
         return values_BLF
@@ -97,13 +97,13 @@ class FileActivations(Activations):
     def get(self, start: int, stop: int) -> Tensor:
         """Read the batch. Raises EOFError if the file ends before it."""
         values_BLF = torch.empty(stop - start, *self.sample_shape, dtype=self.dtype)
-        room = _bytes(values_BLF)
+        buffer = _bytes(values_BLF)
         self._file.seek(start * self._sample_bytes)
-        while room:
-            count = self._file.readinto(room)
+        while buffer:
+            count = self._file.readinto(buffer)
             if not count:
                 raise EOFError(f"{self.path.name} ends before sample {stop}")
-            room = room[count:]
+            buffer = buffer[count:]
         return values_BLF
 
     def checksum(self, start: int, stop: int) -> int:
@@ -121,42 +121,42 @@ def _bytes(values: Tensor) -> memoryview:
 
 
 class ActivationStore:
-    """Gives room for activations: host memory up to a budget in bytes, then files in a folder of its own.
+    """Allocates activations: in host memory up to a budget in bytes, then in files in a folder of its own.
 
     budget_bytes: None is no limit. parent: where the folder is made (default: the system's temporary folder); it goes
-    when the shelf is closed.
+    when the store is closed.
     """
 
     def __init__(self, budget_bytes: int | None, parent: Path | None = None) -> None:
         self._budget, self._parent = budget_bytes, parent
-        self._rooms: dict[Activations, int] = {}
+        self._allocated: dict[Activations, int] = {}
         self._folder: Path | None = None
         self._count = 0
 
-    def room(self, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype) -> Activations:
-        """Room for that many samples; give it back with `free`."""
+    def allocate(self, num_samples: int, sample_shape: tuple[int, ...], dtype: torch.dtype) -> Activations:
+        """Memory or a file for that many samples, to be given back with `free`."""
         num_bytes = num_samples * math.prod(sample_shape) * dtype.itemsize
-        room: Activations
-        if self._budget is None or sum(self._rooms.values()) + num_bytes <= self._budget:
-            room = MemoryActivations(sample_shape, dtype)
+        values: Activations
+        if self._budget is None or sum(self._allocated.values()) + num_bytes <= self._budget:
+            values = MemoryActivations(sample_shape, dtype)
         else:
-            room, num_bytes = FileActivations(self._new_file(), sample_shape, dtype), 0
-        self._rooms[room] = num_bytes
-        return room
+            values, num_bytes = FileActivations(self._new_file(), sample_shape, dtype), 0
+        self._allocated[values] = num_bytes
+        return values
 
-    def free(self, room: Activations) -> None:
-        """Close a room; its values are gone."""
-        del self._rooms[room]
-        room.close()
-        if isinstance(room, FileActivations) and room.path.parent == self._folder:  # else it was moved away
-            room.path.unlink()
+    def free(self, values: Activations) -> None:
+        """Close what was allocated; its values are gone."""
+        del self._allocated[values]
+        values.close()
+        if isinstance(values, FileActivations) and values.path.parent == self._folder:  # else it was moved away
+            values.path.unlink()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for room in list(self._rooms):
-            self.free(room)
+        for values in list(self._allocated):
+            self.free(values)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""A ledger that outlives its process: finished layers as files, and the residual stream to go on with."""
+"""A walk state that outlives its process: finished layers as files, and the residual stream to go on with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pruning.walk.state import LayerEntry, WalkedLayer, WalkState
 log = logging.getLogger("slimline")
 
 
-class _Page(BaseModel):
+class _LayerRecord(BaseModel):
     """What is written about one finished layer: the entry, and checksums of its files (CRC-32)."""
 
     entry: LayerEntry
@@ -36,68 +36,68 @@ class _Page(BaseModel):
 class DurableWalkState(WalkState):
     """Keeps finished layers as safetensors shards, already shrunk, and the residual stream after the last ones.
 
-    A process killed at layer 20 finds 20 layers here and goes on with the stream as it was. Each process of a team has
-    a folder of its own; the leader alone writes shards. Files that do not match their checksums are not trusted: the
-    walk then starts again.
+    A process killed at layer 20 finds 20 layers here and goes on with the stream as it was. Each process of a group
+    has a folder of its own; the leader alone writes shards. If files do not match their checksums, the walk starts
+    again.
     """
 
     def __init__(self, folder: Path, process_group: ProcessGroup | None = None, *, shards: bool = True) -> None:
         super().__init__()
         self._writes_shards = shards
-        self._team = process_group or ProcessGroup()
+        self._group = process_group or ProcessGroup()
         self._root = folder
-        self.folder: Path = folder / f"process-{self._team.rank}-of-{self._team.size}"
+        self.folder: Path = folder / f"process-{self._group.rank}-of-{self._group.size}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._stream: FileActivations | None = None
         self._resume()
 
     @property
     def shards(self) -> list[Path]:
-        """The finished layers' files, in order."""
+        """The finished layers' safetensors, in order, each cut to its plan."""
         return [self._shard(index) for index in range(self.layers_done)]
 
     def branch(self, name: str) -> DurableWalkState:
-        """The one in the folder of that name, without shards."""
-        return DurableWalkState(self._root / name, self._team, shards=False)
+        """The state in the sub-folder of that name, without shards."""
+        return DurableWalkState(self._root / name, self._group, shards=False)
 
     def resumed(self, start: int, stop: int) -> Tensor:
-        """Read the stream that the last finished layer left."""
+        """Read the stream after the last finished layer, (stop - start, L, C)."""
         assert self._stream is not None, "nothing is resumed before a layer is finished"
         return self._stream.get(start, stop)
 
     def note(self, name: str, value: float) -> None:
-        """Keep a number in a file."""
+        """Store a number in a file of its own."""
         _write_atomically(self.folder / f"{name}.json", json.dumps(value))
 
     def recall(self, name: str) -> float | None:
-        """A number that every process of the team noted, now or before it was killed."""
+        """A number that every process of the group noted, now or before it was killed."""
         path = self.folder / f"{name}.json"
         value = float(json.loads(path.read_bytes())) if path.is_file() else None
         # what one of them does not know all must measure again, together
-        return None if self._team.largest(value is None) else value
+        return None if self._group.largest(value is None) else value
 
-    def _keep(self, walked: WalkedLayer, entry: LayerEntry) -> None:
+    def _save_layer(self, walked: WalkedLayer, entry: LayerEntry) -> None:
         index = walked.index
-        stream = self._keep_stream(walked)
+        stream = self._save_stream(walked)
         shard = None
-        if self._writes_shards and self._team.leads:
+        if self._writes_shards and self._group.leads:
             shrink_layer_(walked.family, walked.module, entry.plan)
             prefix = f"{walked.family.layers_path}.{index}."
             state = {prefix + name: tensor.cpu().contiguous() for name, tensor in walked.module.state_dict().items()}
             save_file(state, self._shard(index), metadata={"format": "pt"})
             shard = _checksum(self._shard(index))
-        page = _Page(
+        record = _LayerRecord(
             entry=entry,
             shard=shard,
             batches=tuple((start, stop, stream.checksums[start]) for start, stop in walked.spans),
             sample_shape=stream.sample_shape,
             dtype=str(stream.dtype).removeprefix("torch."),
         )
-        _write_atomically(self._page(index), page.model_dump_json())
-        # a team's processes may die one layer apart: the stream before the last one is kept too
+        _write_atomically(self._record_file(index), record.model_dump_json())
+        # a group's processes may die one layer apart: the stream before the last one stays too
         self._stream_file(index - 2).unlink(missing_ok=True)
 
-    def _keep_stream(self, walked: WalkedLayer) -> FileActivations:
+    def _save_stream(self, walked: WalkedLayer) -> FileActivations:
         """The stream under its own name: moved there if it is a file, else written."""
         target, stream = self._stream_file(walked.index), walked.stream
         if isinstance(stream, FileActivations):
@@ -111,41 +111,41 @@ class DurableWalkState(WalkState):
         return copy
 
     def _resume(self) -> None:
-        """Read the pages of finished layers, as many as the whole team has."""
+        """Read the records of finished layers, as many as all processes of the group have."""
         for left in self.folder.glob(f"{FOLDER_PREFIX}*"):  # of a killed process
             shutil.rmtree(left)
-        pages, readable = self._pages()
-        done = -int(self._team.largest(-len(pages)))
-        sound = readable and (done == 0 or self._sound(pages[:done]))
-        if self._team.sum_of(not sound) != (0,):
+        records, readable = self._records()
+        done = -int(self._group.largest(-len(records)))
+        sound = readable and (done == 0 or self._sound(records[:done]))
+        if self._group.sum_of(not sound) != (0,):
             log.warning(
                 "the pruned layers in %s do not match their checksums: starting from the first layer", self._root
             )
             shutil.rmtree(self.folder)
             self.folder.mkdir()
             return
-        for index in range(done, len(pages)):
-            self._page(index).unlink()
-        self._entries = [page.entry for page in pages[:done]]
+        for index in range(done, len(records)):
+            self._record_file(index).unlink()
+        self._entries = [record.entry for record in records[:done]]
 
-    def _pages(self) -> tuple[list[_Page], bool]:
-        """The pages up to the first gap, and whether all of these can be read."""
-        pages: list[_Page] = []
-        while (path := self._page(len(pages))).is_file():
+    def _records(self) -> tuple[list[_LayerRecord], bool]:
+        """The records up to the first gap, and whether all of these can be read."""
+        records: list[_LayerRecord] = []
+        while (path := self._record_file(len(records))).is_file():
             try:
-                pages.append(_Page.model_validate_json(path.read_bytes()))
+                records.append(_LayerRecord.model_validate_json(path.read_bytes()))
             except ValidationError:
-                return pages, False
-        return pages, True
+                return records, False
+        return records, True
 
-    def _sound(self, pages: list[_Page]) -> bool:
+    def _sound(self, records: list[_LayerRecord]) -> bool:
         """Whether shards and the last stream are what was written; opens the stream."""
-        for index, page in enumerate(pages):
-            if page.shard is not None and (
-                not self._shard(index).is_file() or _checksum(self._shard(index)) != page.shard
+        for index, record in enumerate(records):
+            if record.shard is not None and (
+                not self._shard(index).is_file() or _checksum(self._shard(index)) != record.shard
             ):
                 return False
-        path, last = self._stream_file(len(pages) - 1), pages[-1]
+        path, last = self._stream_file(len(records) - 1), records[-1]
         if not path.is_file():
             return False
         self._stream = FileActivations(path, last.sample_shape, getattr(torch, last.dtype))
@@ -157,7 +157,7 @@ class DurableWalkState(WalkState):
     def _shard(self, index: int) -> Path:
         return self.folder / f"layer-{index:05d}.safetensors"
 
-    def _page(self, index: int) -> Path:
+    def _record_file(self, index: int) -> Path:
         return self.folder / f"layer-{index:05d}.json"
 
     def _stream_file(self, index: int) -> Path:

@@ -50,7 +50,7 @@ class WalkOptions:
 
     device: where a layer computes; one layer at a time is there. batch_size: samples per forward.
     activation_budget_bytes: host memory that the activations of all samples may take; what goes beyond it lies in
-    files. None: no limit. team: the processes that share the samples.
+    files. None: no limit. process_group: the processes that share the samples.
     """
 
     device: torch.device
@@ -84,8 +84,8 @@ def walk_layers(
 
     wanted: the sub-layers whose Hessian is needed; the others are yielded without. statistics: Hessians captured
     earlier, given instead of the ones that the stream would give; only the held-out samples are then walked.
-    heldout_hessians: whether the held-out samples have Hessians of their own. ledger: is told when a layer is done, and
-    says where an interrupted walk goes on.
+    heldout_hessians: whether the held-out samples have Hessians of their own. walk_state: takes each finished layer,
+    and says where an interrupted walk goes on.
 
     Returns (as the generator's value) the residual stream of this process's held-out samples after the last layer,
     (M, L, C), before the final norm.
@@ -103,11 +103,11 @@ def walk_layers(
             layer = decoder.layer(index, options.device)
             for kind in KINDS:
                 if statistics is not None and wanted(index, kind):
-                    yield from walk.show(layer, index, kind, statistics)
+                    yield from walk.pass_on(layer, index, kind, statistics)
                 elif wanted(index, kind):
-                    yield from walk.visit(layer, index, kind)
+                    yield from walk.capture(layer, index, kind)
                 else:
-                    yield from walk.show(layer, index, kind, None)
+                    yield from walk.pass_on(layer, index, kind, None)
             walk.finish_layer()
             if walk_state:
                 walk_state.layer_done(WalkedLayer(index, layer, decoder.family, walk.stream, walk.spans))
@@ -129,7 +129,7 @@ class _Walk:
         sees_heldout: bool,
     ) -> None:
         self._sees_heldout = sees_heldout
-        self._family, self._model, self._options, self._shelf = decoder.family, decoder.skeleton, options, activations
+        self._family, self._model, self._options, self._store = decoder.family, decoder.skeleton, options, activations
         self._ids_NL = torch.cat([calibration_NL, heldout_ML])
         self._num_calibration = len(calibration_NL)
         self.spans = _spans(0, self._num_calibration, options.batch_size)
@@ -153,13 +153,13 @@ class _Walk:
             _, kwargs = embed(self._model, self._family, self._ids_NL[:1])
             self._kwargs = [_to_device(layer_kwargs, self._options.device) for layer_kwargs in kwargs]
 
-    def visit(self, layer: nn.Module, index: int, kind: SubLayerKind) -> Iterator[SubLayer]:
+    def capture(self, layer: nn.Module, index: int, kind: SubLayerKind) -> Iterator[SubLayer]:
         """Capture, yield, add: one forward of the sub-layer."""
         linear, name = output_linear(self._family, layer, kind), output_name(self._family, index, kind)
         device, process_group = self._options.device, self._options.process_group
         seen = HessianAccumulator(linear.in_features, device=device)
         held = HessianAccumulator(linear.in_features, device=device) if self._sees_heldout else None
-        kept = self._room(linear.in_features, linear.weight.dtype)
+        kept = self._allocate(linear.in_features, linear.weight.dtype)
         for start, stop in self.spans:
             inputs_BLI = self._inputs(layer, index, kind, start, stop)
             accumulator = seen if start < self._num_calibration else held
@@ -170,16 +170,16 @@ class _Walk:
         del seen, held
         yield SubLayer(index, kind, name, linear, *hessians)
         del hessians
-        self._begin_next()
+        self._next = self._new_stream()
         output_of = _without_zero_columns(linear)
         for start, stop in self.spans:
             inputs_BLI = kept.get(start, stop).to(device)
             kept.drop(start)
             self._add(start, stop, output_of(inputs_BLI))
-        self._shelf.free(kept)
-        self._turn_over(kind)
+        self._store.free(kept)
+        self._advance_stream(kind)
 
-    def show(
+    def pass_on(
         self, layer: nn.Module, index: int, kind: SubLayerKind, statistics: Statistics | None
     ) -> Iterator[SubLayer]:
         """Yield with what was captured earlier, or with nothing; then compute and add."""
@@ -187,15 +187,15 @@ class _Walk:
         hessians = statistics.load(name, self._options.device) if statistics else (None, None)
         yield SubLayer(index, kind, name, linear, *hessians)
         del hessians
-        self._begin_next()
+        self._next = self._new_stream()
         for start, stop in self.spans:
             self._add(start, stop, linear(self._inputs(layer, index, kind, start, stop)))
-        self._turn_over(kind)
+        self._advance_stream(kind)
 
     def finish_layer(self) -> None:
-        """Forget the stream before the layer."""
+        """Free the stream before the layer."""
         if self._before is not None:
-            self._shelf.free(self._before)
+            self._store.free(self._before)
         self._before = None
 
     def heldout_stream(self) -> Tensor:
@@ -209,28 +209,25 @@ class _Walk:
         batch_BLC = stream.get(start, stop).to(self._options.device)
         return output_inputs(self._family, layer, kind, batch_BLC, self._kwargs[index])
 
-    def _begin_next(self) -> None:
-        self._next = self._new_stream()
-
     def _add(self, start: int, stop: int, output_BLC: Tensor) -> None:
         """Put stream + output into the next stream."""
         self._next.put(start, self.stream.get(start, stop).to(output_BLC.device) + output_BLC)
         if not self._family.parallel_residual:
             self.stream.drop(start)
 
-    def _turn_over(self, kind: SubLayerKind) -> None:
+    def _advance_stream(self, kind: SubLayerKind) -> None:
         """The next stream becomes the stream; with parallel residuals the MLP still reads the one before the layer."""
         if self._family.parallel_residual and kind == "attention":
             self._before = self.stream
         else:
-            self._shelf.free(self.stream)
+            self._store.free(self.stream)
         self.stream = self._next
 
     def _new_stream(self) -> Activations:
-        return self._room(self._model.config.hidden_size, self._family.embeddings(self._model).weight.dtype)
+        return self._allocate(self._model.config.hidden_size, self._family.embeddings(self._model).weight.dtype)
 
-    def _room(self, num_features: int, dtype: torch.dtype) -> Activations:
-        return self._shelf.room(len(self._ids_NL), (self._ids_NL.shape[1], num_features), dtype)
+    def _allocate(self, num_features: int, dtype: torch.dtype) -> Activations:
+        return self._store.allocate(len(self._ids_NL), (self._ids_NL.shape[1], num_features), dtype)
 
 
 def _without_zero_columns(linear: nn.Linear) -> Callable[[Tensor], Tensor]:

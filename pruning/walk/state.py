@@ -1,7 +1,7 @@
-"""Where the results of a walk go, layer by layer, and from where an interrupted walk goes on.
+"""What a walk has done so far, layer by layer, from where an interrupted one goes on; and what comes of it (`Pruned`).
 
-A layer is entered in two steps: `decide` says what is kept of it (its weights are already compensated), and when its
-output has joined the residual stream the walk says `layer_done`. Then the layer is finished for good.
+A layer is entered in two steps: `decide` records what is kept of it (its weights are already compensated), and when its
+output has joined the residual stream the walk calls `layer_done`. Then the layer is finished for good.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from pruning.families import ModelFamily, family_of
-from pruning.plan import LayerPlan
+from pruning.plan import LayerPlan, PruningPlan
 from pruning.walk.activations import Activations
 
 
@@ -26,8 +26,8 @@ class SubLayerReport(BaseModel):
     predicted_error, measured_error, heldout_error: mean squared output error per token, by the OBS sum (dampened
     Hessian), on the calibration tokens and on held-out tokens; output_energy: the mean squared output itself, of the
     weight as it was, to put the errors in proportion. condition: of the dampened Hessian, estimated in the 1-norm.
-    refactorisations: how often the down-dated inverse had drifted and was computed afresh. A linear that loses nothing
-    is not measured: its errors are 0 and the rest is None.
+    refactorisations: 0; reports of earlier versions may say more. A linear that loses nothing is not measured: its
+    errors are 0 and the rest is None.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,6 +56,22 @@ class LayerEntry(BaseModel):
     reports: tuple[SubLayerReport, ...]
 
 
+class Pruned(BaseModel):
+    """What every pruning method returns; the compensated weights are in the WalkState it was given.
+
+    achieved_sparsity: share of decoder-layer parameters that the plan removes. split: the one between attention and FFN
+    that was carried out. split_kl: held-out KL (nats per token) of each split that was tried, if there was a choice.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan: PruningPlan
+    layers: tuple[SubLayerReport, ...] = ()
+    achieved_sparsity: float
+    split: str | None = None
+    split_kl: dict[str, float] = {}
+
+
 @dataclass(frozen=True)
 class WalkedLayer:
     """A layer whose output has joined the residual stream.
@@ -81,28 +97,28 @@ class WalkState(ABC):
 
     @property
     def entries(self) -> tuple[LayerEntry, ...]:
-        """The finished layers."""
+        """Of the finished layers, in order."""
         return tuple(self._entries)
 
     @property
     def layers_done(self) -> int:
-        """How many layers are finished."""
+        """Number of finished layers, so the index of the next one."""
         return len(self._entries)
 
     def decide(self, entry: LayerEntry) -> None:
-        """What is kept of the layer that is being walked."""
+        """Set the outcome of the layer that is being walked, to be entered by `layer_done`."""
         self._decided = entry
 
     def layer_done(self, walked: WalkedLayer) -> None:
-        """Enter the layer that was decided on."""
+        """Save the layer with the entry that was decided on."""
         assert self._decided is not None, f"nothing was decided for layer {walked.index}"
         assert walked.index == self.layers_done, (walked.index, self.layers_done)
-        self._keep(walked, self._decided)
+        self._save_layer(walked, self._decided)
         self._entries.append(self._decided)
         self._decided = None
 
     @abstractmethod
-    def _keep(self, walked: WalkedLayer, entry: LayerEntry) -> None: ...
+    def _save_layer(self, walked: WalkedLayer, entry: LayerEntry) -> None: ...
 
     @abstractmethod
     def resumed(self, start: int, stop: int) -> Tensor:
@@ -110,19 +126,19 @@ class WalkState(ABC):
 
     @abstractmethod
     def branch(self, name: str) -> WalkState:
-        """A ledger for a trial, of which only what is measured on it is wanted; the same name gives the same one."""
+        """The state of a trial walk, whose weights are not wanted, only its noted numbers; same name, same state."""
 
     @abstractmethod
     def note(self, name: str, value: float) -> None:
-        """Keep a number."""
+        """Store a number that was measured on this walk."""
 
     @abstractmethod
     def recall(self, name: str) -> float | None:
-        """A number that was noted, in this process or in one before it."""
+        """A number noted in this process or, if the state is durable, in one before it; None if there is none."""
 
 
-class MemoryLedger(WalkState):
-    """Keeps the compensated output weights in masked form; `apply_` puts them into the model. Nothing outlives it."""
+class MemoryWalkState(WalkState):
+    """In memory only: holds the compensated output weights in masked form, which `apply_` puts into the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,22 +153,22 @@ class MemoryLedger(WalkState):
                 for linear, weight in zip((family.o_proj(layer), family.down_proj(layer)), weights, strict=True):
                     linear.weight.copy_(weight)
 
-    def _keep(self, walked: WalkedLayer, entry: LayerEntry) -> None:
+    def _save_layer(self, walked: WalkedLayer, entry: LayerEntry) -> None:
         linears = walked.family.o_proj(walked.module), walked.family.down_proj(walked.module)
         self._outputs.append((linears[0].weight.detach().cpu(), linears[1].weight.detach().cpu()))
 
     def resumed(self, start: int, stop: int) -> Tensor:
-        """Nothing is ever resumed from memory."""
-        raise AssertionError(f"samples {start} to {stop} asked of a ledger that outlives no walk")
+        """Not called: a new state has no finished layers."""
+        raise AssertionError(f"samples {start} to {stop} asked of a state that outlives no walk")
 
-    def branch(self, name: str) -> MemoryLedger:
-        """A new one."""
-        return MemoryLedger()
+    def branch(self, name: str) -> MemoryWalkState:
+        """A new state each time."""
+        return MemoryWalkState()
 
     def note(self, name: str, value: float) -> None:
-        """Keep a number."""
+        """Store a number."""
         self._numbers[name] = value
 
     def recall(self, name: str) -> float | None:
-        """A number that was noted."""
+        """A noted number, None if there is none."""
         return self._numbers.get(name)

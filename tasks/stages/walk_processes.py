@@ -9,7 +9,6 @@ import pickle
 import signal
 import tempfile
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Any
@@ -24,11 +23,6 @@ if TYPE_CHECKING:
     from infra.settings import Settings
     from pruning.walk.sequential import WalkOptions
     from tasks.execution.progress import Progress
-
-#: how long a process waits for the others: the leader alone solves, which for the widest linear of a 70B model takes
-#: tens of minutes, and torch's own 10 (NCCL) or 30 minutes (gloo) would end the walk. A process that dies is noticed by
-#: the parent at once.
-COLLECTIVE_TIMEOUT = timedelta(hours=6)
 
 #: called with the options and a progress; must be picklable (an instance of a class at the top of a module)
 WalkJob = Callable[["WalkOptions", "Progress"], None]
@@ -124,19 +118,14 @@ def _run_process(rank: int, size: int, rendezvous: Path, settings: Settings, job
             torch.cuda.set_device(device)
         else:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=rendezvous.as_uri(),
-            rank=rank,
-            world_size=size,
-            timeout=COLLECTIVE_TIMEOUT,
-        )
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        process_group = ProcessGroup.join(backend, rendezvous.as_uri(), rank, size)
 
         def report(share: float, message: str) -> None:
             if rank == 0:
                 messages.put((share, message))
 
-        job(walk_options(settings, device, process_group=ProcessGroup.of_this_process()), report)
+        job(walk_options(settings, device, process_group=process_group), report)
         dist.barrier()
         dist.destroy_process_group()
         messages.put(None)

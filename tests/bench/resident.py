@@ -12,9 +12,8 @@ from pruning.calibration import CalibrationSet
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.checkpoints.surgery import shrink_
 from pruning.methods import slimgpt
-from pruning.walk.pruned import Pruned
 from pruning.walk.sequential import WalkOptions
-from pruning.walk.state import MemoryLedger
+from pruning.walk.state import MemoryWalkState, Pruned
 from tests.bench.options import Options
 from tests.bench.timing import bar, seconds
 
@@ -24,7 +23,7 @@ class Pruning:
     """One pruning of a model that is itself unchanged."""
 
     pruned: Pruned
-    walk_state: MemoryLedger
+    walk_state: MemoryWalkState
     seconds: float
 
     @property
@@ -45,7 +44,7 @@ def prune(
 ) -> Pruning:
     """slimgpt.prune over a resident model, timed from the call to its return."""
     walk = WalkOptions(torch.device(options.device), batch_size=options.batch_size)
-    walk_state = MemoryLedger()
+    walk_state = MemoryWalkState()
     with bar(title) as progress:
         pruned, took = seconds(
             lambda: slimgpt.prune(

@@ -17,9 +17,8 @@ from pruning.calibration import CalibrationSet
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.families import family_of
 from pruning.methods import slimgpt
-from pruning.walk.pruned import Pruned
 from pruning.walk.sequential import WalkOptions
-from pruning.walk.state import MemoryLedger
+from pruning.walk.state import MemoryWalkState, Pruned
 from tests.tiny import random_ids
 
 CPU = WalkOptions(device=torch.device("cpu"), batch_size=3)
@@ -91,7 +90,7 @@ def prune_copy(
     progress: Callable[[float, str], None] = lambda share, message: None,
 ) -> tuple[PreTrainedModel, Pruned]:
     """A masked copy of the model and how it was pruned; the model itself must come out of it as it went in."""
-    before, modules, walk_state = copy.deepcopy(model), dict(model.named_modules()), MemoryLedger()
+    before, modules, walk_state = copy.deepcopy(model), dict(model.named_modules()), MemoryWalkState()
     try:
         pruned = method.prune(
             ResidentDecoder(model),

@@ -137,14 +137,14 @@ def test_nothing_is_made_of_a_checkpoint_that_does_not_load(tmp_path: Path, monk
     source = tmp_path / "source"
     save_checkpoint(tiny_model("llama"), None, source)
     whole = streaming.assemble_checkpoint
-    told: list[str] = []
+    reported: list[str] = []
 
     def careless(decoder: Any, layer_files: list[Path], plan: PruningPlan, out: Path) -> None:
         whole(decoder, layer_files, plan, out)
         configure(rope_parameters={"rope_type": "default", "rope_theta": 1e6})(out)
 
     def prune() -> None:
-        told.clear()
+        reported.clear()
         prune_checkpoint(
             source,
             tmp_path / "out",
@@ -153,17 +153,17 @@ def test_nothing_is_made_of_a_checkpoint_that_does_not_load(tmp_path: Path, monk
             slimgpt.Config(sparsity=0.3),
             options=CPU,
             work=tmp_path / "work",
-            progress=lambda share, message: told.append(message),
+            progress=lambda share, message: reported.append(message),
         )
 
     monkeypatch.setattr(streaming, "assemble_checkpoint", careless)
     with pytest.raises(UnsoundCheckpoint):
         prune()
-    assert any("layer 1 of" in message for message in told)
+    assert any("layer 1 of" in message for message in reported)
     # what was pruned is not lost: it is only put together again
     monkeypatch.setattr(streaming, "assemble_checkpoint", whole)
     prune()
-    assert not any("layer 1 of" in message for message in told)
+    assert not any("layer 1 of" in message for message in reported)
     assert load_plan(tmp_path / "out") is not None
 
 

@@ -44,12 +44,12 @@ def test_capture_and_read_back(name: str, num_heldout: int, tmp_path: Path) -> N
 
 
 def test_capture_changes_nothing_and_tells_each_layer(tmp_path: Path) -> None:
-    model, told = tiny_model("llama"), []
+    model, reported = tiny_model("llama"), []
     before = copy.deepcopy(model)
     calibration = windows(model)
     ids_NL = calibration.input_ids_NL.clone()
-    capture_statistics(ResidentDecoder(model), calibration, tmp_path, CPU, on_layer=told.append)
-    assert told == [0, 1, 2]
+    capture_statistics(ResidentDecoder(model), calibration, tmp_path, CPU, on_layer=reported.append)
+    assert reported == [0, 1, 2]
     assert same_weights(model, before)
     assert torch.equal(calibration.input_ids_NL, ids_NL)
     assert isinstance(calibration, CalibrationSet)

@@ -12,10 +12,9 @@ from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.layerwise.capture import capture_statistics
 from pruning.layerwise.orders import Orders
 from pruning.methods import slimgpt
-from pruning.obs import elimination as obs
+from pruning.obs import elimination
 from pruning.obs.hessian import Statistics
-from pruning.walk.pruned import Pruned
-from pruning.walk.state import MemoryLedger
+from pruning.walk.state import MemoryWalkState, Pruned
 from tests.pruning.captured import CPU, outputs, windows
 from tests.tiny import FAMILIES, tiny_model
 
@@ -35,8 +34,8 @@ class Case:
         assert asked is not None
         slimgpt.order(self.decoder, self.captured, asked, self.orders, options=CPU)
 
-    def prune(self, sparsity: float, *, ordered: bool) -> tuple[Pruned, MemoryLedger]:
-        walk_state = MemoryLedger()
+    def prune(self, sparsity: float, *, ordered: bool) -> tuple[Pruned, MemoryWalkState]:
+        walk_state = MemoryWalkState()
         pruned = slimgpt.prune(
             self.decoder,
             self.calibration,
@@ -82,7 +81,7 @@ def test_the_errors_of_all_levels_are_those_of_the_best_weights(group_size: int 
     statistics = Statistics(case.captured)
     for name, linear in outputs(case.model).items():
         hessian, _ = statistics.load(name, CPU.device)
-        system = obs.dampen(name, linear.weight.detach(), hessian, dampening_frac=0.05)
+        system = elimination.dampen(name, linear.weight.detach(), hessian, dampening_frac=0.05)
         for unit in ("channel",) if name.endswith("down_proj") else ("kv_group", "query_head"):
             order = Orders(case.orders).load(name, unit)
             groups = linear.in_features if unit == "channel" else {"kv_group": 4, "query_head": 8}[unit]
@@ -92,8 +91,8 @@ def test_the_errors_of_all_levels_are_those_of_the_best_weights(group_size: int 
             for gone, error in zip(order.rounds, order.errors, strict=True):
                 left = [c for c in range(linear.in_features) if c // wide not in order.order[:gone]]
                 best_OI = torch.zeros_like(system.W_OI)
-                best_OI[:, left] = obs.refit(system, torch.tensor(left))
-                assert obs.output_error(system.W_OI, best_OI, system.H_II) == pytest.approx(error, rel=1e-7)
+                best_OI[:, left] = elimination.refit(system, torch.tensor(left))
+                assert elimination.output_error(system.W_OI, best_OI, system.H_II) == pytest.approx(error, rel=1e-7)
 
 
 def test_the_order_reaches_as_far_as_any_budget(tmp_path: Path) -> None:
@@ -103,10 +102,10 @@ def test_the_order_reaches_as_far_as_any_budget(tmp_path: Path) -> None:
 
 
 def test_nested_sizes_never_look_at_the_target() -> None:
-    sizes = list(obs.nested_group_sizes(1400, 1536))
+    sizes = list(elimination.nested_group_sizes(1400, 1536))
     assert sum(sizes) == 1400
     assert sizes[0] == 96
-    shorter = list(obs.nested_group_sizes(700, 1536))
+    shorter = list(elimination.nested_group_sizes(700, 1536))
     assert shorter[:-1] == sizes[: len(shorter) - 1]
 
 

@@ -19,13 +19,13 @@ from pruning.families import FAMILIES as ROWS
 from pruning.families import decoder_parameters, family_of, layer_cost, shapes
 from pruning.layerwise.kl import final_stream
 from pruning.layerwise.prune import prune_layerwise_, sub_layers_to_prune
-from pruning.obs import elimination as obs
+from pruning.obs import elimination
 from pruning.obs.groups import Solver
 from pruning.obs.hessian import Hessian
 from pruning.plan import LayerShape, PruningPlan
 from pruning.walk.activations import MemoryActivations
 from pruning.walk.sequential import SubLayer, walk_layers
-from pruning.walk.state import LayerEntry, MemoryLedger, SubLayerReport, WalkedLayer
+from pruning.walk.state import LayerEntry, MemoryWalkState, SubLayerReport, WalkedLayer
 from tests.pruning.captured import CPU, hooked_moments, logits, outputs, same_weights
 from tests.tiny import FAMILIES, random_ids, tiny_model
 
@@ -44,8 +44,8 @@ def prune(
     num_heldout: int = 2,
     all_wanted: bool = False,
 ) -> tuple[PreTrainedModel, PruningPlan, tuple[SubLayerReport, ...]]:
-    """A masked copy of the model, and the ledger's entries taken apart; the model stays as it was."""
-    masked, decoder, walk_state = copy.deepcopy(model), ResidentDecoder(model), MemoryLedger()
+    """A masked copy of the model, and the entries of the walk state taken apart; the model stays as it was."""
+    masked, decoder, walk_state = copy.deepcopy(model), ResidentDecoder(model), MemoryWalkState()
     head_dim = decoder.family.head_dim(model)
     walk = walk_layers(
         decoder,
@@ -203,7 +203,7 @@ def test_without_budget_the_weights_stay_to_the_bit() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_comes_back_is_the_masked_models_heldout_stream(name: str) -> None:
-    model, walk_state = tiny_model(name), MemoryLedger()
+    model, walk_state = tiny_model(name), MemoryWalkState()
     decoder, ids_NL = ResidentDecoder(model), random_ids(model, 8, 24)
     walk = walk_layers(decoder, ids_NL, CPU, num_heldout=2, walk_state=walk_state)
     head_dim = decoder.family.head_dim(model)
@@ -231,11 +231,17 @@ def by_hand(linear: nn.Linear, matrix_II: Tensor, heldout_II: Tensor | None = No
 
 
 def solve(
-    sub_layers: Sequence[SubLayer], shape: LayerShape, head_dim: int, budget: LayerBudget, how: Solver
+    sub_layers: Sequence[SubLayer],
+    shape: LayerShape,
+    head_dim: int,
+    budget: LayerBudget,
+    how: Solver,
+    *,
+    measured: bool = True,
 ) -> LayerEntry:
-    """What the ledger is told of one layer whose linears are offered as by a walk."""
+    """The walk state's entry of one layer whose linears are offered as by a walk."""
     (llama,) = (row for row in ROWS if row.name == "llama")
-    walk_state, module = MemoryLedger(), nn.Module()
+    walk_state, module = MemoryWalkState(), nn.Module()
     module.self_attn, module.mlp = nn.Module(), nn.Module()
     module.self_attn.o_proj, module.mlp.down_proj = (sub_layer.linear for sub_layer in sub_layers)
 
@@ -244,7 +250,7 @@ def solve(
         walk_state.layer_done(WalkedLayer(0, module, llama, MemoryActivations((1, 4), torch.float32), ()))
         return torch.empty(0, 1, 4)
 
-    prune_layerwise_(walk(), [shape], head_dim, [budget], how, walk_state)
+    prune_layerwise_(walk(), [shape], head_dim, [budget], how, walk_state, measured=measured)
     (entry,) = walk_state.entries
     return entry
 
@@ -300,6 +306,26 @@ def test_an_error_names_the_linear() -> None:
         solve(by_hand(nn.Linear(6, 4), -torch.eye(6)), SHAPE, 3, LayerBudget(0, 2), solver())
 
 
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize(("spoilt", "warns"), [(1e-6, False), (1e-2, True)])
+def test_a_search_that_rounding_spoilt_is_warned_of(
+    spoilt: float, warns: bool, measured: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if every round of the search lost digits; the weights are refitted all the same."""
+    group_scores = elimination.group_scores
+
+    def spoiling(W_OI: Tensor, inverse_II: Tensor, columns_ND: Tensor, *, conditional: bool = True) -> Tensor:
+        W_OI *= 1 + spoilt
+        return group_scores(W_OI, inverse_II, columns_ND, conditional=conditional)
+
+    monkeypatch.setattr(elimination, "group_scores", spoiling)
+    how = solver(group_size=1)
+    solve(by_hand(nn.Linear(6, 4), torch.eye(6) + 1), SHAPE, 3, LayerBudget(0, 4), how, measured=measured)
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message[:24] for message in messages] == ["pruning down_proj costs "] * (warns and measured)
+    assert all("raise dampening_frac or num_samples" in message for message in messages)
+
+
 def test_bfloat16_weights_stay_bfloat16() -> None:
     model, plan, _ = prune(tiny_model("llama").to(torch.bfloat16))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -307,8 +333,8 @@ def test_bfloat16_weights_stay_bfloat16() -> None:
 
 
 def test_layers_are_told_as_they_finish() -> None:
-    model, walk_state = tiny_model("llama"), MemoryLedger()
-    told: list[tuple[int, int]] = []
+    model, walk_state = tiny_model("llama"), MemoryWalkState()
+    reported: list[tuple[int, int]] = []
     walk = walk_layers(ResidentDecoder(model), random_ids(model), CPU, walk_state=walk_state)
     prune_layerwise_(
         walk,
@@ -317,9 +343,9 @@ def test_layers_are_told_as_they_finish() -> None:
         BUDGETS,
         solver(),
         walk_state,
-        on_layer=lambda layer: told.append((layer, walk_state.layers_done)),
+        on_layer=lambda layer: reported.append((layer, walk_state.layers_done)),
     )
-    assert told == [(0, 1), (1, 2), (2, 3)]
+    assert reported == [(0, 1), (1, 2), (2, 3)]
 
 
 def test_query_heads_go_in_turns_over_the_groups() -> None:
@@ -336,8 +362,8 @@ def test_query_heads_go_in_turns_over_the_groups() -> None:
     ]
     plan = solve(sub_layers, shape, 2, LayerBudget(1, 0), solver("query_head")).plan
     assert [head // 2 for head in plan.kept_query_heads] == [0, 1]
-    problem = obs.prepare("o_proj", weight_OI, Hessian(torch.eye(8), 9), dampening_frac=0.01)
-    scores = obs.group_scores(problem.W_OI, problem.inverse_II, torch.arange(8).reshape(4, 2))
+    problem = elimination.prepare("o_proj", weight_OI, Hessian(torch.eye(8), 9), dampening_frac=0.01)
+    scores = elimination.group_scores(problem.W_OI, problem.inverse_II, torch.arange(8).reshape(4, 2))
     expected = [int(scores[2 * group : 2 * group + 2].argmax()) + 2 * group for group in range(2)]
     assert list(plan.kept_query_heads) == expected
 

@@ -6,12 +6,14 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,8 @@ from pruning.layerwise.capture import capture_statistics
 from pruning.layerwise.streaming import prune_checkpoint
 from pruning.methods import slimgpt
 from pruning.obs.hessian import Hessian, HessianAccumulator
-from pruning.walk import durable_state as durable_state
-from pruning.walk import sequential
-from pruning.walk.pruned import Pruned
+from pruning.walk import durable_state, sequential
+from pruning.walk.state import Pruned
 from tests.pruning.captured import CPU, in_bfloat16, logits, prune_copy, same_weights, windows
 from tests.pruning.checkpoints.test_save_load import FRESH
 from tests.tiny import FAMILIES, random_ids, random_plan, tiny_model, tiny_tokenizer
@@ -100,16 +101,36 @@ def assert_is(out: Path, expected: PreTrainedModel) -> None:
     assert torch.equal(logits(loaded, ids_NL), logits(expected, ids_NL))
 
 
-@pytest.mark.parametrize("budget", [None, 0])
+@dataclass(frozen=True)
+class Streamed:
+    """A tiny model, saved and pruned; computed once, read by several tests."""
+
+    source: Path
+    out: Path
+    pruned: Pruned
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Streamed]:
+    @cache
+    def run(name: str, layers: int = 3) -> Streamed:
+        folder = tmp_path_factory.mktemp(name)
+        source = saved(tiny_model(name, layers=layers), folder / "source", max_shard_size="40KB")
+        return Streamed(source, folder / "out", prune(source, folder / "out", folder / "work"))
+
+    return run
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_equals_pruning_in_memory(name: str, budget: int | None, tmp_path: Path) -> None:
-    source = saved(tiny_model(name), tmp_path / "source", max_shard_size="40KB")
+def test_equals_pruning_in_memory(name: str, streamed: Callable[..., Streamed], tmp_path: Path) -> None:
+    source = streamed(name).source
     before = hashes(source)
-    pruned = prune(source, tmp_path / "out", tmp_path / "work", budget=budget)
     expected, outcome = in_memory(source)
-    assert untimed(pruned) == untimed(outcome)
-    assert_is(tmp_path / "out", expected)
-    assert load_plan(tmp_path / "out") == outcome.plan
+    in_files = prune(source, tmp_path / "out", tmp_path / "work", budget=0)
+    for pruned, out in ((streamed(name).pruned, streamed(name).out), (in_files, tmp_path / "out")):
+        assert untimed(pruned) == untimed(outcome)
+        assert_is(out, expected)
+        assert load_plan(out) == outcome.plan
     assert hashes(source) == before
 
 
@@ -153,11 +174,12 @@ def test_equal_widths_give_a_plain_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_fresh_process_loads_every_family_with_trust_remote_code(tmp_path: Path) -> None:
+def test_a_fresh_process_loads_every_family_with_trust_remote_code(
+    streamed: Callable[..., Streamed], tmp_path: Path
+) -> None:
     folders = []
     for name in FAMILIES:
-        source, out = saved(tiny_model(name), tmp_path / "source" / name), tmp_path / "out" / name
-        plan = prune(source, out, tmp_path / "work" / name).plan
+        out, plan = shutil.copytree(streamed(name).out, tmp_path / name), streamed(name).pruned.plan
         tiny_tokenizer().save_pretrained(out)
         model = load_checkpoint(out)
         ids, widths = random_ids(model), [shape.intermediate_size for shape in plan.shapes]
@@ -325,7 +347,7 @@ def half_a_shard(state: dict[str, Tensor], path: Path, **options: Any) -> None:
 
 
 def kept_stream(walk_state: Any, walked: Any) -> None:
-    durable_state.DurableWalkState._original_keep_stream(walk_state, walked)  # type: ignore[attr-defined]
+    durable_state.DurableWalkState._original_save_stream(walk_state, walked)  # type: ignore[attr-defined]
     die()
 
 
@@ -343,8 +365,8 @@ def arm(where: str) -> None:
     elif where == "before its mlp is pruned":
         layerwise._prune_ = when(lambda sub, *_: (sub.layer, sub.kind) == (2, "mlp"), layerwise._prune_, die)
     elif where == "when its stream is written":
-        walk_state._original_keep_stream = walk_state._keep_stream  # type: ignore[attr-defined]
-        walk_state._keep_stream = when(lambda self, walked: walked.index == 2, walk_state._keep_stream, kept_stream)  # type: ignore[method-assign]
+        walk_state._original_save_stream = walk_state._save_stream  # type: ignore[attr-defined]
+        walk_state._save_stream = when(lambda self, walked: walked.index == 2, walk_state._save_stream, kept_stream)  # type: ignore[method-assign]
     elif where == "in the middle of its shard":
         durable_state.save_file = when(lambda state, path, **_: _third(path), durable_state.save_file, half_a_shard)
     elif where == "before its page is written":
@@ -379,9 +401,12 @@ def killed(work: Callable[[], None]) -> None:
     assert child.exitcode == -signal.SIGKILL
 
 
-def killed_and_continued(tmp_path: Path, watched: type[Watched], where: str, source: Path, **more: Any) -> list[int]:
-    """Which layers the second process read; its files must be those of a run that nobody killed."""
-    expected = prune(source, tmp_path / "whole", tmp_path / "work-whole", **more)
+def killed_and_continued(
+    tmp_path: Path, watched: type[Watched], where: str, source: Path, whole: Streamed | None = None, **more: Any
+) -> list[int]:
+    """Which layers the second process read; its files must be those of `whole`, a run that nobody killed."""
+    if whole is None:
+        whole = Streamed(source, tmp_path / "whole", prune(source, tmp_path / "whole", tmp_path / "work-whole", **more))
     out, work = tmp_path / "out", tmp_path / "work"
 
     def child() -> None:
@@ -392,17 +417,19 @@ def killed_and_continued(tmp_path: Path, watched: type[Watched], where: str, sou
     killed(child)
     watched.read.clear()
     pruned = prune(source, out, work, **more)
-    assert hashes(out) == hashes(tmp_path / "whole")
-    assert untimed(pruned) == untimed(expected)
+    assert hashes(out) == hashes(whole.out)
+    assert untimed(pruned) == untimed(whole.pruned)
     assert list(work.rglob("activations-*")) == []
     return watched.read
 
 
 @pytest.mark.parametrize("budget", [None, 0])
 @pytest.mark.parametrize("where", POINTS)
-def test_killed_at_any_point(where: str, budget: int | None, watched: type[Watched], tmp_path: Path) -> None:
-    source = saved(tiny_model("llama", layers=LAYERS), tmp_path / "source")
-    read = killed_and_continued(tmp_path, watched, where, source, budget=budget)
+def test_killed_at_any_point(
+    where: str, budget: int | None, watched: type[Watched], streamed: Callable[..., Streamed], tmp_path: Path
+) -> None:
+    whole = streamed("llama", LAYERS)
+    read = killed_and_continued(tmp_path, watched, where, whole.source, whole, budget=budget)
     assert read == list(range(POINTS[where], LAYERS))
 
 
@@ -433,24 +460,21 @@ def test_killed_without_error_propagation(split: str, watched: type[Watched], tm
     assert_is(tmp_path / "out", expected)
 
 
-def test_killed_twice_and_then_again(watched: type[Watched], tmp_path: Path) -> None:
-    source = saved(tiny_model("llama", layers=LAYERS), tmp_path / "source")
-    prune(source, tmp_path / "whole", tmp_path / "work-whole")
+def test_killed_twice_and_then_again(watched: type[Watched], streamed: Callable[..., Streamed], tmp_path: Path) -> None:
+    whole = streamed("llama", LAYERS)
     for layer in range(LAYERS):
 
         def child(layer: int = layer) -> None:
             torch.set_num_threads(1)
-            told: list[str] = []
 
             def progress(share: float, message: str) -> None:
-                told.append(message)
                 if f"layer {layer + 1} of" in message:
                     die()
 
-            prune(source, tmp_path / "out", tmp_path / "work", progress=progress)
+            prune(whole.source, tmp_path / "out", tmp_path / "work", progress=progress)
 
         killed(child)
     watched.read.clear()
-    prune(source, tmp_path / "out", tmp_path / "work")
+    prune(whole.source, tmp_path / "out", tmp_path / "work")
     assert watched.read == []
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    assert hashes(tmp_path / "out") == hashes(whole.out)

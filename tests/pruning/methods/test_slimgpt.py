@@ -21,9 +21,9 @@ from pruning.families import decoder_parameters, family_of, layer_cost, shapes
 from pruning.layerwise.capture import capture_statistics
 from pruning.methods import slimgpt
 from pruning.methods.slimgpt import Config
-from pruning.obs import elimination as obs
+from pruning.obs import elimination
 from pruning.obs.hessian import Hessian
-from pruning.walk.pruned import Pruned
+from pruning.walk.state import Pruned
 from tests.pruning.captured import CPU, hooked_moments, logits, outputs, prune_copy, same_weights, windows
 from tests.tiny import FAMILIES, random_ids, tiny_model
 
@@ -183,7 +183,7 @@ def test_progress_rises_to_one() -> None:
 
 
 def test_unreachable_sparsity_is_refused_before_anything_is_walked() -> None:
-    told: list[float] = []
+    reported: list[float] = []
     for split in ("ffn", "auto"):
         with pytest.raises(PruningError, match=r"sparsity 0\.97 cannot be reached"):
             prune(
@@ -191,9 +191,9 @@ def test_unreachable_sparsity_is_refused_before_anything_is_walked() -> None:
                 sparsity=0.97,
                 split=split,
                 head_unit="kv_group",
-                progress=lambda share, message: told.append(share),
+                progress=lambda share, message: reported.append(share),
             )
-    assert told == []
+    assert reported == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -209,20 +209,20 @@ def test_without_propagation_each_linear_is_pruned_on_the_dense_models_inputs(na
     budgets = solve_budgets(shapes(dense), layer_cost(dense), Allocation(sparsity=0.3))
     for number, (linear_name, linear) in enumerate(outputs(dense).items()):
         budget, kept = budgets[number // 2], pruned.plan.layers[number // 2]
-        problem = obs.prepare(
+        problem = elimination.prepare(
             linear_name, linear.weight.detach(), Hessian(moments[linear_name], 144), dampening_frac=0.01
         )
         if number % 2 == 0:
             columns_ND = torch.arange(linear.in_features).reshape(shapes(dense)[0].num_kv_heads, -1)
-            sizes, expected = obs.fixed_group_sizes(budget.head_units, 1), kept.kept_kv_heads
+            sizes, expected = elimination.fixed_group_sizes(budget.head_units, 1), kept.kept_kv_heads
         else:
             columns_ND = torch.arange(48).unsqueeze(1)
-            sizes, expected = obs.halving_group_sizes(budget.channels), kept.kept_channels
-        gone = obs.eliminate_groups(problem, columns_ND, sizes).order
+            sizes, expected = elimination.halving_group_sizes(budget.channels), kept.kept_channels
+        gone = elimination.eliminate_groups(problem, columns_ND, sizes).order
         assert tuple(unit for unit in range(len(columns_ND)) if unit not in gone) == expected
         kept_K = columns_ND[list(expected)].flatten()
         actual_OI = outputs(model)[linear_name].weight.detach().double()
-        refit_OK = obs.refit(problem, kept_K) if gone else linear.weight.detach().double()
+        refit_OK = elimination.refit(problem, kept_K) if gone else linear.weight.detach().double()
         torch.testing.assert_close(actual_OI[:, kept_K], refit_OK, atol=1e-4, rtol=1e-3)
         assert float(actual_OI.abs().sum()) == pytest.approx(float(actual_OI[:, kept_K].abs().sum()))
 

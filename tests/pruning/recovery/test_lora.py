@@ -148,16 +148,16 @@ def test_training_lowers_the_loss_and_leaves_a_plain_model(
     model = pruned()
     attributes, kind, untouched = set(vars(model)), type(model), copy.deepcopy(model)
     random_state = torch.get_rng_state()
-    told: list[tuple[float, str]] = []
+    reported: list[tuple[float, str]] = []
     config = CONFIG.model_copy(update={"dtype": dtype, "max_steps": None, "epochs": 5.0})
-    report = run(model, tmp_path / "run", config, progress=lambda share, message: told.append((share, message)))
+    report = run(model, tmp_path / "run", config, progress=lambda share, message: reported.append((share, message)))
     assert report.final_loss < report.losses[0][1] - 0.5
     assert [step for step, _ in report.losses] == list(range(1, 21))
     assert report.num_steps == 20
     assert report.num_examples == 16
     assert report.num_tokens > 16 * 50
-    assert told[-1][0] == 1.0
-    assert told[-1][1].startswith("step 20/20, loss ")
+    assert reported[-1][0] == 1.0
+    assert reported[-1][1].startswith("step 20/20, loss ")
     assert RecoveryReport.model_validate_json(report.model_dump_json()) == report
     assert type(model) is kind
     assert set(vars(model)) == attributes
@@ -217,10 +217,10 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", str(scratch), str(twin)], check=True)
     damaged.write_bytes(damaged.read_bytes()[:-100])
     for folder, first_step in ((twin, 5), (scratch, 3)):
-        told: list[str] = []
+        reported: list[str] = []
         resumed = pruned()
-        report = run(resumed, folder, progress=lambda share, message, told=told: told.append(message))
-        assert told[0].startswith(f"step {first_step}/6")
+        report = run(resumed, folder, progress=lambda share, message, reported=reported: reported.append(message))
+        assert reported[0].startswith(f"step {first_step}/6")
         assert report == expected
         assert same(resumed, whole)
 
@@ -244,10 +244,10 @@ def test_what_the_progress_raises_ends_the_training_with_a_checkpoint(step: int,
         run(model, scratch, progress=tell)
     assert same(model, before), "the model is as it was"
     assert (scratch / f"checkpoint-{step}" / MARKER).exists()
-    told: list[str] = []
+    reported: list[str] = []
     resumed = pruned()
-    assert run(resumed, scratch, progress=lambda share, message: told.append(message)) == expected
-    assert told[0].startswith(f"step {step + 1}/6")
+    assert run(resumed, scratch, progress=lambda share, message: reported.append(message)) == expected
+    assert reported[0].startswith(f"step {step + 1}/6")
     assert same(resumed, whole)
 
 
@@ -256,10 +256,10 @@ def test_scratch_of_another_run_is_not_taken(tmp_path: Path) -> None:
     fresh, after_other = pruned(), pruned()
     assert run(after_other, tmp_path) == run(fresh, tmp_path / "fresh")
     assert same(after_other, fresh)
-    told: list[str] = []
+    reported: list[str] = []
     again = pruned()
-    run(again, tmp_path, progress=lambda share, message: told.append(message))
-    assert not told
+    run(again, tmp_path, progress=lambda share, message: reported.append(message))
+    assert not reported
     assert same(again, fresh)
     marker = json.loads((tmp_path / "checkpoint-6" / "complete.json").read_text())
     assert "adapter_model.safetensors" in marker["files"]

@@ -135,9 +135,9 @@ BYTES = 7 * 4 * 6 * 4
         (2 * BYTES, [True, True, False]),
     ],
 )
-def test_rooms_beyond_the_budget_lie_in_files(budget: int | None, in_memory: list[bool], tmp_path: Path) -> None:
+def test_allocated_beyond_the_budget_lie_in_files(budget: int | None, in_memory: list[bool], tmp_path: Path) -> None:
     with ActivationStore(budget, tmp_path) as activations:
-        rooms = [filled(activations.room(7, SHAPE, torch.float32), values(seed=seed)) for seed in range(3)]
+        rooms = [filled(activations.allocate(7, SHAPE, torch.float32), values(seed=seed)) for seed in range(3)]
         assert [isinstance(room, MemoryActivations) for room in rooms] == in_memory
         assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == in_memory.count(False)
         for seed, room in enumerate(rooms):
@@ -147,27 +147,27 @@ def test_rooms_beyond_the_budget_lie_in_files(budget: int | None, in_memory: lis
 
 def test_the_budget_is_counted_in_bytes_of_the_dtype(tmp_path: Path) -> None:
     with ActivationStore(BYTES // 2, tmp_path) as activations:
-        assert isinstance(activations.room(7, SHAPE, torch.float32), FileActivations)
-        assert isinstance(activations.room(7, SHAPE, torch.bfloat16), MemoryActivations)
+        assert isinstance(activations.allocate(7, SHAPE, torch.float32), FileActivations)
+        assert isinstance(activations.allocate(7, SHAPE, torch.bfloat16), MemoryActivations)
 
 
 def test_a_freed_room_gives_its_budget_and_its_disk_back(tmp_path: Path) -> None:
     with ActivationStore(BYTES, tmp_path) as activations:
-        memory, file = (activations.room(7, SHAPE, torch.float32) for _ in range(2))
+        memory, file = (activations.allocate(7, SHAPE, torch.float32) for _ in range(2))
         filled(file, values())
         activations.free(file)
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
         activations.free(memory)
-        assert isinstance(activations.room(7, SHAPE, torch.float32), MemoryActivations)
+        assert isinstance(activations.allocate(7, SHAPE, torch.float32), MemoryActivations)
 
 
 def test_a_room_that_was_moved_away_stays(tmp_path: Path) -> None:
     with ActivationStore(0, tmp_path) as activations:
-        room = filled(activations.room(7, SHAPE, torch.float32), values())
+        room = filled(activations.allocate(7, SHAPE, torch.float32), values())
         assert isinstance(room, FileActivations)
         room.move(tmp_path / "kept")
         activations.free(room)
-        activations.room(7, SHAPE, torch.float32)
+        activations.allocate(7, SHAPE, torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert torch.equal(FileActivations(tmp_path / "kept", SHAPE, torch.float32).get(0, 7), values())
 
@@ -175,7 +175,7 @@ def test_a_room_that_was_moved_away_stays(tmp_path: Path) -> None:
 def test_files_go_when_the_work_fails(tmp_path: Path) -> None:
     def work() -> None:
         with ActivationStore(0, tmp_path) as activations:
-            filled(activations.room(7, SHAPE, torch.float32), values())
+            filled(activations.allocate(7, SHAPE, torch.float32), values())
             raise ValueError("no luck")
 
     with pytest.raises(ValueError, match="no luck"):
@@ -185,5 +185,5 @@ def test_files_go_when_the_work_fails(tmp_path: Path) -> None:
 
 def test_without_files_no_folder_is_made(tmp_path: Path) -> None:
     with ActivationStore(None, tmp_path / "nowhere") as activations:
-        filled(activations.room(7, SHAPE, torch.float32), values())
+        filled(activations.allocate(7, SHAPE, torch.float32), values())
     assert not (tmp_path / "nowhere").exists()

@@ -1,4 +1,4 @@
-"""A walk that was interrupted goes on from its ledger to the same bits; what cannot be trusted is not used."""
+"""A walk that was interrupted goes on from its state to the same bits; what cannot be trusted is not used."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from pruning.checkpoints.surgery import shrink_
 from pruning.families import family_of
 from pruning.methods import slimgpt
 from pruning.walk.durable_state import DurableWalkState
-from pruning.walk.pruned import Pruned
-from pruning.walk.state import LayerEntry, MemoryLedger, WalkedLayer, WalkState
+from pruning.walk.state import LayerEntry, MemoryWalkState, Pruned, WalkedLayer, WalkState
 from tests.pruning.captured import CPU, prune_copy, same_weights, windows
 from tests.tiny import FAMILIES, tiny_model
 
@@ -53,12 +52,12 @@ def prune_into(
     budget: int | None = None,
     **config: Any,
 ) -> Pruned:
-    """stop_after: that many times progress was told."""
-    told: list[float] = []
+    """stop_after: that many times progress was reported."""
+    reported: list[float] = []
 
     def progress(share: float, message: str) -> None:
-        told.append(share)
-        if len(told) == stop_after:
+        reported.append(share)
+        if len(reported) == stop_after:
             raise Stop
 
     return slimgpt.prune(
@@ -130,7 +129,7 @@ def test_interrupted_after_every_layer(model: PreTrainedModel, tmp_path: Path) -
     whole = DurableWalkState(tmp_path / "whole")
     expected = prune_into(whole, ResidentDecoder(model))
     for layer in range(LAYERS):
-        # told of one more layer each time; the first call of a resumed walk tells of the last finished layer again
+        # one more layer reported each time; the first call of a resumed walk reports the last finished layer again
         interrupted(tmp_path / "killed", model, 1 if layer == 0 else 2)
         assert DurableWalkState(tmp_path / "killed").layers_done == layer + 1
     again, decoder = DurableWalkState(tmp_path / "killed"), Counted(model)
@@ -142,10 +141,10 @@ def test_interrupted_after_every_layer(model: PreTrainedModel, tmp_path: Path) -
 def test_the_stream_goes_on_where_it_was(model: PreTrainedModel, tmp_path: Path) -> None:
     streams: list[Tensor] = []
 
-    class Recording(MemoryLedger):
-        def _keep(self, walked: WalkedLayer, entry: LayerEntry) -> None:
+    class Recording(MemoryWalkState):
+        def _save_layer(self, walked: WalkedLayer, entry: LayerEntry) -> None:
             streams.append(torch.cat([walked.stream.get(*span) for span in walked.spans]))
-            super()._keep(walked, entry)
+            super()._save_layer(walked, entry)
 
     prune_into(Recording(), ResidentDecoder(model))
     for budget in (None, 0):
@@ -267,7 +266,7 @@ def test_a_branch_writes_no_shards_and_resumes(model: PreTrainedModel, tmp_path:
     pruned = prune_into(again, decoder)
     assert decoder.asked == [2, 3]
     assert list(tmp_path.rglob("*.safetensors")) == []
-    assert pruned.plan == prune_into(MemoryLedger(), ResidentDecoder(model)).plan
+    assert pruned.plan == prune_into(MemoryWalkState(), ResidentDecoder(model)).plan
 
 
 @pytest.mark.parametrize("stop_after", range(1, 3 * LAYERS))
@@ -275,7 +274,7 @@ def test_several_tries_interrupted_anywhere(stop_after: int, model: PreTrainedMo
     whole = DurableWalkState(tmp_path / "whole")
     expected = prune_into(whole, ResidentDecoder(model), split="auto", sparsity=SEVERAL)
     tries = len(expected.split_kl)
-    assert tries == 2, "then progress is told four times in each, and four times for the winner"
+    assert tries == 2, "then progress is reported four times in each, and four times for the winner"
     interrupted(tmp_path / "killed", model, stop_after, split="auto", sparsity=SEVERAL)
     again, decoder = DurableWalkState(tmp_path / "killed"), Counted(model)
     pruned = prune_into(again, decoder, split="auto", sparsity=SEVERAL)
@@ -285,8 +284,8 @@ def test_several_tries_interrupted_anywhere(stop_after: int, model: PreTrainedMo
     assert len(decoder.asked) == (tries + 1) * LAYERS - stop_after + dense
 
 
-def test_what_a_memory_ledger_keeps(model: PreTrainedModel) -> None:
-    walk_state, before = MemoryLedger(), copy.deepcopy(model)
+def test_what_a_state_in_memory_holds(model: PreTrainedModel) -> None:
+    walk_state, before = MemoryWalkState(), copy.deepcopy(model)
     prune_into(walk_state, ResidentDecoder(model))
     assert walk_state.folder is None
     assert walk_state.layers_done == LAYERS
@@ -305,7 +304,7 @@ def test_a_layer_must_be_decided_and_come_in_order(model: PreTrainedModel, tmp_p
     prune_into(entries, ResidentDecoder(model))
     layer = ResidentDecoder(model).layer(1, torch.device("cpu"))
     walked = WalkedLayer(1, layer, family_of(model), None, ())  # type: ignore[arg-type]
-    for walk_state in (MemoryLedger(), DurableWalkState(tmp_path / "empty")):
+    for walk_state in (MemoryWalkState(), DurableWalkState(tmp_path / "empty")):
         with pytest.raises(AssertionError, match="nothing was decided for layer 1"):
             walk_state.layer_done(walked)
         walk_state.decide(entries.entries[1])

@@ -19,7 +19,7 @@ from pruning.errors import PruningError
 from pruning.walk.sequential import WalkOptions
 from tasks.devices.placement import Placement
 from tasks.execution.context import RunContext, StageContext
-from tasks.stages.walk_processes import COLLECTIVE_TIMEOUT, run_walk
+from tasks.stages.walk_processes import run_walk
 
 Tell = Callable[[float, str], None]
 
@@ -96,16 +96,6 @@ class EndInSilence:
         os._exit(0)
 
 
-class AskTimeout:
-    """How long a process waits for another one."""
-
-    def __call__(self, options: WalkOptions, progress: Tell) -> None:
-        from torch.distributed.distributed_c10d import _get_default_group
-
-        backend = _get_default_group()._get_backend(torch.device("cpu"))
-        progress(0.0, str(backend.options._timeout.total_seconds()))
-
-
 def context(home: Path, told: list[tuple[float, str]], **settings: Any) -> StageContext:
     chosen = Settings(home=home, device="cpu", **settings)
     sources = Sources((), None, hub=False, home=home)
@@ -139,13 +129,6 @@ def test_an_error_that_cannot_be_pickled_is_raised_in_words(error: type[Exceptio
 def test_processes_that_end_in_silence_end_the_walk(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ended before the walk was done"):
         run_walk(context(tmp_path, [], walk_processes=2), EndInSilence())
-
-
-def test_a_long_solve_of_the_leader_is_waited_for(tmp_path: Path) -> None:
-    told: list[tuple[float, str]] = []
-    run_walk(context(tmp_path, told, walk_processes=2), AskTimeout())
-    assert [float(message) for _, message in told] == [COLLECTIVE_TIMEOUT.total_seconds()]
-    assert COLLECTIVE_TIMEOUT.total_seconds() >= 4 * 3600
 
 
 def test_a_killed_process_ends_the_walk_with_a_sentence(tmp_path: Path) -> None:
