@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from flows.night.outcome import CellOutcome, NightResult
-from flows.records.render import markdown_table as _table
+from flows.records.render import markdown_table
 from infra.results.rows import NightFigureRow
 
 #: verdicts that are worth a line each, in this order
@@ -55,12 +55,12 @@ def _parts(result: NightResult, alpha: float, tolerance: float) -> Iterator[str]
     if result.failures:
         yield "## Failed\n\n" + "\n".join(f"* **{cell.name}**: {cell.message}" for cell in result.failures)
     if result.gates:
-        yield "## Gates\n\n" + _table(
+        yield "## Gates\n\n" + markdown_table(
             ("gate", "figures", "outcome"),
             [(f"`{g.gate}`", str(g.num_figures), _outcome(g.passed, g.problems)) for g in result.gates],
         )
     yield "## Against the last good night\n\n" + "\n\n".join(_changes(result, alpha, tolerance))
-    yield "## Cells\n\n" + _table(
+    yield "## Cells\n\n" + markdown_table(
         ("cell", "status", "run", "cached", "failed", "skipped", "s", "run key"), [_cell(cell) for cell in result.cells]
     )
 
@@ -80,7 +80,7 @@ def _changes(result: NightResult, alpha: float, tolerance: float) -> Iterator[st
     notable = [row for verdict in _NOTABLE for row in figures if row.verdict == verdict]
     if notable:
         heads = ("", "cell", "checkpoint", "figure", "before", "now", "p")
-        yield _table(heads, [_change(row) for row in notable])
+        yield markdown_table(heads, [_change(row) for row in notable])
     tests = Counter(row.test for row in figures)
     yield (
         f"`{result.previous_night_id}`: {counts['same']} figures the same, {counts['noise']} within noise, "

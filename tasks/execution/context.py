@@ -36,7 +36,7 @@ class RunContext:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a running stage has on its bench: a folder to fill, a place to compute if it asked for one, and a voice."""
+    """What a running stage is given: a folder to fill, a device if it asked for one, and a way to report progress."""
 
     run_context: RunContext
     folder: Path

@@ -21,7 +21,7 @@ log = logging.getLogger("slimline")
 
 
 class Progress(Protocol):
-    """Told the share done, in [0, 1], and a few words."""
+    """Called with the share done, in [0, 1], and a few words."""
 
     def __call__(self, share: float, message: str) -> None:
         """Take note. Raises Interrupted if the stage is to end here, before it is finished."""
@@ -49,17 +49,17 @@ def stage_progress(stage: str, refuse: Callable[[str], None] = lambda reached: N
     if TaskRunContext.get() is not None:
         with _not_worth_a_stage(stage):
             artifact_id = cast("UUID", create_progress_artifact(progress=0.0, description=stage))
-    told = time.monotonic()
+    reported = time.monotonic()
 
     def tell(share: float, message: str) -> None:
-        nonlocal told
+        nonlocal reported
         if share < 1:
             refuse(message)
         bar.set_postfix_str(message, refresh=False)
         bar.n = min(100.0, 100 * share)
         bar.refresh()
-        if artifact_id is not None and time.monotonic() - told > _INTERVAL:
-            told = time.monotonic()
+        if artifact_id is not None and time.monotonic() - reported > _INTERVAL:
+            reported = time.monotonic()
             words = f"{stage}: {message}"
             with _not_worth_a_stage(stage):
                 update_progress_artifact(artifact_id, progress=min(100.0, 100 * share), description=words)

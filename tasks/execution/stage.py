@@ -173,7 +173,7 @@ def _import_in_turn(modules: tuple[str, ...]) -> None:
 def _placed(settings: Settings, devices: Devices, request: Request) -> AbstractContextManager[Placement | None]:
     if devices == "none":
         return nullcontext()
-    processes = {"one": 1, "process_group": settings.walk_processes, "crew": settings.eval_processes}
+    processes = {"one": 1, "walk": settings.walk_processes, "evaluation": settings.eval_processes}
     places = pool(settings.device, settings.device_lease)
     # only evaluations go on with the model that the one before them loaded; all others get their places empty
     needs = request.checkpoint.key if isinstance(request, EvaluateRequest) else None

@@ -198,6 +198,23 @@ def test_a_stage_on_all_devices_finds_all_of_them_empty(
     assert kept == [0]
 
 
+@pytest.mark.parametrize("devices", ["one", "walk", "evaluation"])
+def test_a_stage_takes_one_device_where_no_more_processes_are_asked_for(
+    run_context: RunContext, devices: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = tuple(Placement(torch.device("cpu"), device_map=name) for name in ("first", "second"))
+    shared = DevicePool(places)
+    monkeypatch.setattr(stage, "pool", lambda *setting: shared)
+    free: list[int] = []
+
+    def count(request: CaptureRequest, context: StageContext) -> None:
+        free.append(len(shared._free))
+        answer(request, context)
+
+    run_stage(REQUEST, "capture", run_context, count, devices=devices)
+    assert free == [1]
+
+
 def test_a_failed_stage_keeps_nothing_when_its_device_is_given_back(
     run_context: RunContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
