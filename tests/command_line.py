@@ -70,7 +70,7 @@ def _as_before() -> Iterator[None]:
         with (
             mock.patch.dict(os.environ),
             mock.patch.object(sys, "argv", sys.argv),
-            mock.patch.multiple(interrupts, _first=None, _first_at=0.0, _taken=False),
+            mock.patch.multiple(interrupts, _first=None, _first_at=0.0, _in_command=False),
         ):
             yield
     finally:

@@ -161,9 +161,9 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     make = stage._make
 
-    def noted(request: object, stage_name: str, *rest: object) -> None:
+    def noted(request: object, stage_name: str, *rest: object) -> float:
         names.append(stage_name)
-        make(request, stage_name, *rest)
+        return make(request, stage_name, *rest)
 
     monkeypatch.setattr(stage, "_make", noted)
     return names

@@ -126,10 +126,10 @@ def test_results_that_cannot_be_written_leave_the_stages_done(
     results, good = smoke_copy.results.files.folder, smoke_copy.results.files.folder.with_name("good")
     make = stage._make
 
-    def overtaken(request: object, stage_name: str, *rest: object) -> None:
+    def overtaken(request: object, stage_name: str, *rest: object) -> float:
         results.rename(good)
         results.write_text("no folder")
-        make(request, stage_name, *rest)
+        return make(request, stage_name, *rest)
 
     monkeypatch.setattr(stage, "_make", overtaken)
     with pytest.raises(ResultsUnusable):
@@ -171,10 +171,10 @@ def test_a_full_disk(
     (small_disk / "ballast").unlink()
     make = stage._make
 
-    def overtaken(request: object, stage_name: str, *rest: object) -> None:
+    def overtaken(request: object, stage_name: str, *rest: object) -> float:
         if stage_name.startswith("prune"):
             fill_up(1_550_000)  # somebody else, after we looked
-        make(request, stage_name, *rest)
+        return make(request, stage_name, *rest)
 
     monkeypatch.setattr(stage, "_make", overtaken)
     message, _ = failed(home, *spec)

@@ -38,9 +38,9 @@ def first(
     made: list[str] = []
     make = stage._make
 
-    def noted(request: object, stage_name: str, *rest: object) -> None:
+    def noted(request: object, stage_name: str, *rest: object) -> float:
         made.append(request.ref.key)  # type: ignore[attr-defined]
-        make(request, stage_name, *rest)  # type: ignore[arg-type]
+        return make(request, stage_name, *rest)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "_make", noted)
