@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 
 from flows.errors import USER_ERRORS
-from tasks.execution.retries import passing
+from tasks.execution.transient import passing
 
 _WAYS_OUT = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "give this user the permission, or name another place"),

@@ -1,4 +1,11 @@
-"""Model families: which row of names fits a model, its per-layer shapes, and what a head or a channel costs."""
+"""Model families: which row of names fits a model, its per-layer shapes, and what a head or a channel costs.
+
+* `rows`      one row per family: where its parts are called what; a new family is a new row, start here
+* `family`    what a row says, asked of a model: layers, linears, norms, head width
+* `forward`   one sub-layer computed alone, as the walk does it
+
+May import pruning.plan and pruning.errors. What it asks of a model are names and shapes: no weight is read.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The classes a pruned model may have: the stock one of its family, or ours for layers of different widths."""
+"""The classes a pruned model may have: the stock one of its family, or ours for layers of different widths.
+
+`modeling_slimline` is copied beside every checkpoint with unequal layers and loaded by transformers' trust_remote_code
+where slimline is not installed: it imports torch and transformers alone. Its name is in the config of every such
+checkpoint, so it stays.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,12 @@
-"""Training a pruned model back to health. The file name is the recovery's name; each has VERSION, Config, check_model,
-scratch_bytes and recover."""
+"""Training a pruned model back to health: one file per way, and its name is what a spec asks for.
+
+* `lora`         adapters on instruction records, merged at the end; start here
+* `_records`     records as token ids and labels
+* `_resumable`   a training loop that a killed run goes on with
+
+Each way has VERSION, Config, check_model, scratch_bytes and recover; what they share is here. The files are found by
+`infra.registry`, those with an underscore are no ways. Importing one imports neither torch nor peft.
+"""
 
 from __future__ import annotations
 

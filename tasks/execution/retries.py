@@ -1,23 +1,18 @@
-"""Stages are tried again, after growing pauses, when what failed passes by itself: a network that dropped, a server
-that was busy, memory that was short. Everything else fails the same way when it is tried again: what the user gave, a
-full disk, an answer "not found".
-"""
+"""Stages are tried again, after growing pauses, when what failed passes by itself; never after a user's error."""
 
 from __future__ import annotations
 
-import errno
 import logging
-import ssl
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
 from prefect import Task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 
-from evaluation.inference.oom import class_names, free_memory, short_of_memory
+from evaluation.inference.oom import free_memory
 from infra.settings import Settings
+from tasks.execution.transient import passing
 
 log = logging.getLogger("slimline")
 
@@ -26,27 +21,6 @@ _JITTER = 0.3
 
 #: how often each task run of this process ran out of memory; Prefect tries again in the process that failed
 _short: dict[UUID, int] = {}
-
-Passing = Literal["network", "memory"]
-
-_BUSY = {408, 425, 429}
-_NETWORK_ERRNOS = {
-    *(errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
-    *(errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.ETIMEDOUT),
-}
-# By name, since none of these libraries need be there, and importing one to ask would take seconds.
-_NETWORK = {
-    *("requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError"),
-    *("httpx.TransportError", "httpx2.TransportError", "httpcore.NetworkError", "httpcore.TimeoutException"),
-    *("urllib3.ProtocolError", "urllib3.TimeoutError", "urllib3.NewConnectionError", "http.IncompleteRead"),
-    *("aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError", "botocore.HTTPClientError", "socket.gaierror"),
-    *("infra.Unreachable", "huggingface_hub.LocalEntryNotFoundError"),
-}
-# They look like the network's errors, or stand before them in a chain, and are the user's affair.
-_SETTLED = {
-    *("huggingface_hub.OfflineModeIsEnabled", "requests.SSLError", "requests.InvalidURL"),
-    *("httpx.UnsupportedProtocol", "httpx2.UnsupportedProtocol", "datasets.DatasetNotFoundError"),
-}
 
 
 def retry_options(settings: Settings) -> dict[str, Any]:
@@ -92,33 +66,3 @@ def with_smaller_batches(settings: Settings, stage_name: str) -> Settings:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def passing(error: BaseException) -> Passing | None:
-    """What will pass by itself, or None. What caused an error is looked at too: ours wrap those of the libraries."""
-    causes = list(_chain(error))
-    if any(short_of_memory(cause) for cause in causes):
-        return "memory"
-    for cause in causes:
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if isinstance(status, int):  # an answer decides, whatever it is wrapped in
-            return "network" if status in _BUSY or status >= 500 else None
-    if any(class_names(cause) & _SETTLED or isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
-        return None
-    return "network" if any(_of_network(cause) for cause in causes) else None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    following: BaseException | None = error
-    while following is not None and id(following) not in seen:
-        seen.add(id(following))
-        yield following
-        hidden = following.__suppress_context__
-        following = following.__cause__ or (None if hidden else following.__context__)
-
-
-def _of_network(error: BaseException) -> bool:
-    if isinstance(error, ConnectionError | TimeoutError) or class_names(error) & _NETWORK:
-        return True
-    return isinstance(error, OSError) and error.errno in _NETWORK_ERRNOS

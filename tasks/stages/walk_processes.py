@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import pickle
 import signal
 import tempfile
 from collections.abc import Callable
+from copy import deepcopy
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,8 @@ def _sendable(error: Exception) -> Exception:
     """The error if the parent can rebuild it, else a RuntimeError with its type and words: a queue pickles in a thread
     of its own, where an error that cannot be pickled would be lost."""
     try:
-        if type(pickle.loads(pickle.dumps(error))) is type(error):
+        ForkingPickler.dumps(error)
+        if type(deepcopy(error)) is type(error):  # rebuilt as the parent does it
             return error
     except Exception as reason:  # classes may raise what they like
         log.debug("%s cannot be pickled: %s", type(error).__name__, reason)

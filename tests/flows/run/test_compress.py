@@ -199,7 +199,7 @@ def test_the_second_run_runs_nothing_but_record(smoke_copy: Home, filled: list[s
     before = (smoke_copy.results.metrics(), smoke_copy.results.layers(smoke_copy.results.runs()[0].run_key))
     result = smoke_copy.run("smoke")
     assert filled == []
-    assert not model_cache._kept, "models leave memory when a run ends"
+    assert not model_cache._cache, "models leave memory when a run ends"
     assert set(statuses(result).values()) == {"cached"}
     assert all(stage.seconds for stage in result.stages)
     assert prefect_states(smoke_copy, result) == {"record": "Completed"}

@@ -32,7 +32,7 @@ from infra.artifacts.store import ArtifactStore
 from tasks.devices.model_cache import cached_replicas
 from tests.tasks.devices.test_model_cache import DENSE, HERE
 with cached_replicas(DENSE, ArtifactStore(Path(sys.argv[1])), HERE, [{"device": "cpu"}]) as replicas:
-    print(replicas._mates[0][0].pid, flush=True)
+    print(replicas._processes[0][0].pid, flush=True)
 time.sleep(float(sys.argv[2]))
 """
 HERE, THERE = Placement(torch.device("cpu")), Placement(torch.device("cpu"), accelerators=("another",))
@@ -120,7 +120,7 @@ def test_what_is_forgotten_is_freed(store: ArtifactStore, loads: list[str]) -> N
 def process(store: ArtifactStore, ref: ArtifactRef = DENSE, devices: tuple[str, ...] = ("cpu",)) -> Any:
     """The first process of the replicas that a suite would get."""
     with cached_replicas(ref, store, HERE, [{"device": name} for name in devices]) as replicas:
-        return replicas._mates[0][0]
+        return replicas._processes[0][0]
 
 
 def test_replicas_are_started_once_for_a_checkpoint(store: ArtifactStore) -> None:

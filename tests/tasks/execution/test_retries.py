@@ -22,8 +22,9 @@ from infra.hub import Unreachable
 from infra.settings import Settings
 from infra.sources.find import Sources
 from tasks.execution.context import RunContext, StageContext
-from tasks.execution.retries import Passing, passing, retry_options
+from tasks.execution.retries import retry_options
 from tasks.execution.stage import stage
+from tasks.execution.transient import Passing, passing
 from tasks.requests import CaptureRequest
 from tests.tasks.execution.test_stage import REQUEST
 
