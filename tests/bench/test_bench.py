@@ -28,6 +28,8 @@ from tests.evaluation.local_data import mmlu_rows, write_data
 from tests.pruning.captured import hooked_moments, outputs
 from tests.tiny import random_ids, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 SENTENCES = ("The quick brown fox jumps over the lazy dog.", "Pruning removes the heads that matter least.")
 SHAPE = Shape(hidden=32, intermediate=88, heads=4, layers=4, vocab=320)
 

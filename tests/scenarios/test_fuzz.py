@@ -16,6 +16,8 @@ from tests.flows.home import Home
 from tests.fuzz.judging import fault
 from tests.fuzz.throwing import KINDS
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 HEALTHY = list(HealthCheck)
 FEW = settings(derandomize=True, database=None, deadline=None, max_examples=20, suppress_health_check=HEALTHY)
 

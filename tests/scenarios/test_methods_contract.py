@@ -30,6 +30,8 @@ from pruning.walk.state import Pruned
 from tests.pruning.captured import CPU, in_bfloat16, logits, outputs, prune_copy, same_weights, windows
 from tests.tiny import FAMILIES, ROPE_TYPES, random_ids, rope_model, tiny_model
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 METHODS = registry.available("pruning.methods")
 SPARSITY = 0.35
 CASES = list(product(METHODS, FAMILIES))

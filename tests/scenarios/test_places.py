@@ -26,6 +26,8 @@ from infra.offline.default import OfflineDefault
 from infra.settings import load_settings
 from tests.flows.home import Home, stages_run
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 ROW = json.dumps({"text": "a few words of a text " * 20, "instruction": "do", "input": "", "output": "done"})
 CALIBRATION = {"data": {"dataset": "own/texts"}, "num_samples": 4, "seq_len": 16, "num_heldout": 1}
 PERPLEXITY = {"suite": "perplexity", "dataset": "./texts.jsonl", "windows": [16], "max_windows": 2}

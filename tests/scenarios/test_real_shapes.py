@@ -16,6 +16,8 @@ from pruning.methods.slimgpt import Config
 from tests.pruning.captured import logits, prune_copy, windows
 from tests.tiny import random_ids, tiny_model
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 #: family, query heads, kv heads, FFN over hidden as published; head_dim is 2 where the real one is 128
 GROUPED: dict[str, tuple[str, int, int, float]] = {
     "Llama-3-8B": ("llama", 32, 8, 14336 / 4096),

@@ -20,6 +20,8 @@ from evaluation.inference.options import EvalOptions
 from evaluation.inference.replicas import ReplicaProcesses
 from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 ROWS = [tuple(range(3, 3 + length)) for length in (5, 9, 2, 9, 7, 4, 6)]
 
 

@@ -24,6 +24,8 @@ from evaluation.profile.report import ProfileReport
 from evaluation.report import GIB
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 GRID = ProfileConfig(batch_size=[4, 1], prompt_len=8, new_tokens=3, warmup=0, runs=2, ratio_seconds=0)
 DEVICE = torch.device("cpu:0")
 """Stands for an accelerator: only what is asked to go to the host is on "cpu"."""

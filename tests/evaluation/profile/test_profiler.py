@@ -21,6 +21,8 @@ from evaluation.profile.timed_generation import Runner, random_prompt, timed_run
 from evaluation.report import GIB
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 CONFIG = ProfileConfig(batch_size=2, prompt_len=16, new_tokens=4, warmup=1, runs=3, ratio_seconds=0)
 (POINT,) = CONFIG.points
 GRID = ProfileConfig(batch_size=[1, 4], prompt_len=8, new_tokens=[1, 3], warmup=0, runs=2, ratio_seconds=0)

@@ -27,6 +27,8 @@ from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
 from tests.evaluation.local_data import LocalData, write_data
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 TEXTS = [f"The quick brown fox number {i} jumps over the lazy dog, {i * i} times." for i in range(12)]
 PAGES = [
     " \n = The fox = \n \n The quick brown fox ( a dog 's friend ) jumps , 1 @,@ 000 times .",

@@ -22,6 +22,8 @@ from infra.offline.default import OfflineDefault
 from tests.flows.home import Home, stages_run
 from tests.flows.models import of_type, with_nan
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 NOWHERE = "http://127.0.0.1:9"
 """Port 9 is the discard service, which nobody runs: a hub that cannot be reached."""
 

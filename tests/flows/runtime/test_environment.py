@@ -13,6 +13,8 @@ import pytest
 
 from tests.flows.home import PROJECT
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 _COMMAND = "prepared(); from flows.runtime.prefect_access import cache_records, import_prefect; import_prefect()"
 _WORKER = "from flows.runtime.worker_process import prepare; import prefect; prepare()"
 _SHOWN = """

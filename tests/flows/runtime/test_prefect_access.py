@@ -18,6 +18,8 @@ from flows.runtime.prefect_database import check_database
 from tests.flows.commands.test_command_line import only_complaint
 from tests.flows.home import Home
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 KNOWN = "8bb517bae6f9"
 """A revision of June 2025: every Prefect that we allow has its migration."""
 

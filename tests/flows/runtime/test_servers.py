@@ -21,6 +21,8 @@ from tests.command_line import PROJECT
 from tests.flows.home import Home
 from tests.flows.serving import alive_in, free_port, started, wait_for
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 #: seconds after which nothing may be left
 SOON = 10.0
 #: what tells a Prefect server is the command line; one that takes its time, with a worker

@@ -17,6 +17,8 @@ from infra.offline.texts import word_grams
 from infra.offline.wikitext import prose
 from infra.sources.find import Sources, TextData, fingerprint
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 # lm-eval's stock tasks: data set, config, the evaluated split, its known number of rows, the columns of the prompts.
 STOCK = [
     ("baber/piqa", None, "validation", 1838, {"goal", "sol1", "sol2", "label"}),

@@ -18,6 +18,8 @@ from infra.results.store import ResultsStore
 from tests.infra.processes import kill_after_line, start
 from tests.infra.result_examples import layer_row, metric_row, night_row, run_row, stage_row
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 
 @pytest.fixture(autouse=True)
 def _warned_of_nothing() -> None:

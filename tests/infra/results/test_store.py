@@ -27,6 +27,8 @@ from tests.infra.result_examples import (
     stage_row,
 )
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> ResultsStore:

@@ -16,6 +16,8 @@ from infra.errors import TrackingUnusable
 from infra.tracking.database import check_store
 from infra.tracking.tracker import Tracker
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 
 def of_revision(path: Path, revision: str) -> Path:
     with closing(sqlite3.connect(path)) as connection:

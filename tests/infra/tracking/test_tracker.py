@@ -17,6 +17,8 @@ from infra.tracking.mlflow_rules import accepted_keys, accepted_model_name, stor
 from infra.tracking.tracker import CHANGED_PARAMS_TAG, RUN_KEY_TAG, MetricPoint, Tracker
 from tests.infra.processes import finish, kill_after_line, start
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run

@@ -27,6 +27,8 @@ from tests.pruning.captured import CPU, in_bfloat16, windows
 from tests.pruning.checkpoints.test_surgery import plan_for
 from tests.tiny import FAMILIES, tiny_model
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 Break = Callable[[Path], None]
 
 

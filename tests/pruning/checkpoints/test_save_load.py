@@ -24,6 +24,8 @@ from pruning.plan import PruningPlan
 from tests.pruning.checkpoints.test_surgery import SLIDING, generate, logits, plan_for
 from tests.tiny import FAMILIES, ROPE_TYPES, random_ids, rope_model, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 
 def shrunk(name: str, *, seed: int = 0, drop: int = 1, **config: object) -> tuple[PreTrainedModel, PruningPlan]:
     model = tiny_model(name, **config)

@@ -25,6 +25,8 @@ from tests.pruning.captured import CPU, logits, same_weights, windows
 from tests.pruning.checkpoints.test_decoder import DEVICE, logits_of
 from tests.tiny import random_ids, tiny_model
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 Tensors = dict[str, Tensor]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "opt")
 HEAD = "lm_head.weight"

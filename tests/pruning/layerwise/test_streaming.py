@@ -41,6 +41,8 @@ from tests.pruning.captured import CPU, in_bfloat16, logits, prune_copy, same_we
 from tests.pruning.checkpoints.test_save_load import FRESH
 from tests.tiny import FAMILIES, random_ids, random_plan, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 LAYERS = 4
 
 

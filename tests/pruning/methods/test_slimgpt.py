@@ -27,6 +27,8 @@ from pruning.walk.state import Pruned
 from tests.pruning.captured import CPU, hooked_moments, logits, outputs, prune_copy, same_weights, windows
 from tests.tiny import FAMILIES, random_ids, tiny_model
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 SPLITS = {"equal": 1.0, "half": 1 / 2, "third": 1 / 3, "ffn": 0.0, "attention": math.inf}
 AUTO = ("ffn", "third", "half", "equal")
 GROUPED = [name for name in FAMILIES if not name.endswith("mha") and name != "opt"]

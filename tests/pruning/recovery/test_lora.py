@@ -29,6 +29,8 @@ from pruning.recovery.lora import Config, _merged_adapters, recover
 from tests.pruning.checkpoints.test_surgery import logits, plan_for
 from tests.tiny import FAMILIES, add_noise_, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 ROOT = Path(__file__).parents[3]
 RECORDS = [
     {"instruction": f"What is {i} and {i}?", "input": "" if i % 2 else "Add them.", "output": f"It is {2 * i}."}

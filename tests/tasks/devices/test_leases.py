@@ -19,6 +19,8 @@ from tasks.devices.placement import Placement
 from tasks.devices.pool import DevicePool
 from tests.infra.processes import finish, kill_after_line, start
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 TWO = tuple(Placement(torch.device(f"cuda:{index}"), accelerators=(f"fake-{index}",)) for index in range(2))
 #: stages on two pretended accelerators; each marks its device with a file that must not be there yet
 _CHILD = """

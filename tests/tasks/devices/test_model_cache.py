@@ -24,6 +24,8 @@ from tasks.devices.pool import DevicePool
 from tests.infra.processes import finish, kill_after_line, start
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 #: keeps a replica, says which process that is, and ends without a word about it
 _KEEPER = """
 import sys, time

@@ -31,6 +31,8 @@ from tasks.execution.stage import Devices, run_stage
 from tasks.requests import CaptureRequest, ImportRequest
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 PROJECT = Path(__file__).parents[3]
 REQUEST = CaptureRequest(
     checkpoint=ArtifactRef(kind="checkpoint", key="import-model-v1-0"),

@@ -31,6 +31,8 @@ from tasks.stages.evaluate import MISSING, fill
 from tasks.stages.pairs import SAMPLES_FILE
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 CHECKPOINT, OTHER = (ArtifactRef(kind="checkpoint", key=f"checkpoint-v1-{digit * 16}") for digit in "ab")
 
 

@@ -21,6 +21,8 @@ from tasks.devices.placement import Placement
 from tasks.execution.context import RunContext, StageContext
 from tasks.stages.walk_processes import run_walk
 
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
 Tell = Callable[[float, str], None]
 
 
