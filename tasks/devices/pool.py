@@ -113,7 +113,7 @@ class DevicePool:
                 for name in sorted(name for place in places for name in place.accelerators):
                     leases.enter_context(self._lease(name, True))
             except BaseException:
-                self._give_back(request)
+                self._release(places, leases)  # to nobody in particular: not all of them are ours
                 raise
         return places
 
@@ -147,6 +147,9 @@ class DevicePool:
             if following and stays and (following.needs, following.every) == (request.needs, request.every):
                 self._grant(following, request.grant)
                 return
+        self._release(places, leases)
+
+    def _release(self, places: tuple[Placement, ...], leases: ExitStack) -> None:
         try:
             with leases:
                 for place in places:

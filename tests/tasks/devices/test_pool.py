@@ -231,6 +231,37 @@ def test_a_place_that_cannot_be_leased_leaves_the_others_free() -> None:
         assert place == LEASED[0]
 
 
+def test_who_could_not_lease_all_hands_nothing_on() -> None:
+    """Whoever waits behind, for the same checkpoint, leases everything itself."""
+    held: list[str] = []
+    waiting = threading.Event()
+
+    @contextmanager
+    def lease(name: str, wait: bool) -> Iterator[bool]:
+        if name == "b" and not waiting.is_set():
+            while not places._queue:
+                time.sleep(0.001)
+            waiting.set()
+            raise OSError(name)
+        held.append(name)
+        yield True
+        held.remove(name)
+
+    places = DevicePool(LEASED, lease, lambda place: None)
+
+    def behind() -> list[str]:
+        while places._free:
+            time.sleep(0.001)
+        with places.all("dense"):
+            return sorted(held)
+
+    with ThreadPoolExecutor(1) as thread:
+        leased = thread.submit(behind)
+        with pytest.raises(OSError, match="b"), places.all("dense"):
+            pass
+        assert leased.result(timeout=10) == ["a", "b"]
+
+
 def test_who_stops_waiting_as_a_place_is_handed_over_gives_it_back() -> None:
     diary = Diary(LEASED[0])
     gone = DeviceRequest("dense")
