@@ -18,24 +18,26 @@ from pruning.errors import PruningError
 
 
 class LayerShape(BaseModel):
-    """The widths of one decoder layer."""
+    """The widths of one decoder layer; without heads it has no attention, without channels no MLP."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt
+    num_heads: NonNegativeInt
+    num_kv_heads: NonNegativeInt
     intermediate_size: NonNegativeInt
 
     @model_validator(mode="after")
     def _grouped(self) -> LayerShape:
-        if self.num_heads % self.num_kv_heads:
+        if self.num_heads == self.num_kv_heads == 0:
+            return self
+        if not self.num_kv_heads or not self.num_heads or self.num_heads % self.num_kv_heads:
             raise PruningError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} kv heads equally")
         return self
 
     @property
     def num_groups(self) -> int:
         """Query heads per kv head, 1 without grouping."""
-        return self.num_heads // self.num_kv_heads
+        return self.num_heads // max(1, self.num_kv_heads) or 1
 
     def kv_head_of(self, query_head: int) -> int:
         """The kv head that a query head reads."""
@@ -86,8 +88,11 @@ class LayerPlan(BaseModel):
         _check_indices(self.kept_query_heads, shape.num_heads, f"{where}: kept_query_heads")
         _check_indices(self.kept_kv_heads, shape.num_kv_heads, f"{where}: kept_kv_heads")
         _check_indices(self.kept_channels, shape.intermediate_size, f"{where}: kept_channels")
-        if not self.kept_query_heads or not self.kept_kv_heads:
-            raise PruningError(f"{where} keeps no attention head: keep one or leave the whole layer out of the plan")
+        if bool(self.kept_query_heads) != bool(self.kept_kv_heads):
+            raise PruningError(
+                f"{where} keeps {len(self.kept_query_heads)} query and {len(self.kept_kv_heads)} kv heads: keep one of "
+                "each, or none of either to drop the attention"
+            )
         per_kv_head = Counter(shape.kv_head_of(head) for head in self.kept_query_heads)
         if orphans := sorted(set(per_kv_head) - set(self.kept_kv_heads)):
             raise PruningError(f"{where} keeps query heads of the removed kv heads {orphans}: remove those heads too")
@@ -105,6 +110,7 @@ class PruningPlan(BaseModel):
     source: the shapes of the model the plan applies to, one per layer.
     head_dim: width of one head, the same in all layers.
     layers: the kept layers in their original order.
+    output_bias: whether every o_proj and down_proj gets a bias, which the model did not have before.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -112,6 +118,7 @@ class PruningPlan(BaseModel):
     source: tuple[LayerShape, ...]
     head_dim: PositiveInt
     layers: tuple[LayerPlan, ...]
+    output_bias: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> PruningPlan:
@@ -120,6 +127,11 @@ class PruningPlan(BaseModel):
         _check_indices(tuple(kept.layer for kept in self.layers), len(self.source), "layers of the plan")
         for kept in self.layers:
             kept.check(self.source[kept.layer])
+        if not self.layers[0].kept_kv_heads:
+            raise PruningError(
+                f"layer {self.layers[0].layer}, the first one that stays, keeps no attention head: the length of a KV "
+                "cache is read from the first layer; keep a head there, or drop the whole layer"
+            )
         return self
 
     @classmethod
@@ -150,7 +162,8 @@ class PruningPlan(BaseModel):
                 f"but the first leaves {describe_shapes(self.shapes)} (head_dim {self.head_dim})"
             )
         layers = tuple(self.layers[plan.layer].compose(plan) for plan in then.layers)
-        return PruningPlan(source=self.source, head_dim=self.head_dim, layers=layers)
+        output_bias = self.output_bias or then.output_bias
+        return PruningPlan(source=self.source, head_dim=self.head_dim, layers=layers, output_bias=output_bias)
 
 
 def describe_shapes(shapes: Sequence[LayerShape]) -> str:

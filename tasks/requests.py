@@ -173,7 +173,9 @@ class OrderRequest(_PluginRequest):
     verb: ClassVar[str] = "order"
 
     checkpoint: ArtifactRef
-    statistics: ArtifactRef
+    statistics: ArtifactRef | None = Field(default=None, exclude_if=lambda statistics: statistics is None)
+    calibration: ArtifactRef | None = Field(default=None, exclude_if=lambda calibration: calibration is None)
+    """One of the two: captured Hessians, or the tokens that the method looks at itself."""
 
     @property
     def typed_config(self) -> Any:

@@ -16,17 +16,26 @@ from infra.errors import ResultsUnusable, SettingsInvalid, SourceMissing, Source
 from infra.filesystem.disk import why_unwritable
 from infra.models.import_model import ModelCard, describe
 from infra.remote.store import remote_store
+from infra.results.rows import DENSE
 from infra.settings import Settings
 from infra.sources.find import Sources, TextData
 from infra.tracking.database import check_store
 from pruning.errors import PruningError
-from pruning.families import FAMILIES
+from pruning.families import FAMILIES, LayerCost
+from pruning.plan import LayerShape
 from tasks.devices.leases import check_lease
 from tasks.devices.placement import BALANCED, device_names
 from tasks.execution.context import RunContext
 from tasks.execution.disk_forecast import Forecast, Need, check_room
 from tasks.execution.stage import importing
-from tasks.requests import CalibrateRequest, EvaluateRequest, ProfileRequest, RecoverRequest, Request
+from tasks.requests import (
+    CalibrateRequest,
+    EvaluateRequest,
+    ProfileRequest,
+    PruneRequest,
+    RecoverRequest,
+    Request,
+)
 from tasks.stages.evaluate import MISSING, check_local_data
 from tasks.stages.recover import record_data
 
@@ -65,7 +74,28 @@ def check(graph: StageGraph, run_context: RunContext) -> None:
         elif isinstance(request, RecoverRequest):
             _check_columns(*record_data(request), run_context.sources)
             request.module.check_model(request.typed_config, card.hidden_size)
+        elif isinstance(request, PruneRequest) and request.checkpoint == graph.checkpoints[DENSE]:
+            _check_pruning(request, card)
     _check_disk([stage.request for stage in missing], run_context)
+
+
+def _check_pruning(request: PruneRequest, card: ModelCard) -> None:
+    """What a method cannot take from a model of these widths. Where the headers do not tell them, and for checkpoints
+    that are still to be pruned, the stage itself asks."""
+    if card.num_heads is None or card.num_kv_heads is None or card.intermediate_size is None:
+        return
+    shape = LayerShape(
+        num_heads=card.num_heads, num_kv_heads=card.num_kv_heads, intermediate_size=card.intermediate_size
+    )
+    head_dim = (card.attention_size or card.hidden_size) // card.num_heads
+    gated = next(family.gate_name is not None for family in FAMILIES if card.model_type in family.model_types)
+    cost = LayerCost(
+        per_query_head=2 * head_dim * card.hidden_size,
+        per_kv_head=2 * head_dim * card.hidden_size,
+        per_channel=(2 + gated) * card.hidden_size,
+        fixed=2 * card.hidden_size,
+    )
+    request.module.check_model(request.typed_config, (shape,) * card.num_layers, cost)
 
 
 def _check_disk(requests: Sequence[Request], run_context: RunContext) -> None:

@@ -203,13 +203,16 @@ def _prune(derivation: Derivation, source: ArtifactRef, calibration: Stage) -> l
         # it serves every sparsity, so it is named after the checkpoint that it reads
         needed.append(Stage(capture, capturing, checkpoint=derivation.source, variant=calibration.variant))
         statistics = capturing.ref
-        if (order_config := step.module.order_config(step.config)) is not None:
-            options = _plain(order_config)
-            ordering = OrderRequest(plugin=step.method, config=options, checkpoint=source, statistics=statistics)
-            changed = derivation.changes.options.keys() & options.keys()
-            variant = calibration.variant or (derivation.variant if changed else "")
-            needed.append(Stage(order, ordering, checkpoint=derivation.source, variant=variant))
-            orders = ordering.ref
+    if (order_config := step.module.order_config(step.config)) is not None:
+        options = _plain(order_config)
+        reads = statistics if step.module.ORDERS_FROM == "statistics" else calibration.ref
+        ordering = OrderRequest(
+            plugin=step.method, config=options, checkpoint=source, **{step.module.ORDERS_FROM: reads}
+        )
+        changed = derivation.changes.options.keys() & options.keys()
+        variant = calibration.variant or (derivation.variant if changed else "")
+        needed.append(Stage(order, ordering, checkpoint=derivation.source, variant=variant))
+        orders = ordering.ref
     request = PruneRequest(
         plugin=step.method,
         config=_plain(step.config),

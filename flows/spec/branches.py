@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from flows.spec.steps import Choice, PruneStep, RecoverStep, Variant, percent
+from flows.spec.steps import Choice, PruneStep, RecoverStep, Variant
 from infra.results.rows import DENSE
 
 
@@ -56,5 +56,5 @@ def _grow(steps: Sequence[PruneStep | RecoverStep], source: str, branch: tuple[s
 def _default_name(choice: Choice, source: str, branch: tuple[str, ...]) -> str:
     """E.g. "slimgpt-20", "no-gcd" or "no-gcd-20"; below a branch that of the checkpoint before it comes first."""
     step = choice.step
-    own = "-".join(choice.labels) if choice.variant else f"{step.method}-{percent(step.config.sparsity)}"
+    own = "-".join(choice.labels) if choice.variant else f"{step.method}-{step.amount}"
     return f"{source}+{own}" if branch else own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
@@ -76,13 +76,19 @@ class PruneStep(PluginEntry):
     variants: Variants = Field(default_factory=dict)
     """Further branches by name, each with the options that it changes; they take the place of the step as it is."""
     sparsities: tuple[float, ...]
-    """All values of the option `sparsity`, which may be a list; `config` has the first."""
+    """All values of the option `sparsity`, which may be a list; `config` has the first. Empty where a number of layers
+    is asked for instead."""
 
     @property
     def options(self) -> dict[str, Any]:
         """The method's options as they stand in YAML."""
         several = {"sparsity": list(self.sparsities)} if len(self.sparsities) > 1 else {}
         return super().options | several
+
+    @property
+    def amount(self) -> str:
+        """How much goes, as it stands in names: "20" per cent, or "6-layers"."""
+        return percent(self.sparsities[0]) if self.sparsities else f"{self.config.layers}-layers"
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -94,15 +100,15 @@ class PruneStep(PluginEntry):
     def typed(cls, config_class: type[BaseModel], options: dict[str, Any]) -> dict[str, Any]:
         """One Config for each sparsity that the options give must be valid."""
         configs = _configs(config_class, options)
-        return {"config": configs[0], "sparsities": tuple(config.sparsity for config in configs)}
+        return {"config": configs[0], "sparsities": _sparsities(configs)}
 
     def _choices(self, variant: str, changes: Variant) -> Iterator[Choice]:
         configs = _configs(self.module.Config, self.options | changes.options)
         for config in configs:
-            step = PruneStep(method=self.method, config=config, sparsities=(config.sparsity,))
+            step = PruneStep(method=self.method, config=config, sparsities=_sparsities((config,)))
             labels = [variant] if variant else []
             if len(configs) > 1:
-                labels.append(percent(config.sparsity))
+                labels.append(step.amount)
             yield Choice(step, tuple(labels), variant, changes)
 
     @model_validator(mode="after")
@@ -135,6 +141,10 @@ class Choice:
     labels: tuple[str, ...]
     variant: str
     changes: Variant
+
+
+def _sparsities(configs: Sequence[Any]) -> tuple[float, ...]:
+    return tuple(config.sparsity for config in configs if config.sparsity is not None)
 
 
 def percent(sparsity: float) -> str:

@@ -25,6 +25,7 @@ _CHUNK = 2**24
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 _HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model")
 _HEADS_KEYS = ("num_attention_heads", "n_head", "num_heads")
+_KV_HEADS_KEYS = ("num_key_value_heads", "n_head_kv")
 _FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner")
 
 
@@ -45,6 +46,8 @@ class ModelCard(BaseModel):
     max_position_embeddings: int | None = None  # None where the config does not say
     intermediate_size: int | None = None  # of the FFN, the same
     attention_size: int | None = None  # inputs of o_proj: query heads x head_dim, which need not be hidden_size
+    num_heads: int | None = None  # None where layers differ, too
+    num_kv_heads: int | None = None
     has_chat_template: bool | None = None  # of its tokenizer; None where only the hub knows
 
 
@@ -136,6 +139,7 @@ def card_of_config(
             f"config.json of {where} names no model_type, num_hidden_layers and hidden_size; slimline needs a "
             "decoder-only language model"
         )
+    even = not config.get("per_layer_config")
     try:
         return ModelCard(
             model_type=config["model_type"], num_layers=layers, hidden_size=hidden,
@@ -143,6 +147,8 @@ def card_of_config(
             max_position_embeddings=config.get("max_position_embeddings"),
             intermediate_size=next((config[key] for key in _FFN_KEYS if config.get(key)), None),
             attention_size=_attention_size(heads, config.get("head_dim"), hidden),
+            num_heads=heads if even and isinstance(heads, int) else None,
+            num_kv_heads=next((config[key] for key in _KV_HEADS_KEYS if config.get(key)), heads) if even else None,
         )  # fmt: skip
     except ValidationError as error:
         problem = error.errors()[0]
@@ -167,6 +173,8 @@ def _card_of_gguf(file: Path) -> ModelCard:
             max_position_embeddings=header.number("context_length"),
             has_chat_template="tokenizer.chat_template" in header.values,
             intermediate_size=header.number_or_none("feed_forward_length"),
+            num_heads=header.number_or_none("attention.head_count"),
+            num_kv_heads=header.number_or_none("attention.head_count_kv"),
             attention_size=_attention_size(
                 header.number_or_none("attention.head_count"), header.number_or_none("attention.key_length"), hidden
             ),

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict
 
-FORMAT = 3
+FORMAT = 4
 """Version of the rows, in files and in the index. An index of another version is made anew from the files."""
 
 DENSE = "dense"
@@ -127,7 +127,8 @@ class PairRow(OfRun):
 
 
 class LayerRow(OfRun):
-    """What pruning did to one half of one layer: `sparsity` is the share removed, errors are relative to its output."""
+    """What pruning did to one half of one layer: `sparsity` is the share removed, errors are relative to its output.
+    `score`: what went, in the method's own unit; None in rows of format 3 and before, and of methods without."""
 
     stage_key: str
     layer: int
@@ -141,6 +142,7 @@ class LayerRow(OfRun):
     condition: float | None = None
     seconds: float | None = None
     num_tokens: int | None = None
+    score: float | None = None
 
 
 class NightRow(OfNight):

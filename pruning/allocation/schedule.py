@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pruning.errors import PruningError
@@ -18,6 +18,8 @@ from pruning.plan import LayerShape
 Curve = Literal["log_increase", "linear_increase", "uniform", "log_decrease", "linear_decrease"]
 HeadUnit = Literal["kv_group", "query_head"]
 
+#: attention ratio over FFN ratio in one layer, by the name of the split
+ATTENTION_RATIOS = {"equal": 1.0, "half": 1 / 2, "third": 1 / 3, "ffn": 0.0, "attention": math.inf}
 #: no sub-layer loses more than this share of its heads or channels
 MAX_RATIO = 0.95
 #: end points of the paper at 20 %: r_0 = 0.0625, r_31 = 0.25; the same proportion is kept at other sparsities
@@ -102,28 +104,13 @@ def solve_budgets(shapes: Sequence[LayerShape], cost: LayerCost, allocation: All
     total = sum(cost.parameters(shape) for shape in shapes)
     wanted = allocation.sparsity * total
     weights = _protected(curve_weights(allocation.curve, len(shapes), allocation.start_over_end), allocation)
-    attention, ffn = _split(allocation.attention_ratio)
-
-    def removed(scale: float) -> float:
-        return sum(
-            _head_ratio(scale * weight * attention, shape, allocation.head_unit)
-            * _attention_parameters(shape, cost, allocation.head_unit)
-            + _ratio(scale * weight * ffn) * shape.intermediate_size * cost.per_channel
-            for weight, shape in zip(weights, shapes, strict=True)
-        )
-
-    most = removed(1e6)
-    if most < wanted:
-        raise PruningError(
-            f"sparsity {allocation.sparsity:g} cannot be reached: with this split and these protected layers at most "
-            f"{most / total:.3f} of the decoder-layer parameters can go; lower sparsity, protect fewer layers or "
-            f"choose another split"
-        )
-    scale = _bisect(removed, wanted)
+    attention, ffn = split_ratios(allocation.attention_ratio)
+    check_reach(allocation, shapes, cost)
+    scale = _bisect(lambda scale: _removed(scale, weights, shapes, cost, allocation), wanted)
     ratios = [_head_ratio(scale * w * attention, s, allocation.head_unit) for w, s in zip(weights, shapes, strict=True)]
     heads = _round_heads(shapes, cost, ratios, allocation.head_unit)
     head_parameters = sum(
-        count * _unit_parameters(shape, cost, allocation.head_unit) for count, shape in zip(heads, shapes, strict=True)
+        count * unit_parameters(shape, cost, allocation.head_unit) for count, shape in zip(heads, shapes, strict=True)
     )
     if ffn == 0:
         return tuple(LayerBudget(count, 0) for count in heads)
@@ -131,19 +118,62 @@ def solve_budgets(shapes: Sequence[LayerShape], cost: LayerCost, allocation: All
     return tuple(LayerBudget(h, c) for h, c in zip(heads, channels, strict=True))
 
 
+def check_head_unit(head_unit: HeadUnit, shapes: Sequence[LayerShape]) -> None:
+    """Raise PruningError if query heads are to go one by one from groups of one."""
+    if head_unit == "query_head" and any(shape.num_groups == 1 for shape in shapes if shape.num_heads):
+        raise PruningError(
+            "head_unit 'query_head' takes query heads from groups that share a kv head, and a layer of this model has "
+            "one query head per kv head; use kv_group, which there means single heads"
+        )
+
+
+def check_reach(allocation: Allocation, shapes: Sequence[LayerShape], cost: LayerCost, *, joint: bool = False) -> None:
+    """Raise PruningError if the sparsity cannot be reached.
+
+    joint: attention and FFN may each lose all that can go, whatever attention_ratio says.
+    """
+    if joint:
+        allocation = replace(allocation, attention_ratio=1.0)
+    total = sum(cost.parameters(shape) for shape in shapes)
+    most = _removed(1e6, _protected((1.0,) * len(shapes), allocation), shapes, cost, allocation)
+    if most < allocation.sparsity * total:
+        raise PruningError(
+            f"sparsity {allocation.sparsity:g} cannot be reached: with this split and these protected layers at most "
+            f"{most / total:.3f} of the decoder-layer parameters can go; lower sparsity, protect fewer layers or "
+            f"choose another split"
+        )
+
+
+def _removed(
+    scale: float,
+    weights: Sequence[float],
+    shapes: Sequence[LayerShape],
+    cost: LayerCost,
+    allocation: Allocation,
+) -> float:
+    """Parameters that go if each layer loses `scale` times its weight, as far as it can."""
+    attention, ffn = split_ratios(allocation.attention_ratio)
+    return sum(
+        _head_ratio(scale * weight * attention, shape, allocation.head_unit)
+        * _attention_parameters(shape, cost, allocation.head_unit)
+        + _ratio(scale * weight * ffn) * shape.intermediate_size * cost.per_channel
+        for weight, shape in zip(weights, shapes, strict=True)
+    )
+
+
 def removed_parameters(
     budgets: Sequence[LayerBudget], shapes: Sequence[LayerShape], cost: LayerCost, head_unit: HeadUnit
 ) -> int:
     """Decoder-layer parameters that these budgets take away."""
     return sum(
-        budget.head_units * _unit_parameters(shape, cost, head_unit) + budget.channels * cost.per_channel
+        budget.head_units * unit_parameters(shape, cost, head_unit) + budget.channels * cost.per_channel
         for budget, shape in zip(budgets, shapes, strict=True)
     )
 
 
 def num_head_units(shape: LayerShape, head_unit: HeadUnit) -> int:
     """How many units attention has: kv groups, or query heads per kv group (one goes from every group at once)."""
-    return shape.num_kv_heads if head_unit == "kv_group" else shape.num_groups
+    return shape.num_kv_heads if head_unit == "kv_group" or not shape.num_heads else shape.num_groups
 
 
 def _shares(curve: Curve, num_layers: int) -> list[float]:
@@ -158,7 +188,7 @@ def _given_budgets(
 ) -> tuple[LayerBudget, ...]:
     """Each layer's own ratio of its head units and channels; nothing is carried from layer to layer."""
     ratios = _protected(curve_ratios(allocation.curve, len(shapes), end_points), allocation)
-    attention, ffn = _split(allocation.attention_ratio)
+    attention, ffn = split_ratios(allocation.attention_ratio)
     unit = allocation.head_unit
     budgets = tuple(
         LayerBudget(
@@ -178,14 +208,15 @@ def _given_budgets(
     return budgets
 
 
-def _unit_parameters(shape: LayerShape, cost: LayerCost, head_unit: HeadUnit) -> int:
+def unit_parameters(shape: LayerShape, cost: LayerCost, head_unit: HeadUnit) -> int:
+    """Parameters that go with one head unit."""
     if head_unit == "kv_group":
         return cost.per_kv_head + shape.num_groups * cost.per_query_head
     return shape.num_kv_heads * cost.per_query_head
 
 
 def _attention_parameters(shape: LayerShape, cost: LayerCost, head_unit: HeadUnit) -> int:
-    return num_head_units(shape, head_unit) * _unit_parameters(shape, cost, head_unit)
+    return num_head_units(shape, head_unit) * unit_parameters(shape, cost, head_unit)
 
 
 def _protected(weights: Sequence[float], allocation: Allocation) -> tuple[float, ...]:
@@ -193,7 +224,8 @@ def _protected(weights: Sequence[float], allocation: Allocation) -> tuple[float,
     return tuple(w if allocation.protect_first <= i < last else 0.0 for i, w in enumerate(weights))
 
 
-def _split(attention_ratio: float) -> tuple[float, float]:
+def split_ratios(attention_ratio: float) -> tuple[float, float]:
+    """Relative ratios of attention and FFN, the larger one 1."""
     if math.isinf(attention_ratio):
         return 1.0, 0.0
     largest = max(1.0, attention_ratio)
@@ -207,7 +239,7 @@ def _ratio(value: float) -> float:
 def _head_ratio(value: float, shape: LayerShape, head_unit: HeadUnit) -> float:
     # one unit always stays: of three kv groups at most two can go, whatever the curve says
     units = num_head_units(shape, head_unit)
-    return min(_ratio(value), (units - 1) / units)
+    return min(_ratio(value), (units - 1) / units) if units else 0.0
 
 
 def _bisect(function: Callable[[float], float], wanted: float) -> float:
@@ -226,7 +258,7 @@ def _round_heads(
     counts: list[int] = []
     carried = 0.0
     for shape, ratio in zip(shapes, ratios, strict=True):
-        unit, units = _unit_parameters(shape, cost, head_unit), num_head_units(shape, head_unit)
+        unit, units = unit_parameters(shape, cost, head_unit), num_head_units(shape, head_unit)
         exact = ratio * units * unit
         count = min(max(0, round((exact + carried) / unit)), units - 1) if ratio > 0 else 0
         counts.append(count)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pruning.checkpoints.meta_model import meta_model
 from pruning.checkpoints.stored_tensors import stored_tensors
@@ -34,6 +35,16 @@ class Decoder(ABC):
     @abstractmethod
     def layer(self, index: int, device: torch.device) -> nn.Module:
         """A fresh copy of a decoder layer on `device`, in eval mode, without gradients."""
+
+    def logits_of(self, device: torch.device, dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
+        """From the residual stream after the last layer, on `device` in `dtype` (None: the model's), to logits: final
+        norm and head."""
+        parts = [self.family.final_norm(self.skeleton), self.family.head(self.skeleton)]
+        wanted = dtype or self.family.embeddings(self.skeleton).weight.dtype
+        # the decoder's own parts stay as they are
+        return nn.Sequential(
+            *(part if _is(part, device, wanted) else copy.deepcopy(part).to(device, wanted) for part in parts)
+        )
 
     @property
     def num_layers(self) -> int:
@@ -77,6 +88,10 @@ class StreamedDecoder(Decoder):
         tensors = self._stored.read(prefix + name for name in layer.state_dict())
         layer.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
         return layer.to(device).requires_grad_(False).eval()
+
+
+def _is(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    return all(parameter.device == device and parameter.dtype == dtype for parameter in module.parameters())
 
 
 def _copy(layer: nn.Module, config: Any) -> nn.Module:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.families import ModelFamily, family_of, shapes
-from pruning.families.forward import SubLayerKind
+from pruning.families.forward import KINDS, SubLayerKind, output_linear, silence_
 from pruning.modeling import describe_
+from pruning.modeling.modeling_slimline import without_heads_
 from pruning.plan import LayerPlan, PruningPlan, describe_shapes
 
 if TYPE_CHECKING:
@@ -36,10 +37,12 @@ def shrink_(model: PreTrainedModel, plan: PruningPlan) -> None:
     _check_applies(model, family, plan)
     layers = family.layers(model)
     for kept in plan.layers:
+        if plan.output_bias:
+            give_output_bias_(family, layers[kept.layer])
         shrink_layer_(family, layers[kept.layer], kept)
     kept_layers = tuple(kept.layer for kept in plan.layers)
     _keep_layers_(layers, kept_layers)
-    describe_(model, kept_layers, plan.shapes)
+    describe_(model, kept_layers, plan.shapes, output_bias=plan.output_bias)
 
 
 @torch.no_grad()
@@ -54,8 +57,8 @@ def mask_(model: PreTrainedModel, plan: PruningPlan) -> None:
     for kept in plan.layers:
         _mask_layer_(family, layers[kept.layer], kept, plan.head_dim)
     for index in plan.dropped_layers:
-        for linear in (family.o_proj(layers[index]), family.down_proj(layers[index])):
-            _zero_(linear)
+        for kind in KINDS:
+            silence_(output_linear(family, layers[index], kind))
 
 
 def _check_applies(model: nn.Module, family: ModelFamily, plan: PruningPlan) -> None:
@@ -93,6 +96,16 @@ def shrink_layer_(family: ModelFamily, layer: nn.Module, kept: LayerPlan) -> Non
     ):
         if hasattr(module, name):
             setattr(module, name, value)
+    if not kept.kept_kv_heads:
+        without_heads_(family.attention(layer))
+
+
+def give_output_bias_(family: ModelFamily, layer: nn.Module) -> None:
+    """Give the output linears of a layer a bias of zero where they have none."""
+    for kind in KINDS:
+        linear = output_linear(family, layer, kind)
+        if linear.bias is None:
+            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
 
 
 def _mask_layer_(family: ModelFamily, layer: nn.Module, kept: LayerPlan, head_dim: int) -> None:
@@ -135,7 +148,7 @@ def _others(kept: Tensor, size: int) -> Tensor:
     return removed.nonzero().flatten()
 
 
-def _zero_(linear: nn.Linear, rows: Tensor | slice = slice(None)) -> None:
+def _zero_(linear: nn.Linear, rows: Tensor) -> None:
     linear.weight[rows] = 0
     if linear.bias is not None:
         linear.bias[rows] = 0

@@ -3,6 +3,7 @@
 * `rows`      one row per family: where its parts are called what; a new family is a new row, start here
 * `family`    what a row says, asked of a model: layers, linears, norms, head width
 * `forward`   one sub-layer computed alone, as the walk does it
+* `sites`     where something can be removed, and which columns go together
 
 May import pruning.plan and pruning.errors. What it asks of a model are names and shapes: no weight is read.
 """

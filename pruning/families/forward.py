@@ -5,10 +5,11 @@ Shapes: B samples, L tokens per sample, C residual stream, I input features of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -44,6 +45,31 @@ def output_inputs(
     with _without(module, family.down_name):
         channels_BLI: Tensor = module(norm(stream_BLC))
         return channels_BLI
+
+
+def silence_(linear: nn.Linear) -> None:
+    """Let an output linear add nothing to the residual stream."""
+    with torch.no_grad():
+        linear.weight.zero_()
+        if linear.bias is not None:
+            linear.bias.zero_()
+
+
+def layer_output(
+    family: ModelFamily,
+    layer: nn.Module,
+    stream_BLC: Tensor,
+    kwargs: dict[str, Any],
+    kinds: Collection[SubLayerKind] = KINDS,
+) -> Tensor:
+    """The residual stream after a layer of which only the sub-layers `kinds` are there; by default, all of it."""
+    after_BLC = stream_BLC
+    for kind in KINDS:
+        if kind in kinds:
+            before_BLC = stream_BLC if family.parallel_residual else after_BLC
+            inputs_BLI = output_inputs(family, layer, kind, before_BLC, kwargs)
+            after_BLC = after_BLC + output_linear(family, layer, kind)(inputs_BLI)
+    return after_BLC
 
 
 @contextmanager

@@ -5,6 +5,8 @@
 * `kl`            the measure they are compared by, without ever holding all logits
 * `capture`       Hessians of the dense model, written once for every sparsity
 * `orders`        from these, one order of removal for every sparsity
+* `apply`         orders of heads and channels carried out: what the allocation takes goes, the rest is repaired
+* `drop`          whole layers left out; `stand_ins` lets the layer before them do their work as well
 * `streaming`     from one checkpoint folder to another, durably; the whole of a pruning stage
 
 Imports `allocation`, `checkpoints`, `obs` and `walk`; used by `methods` and by the tasks.

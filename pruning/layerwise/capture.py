@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from pruning.calibration import CalibrationSet
 from pruning.checkpoints.decoder import Decoder
-from pruning.obs.hessian import Statistics
+from pruning.statistics.hessian import Statistics
 from pruning.walk.sequential import WalkOptions, walk_layers
 
 

@@ -5,11 +5,10 @@ Shapes: M samples, L tokens, C residual stream, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pruning.checkpoints.decoder import Decoder
 from pruning.errors import PruningError
@@ -38,12 +37,11 @@ def mean_kl(decoder: Decoder, dense_MLC: Tensor, pruned_MLC: Tensor, options: Wa
     M x L x V of a large vocabulary would not fit. Raises PruningError when it is not finite: no comparison with NaN
     chooses anything.
     """
-    family, model, device = decoder.family, decoder.skeleton, options.device
-    norm, head = _on(family.final_norm(model), device), _on(family.head(model), device)
+    device, logits_of = options.device, decoder.logits_of(options.device)
     total = 0.0
     for dense_LC, pruned_LC in zip(dense_MLC, pruned_MLC, strict=True):
         for dense_TC, pruned_TC in zip(dense_LC.split(_TOKENS), pruned_LC.split(_TOKENS), strict=True):
-            p_TV, q_TV = (head(norm(stream_TC.to(device))).float() for stream_TC in (dense_TC, pruned_TC))
+            p_TV, q_TV = (logits_of(stream_TC.to(device)).float() for stream_TC in (dense_TC, pruned_TC))
             # sum of p (log p - log q) in few passes over what is the largest tensor there is
             distance_T = q_TV.logsumexp(-1) - p_TV.logsumexp(-1)
             difference_TV = q_TV.neg_().add_(p_TV)
@@ -56,9 +54,3 @@ def mean_kl(decoder: Decoder, dense_MLC: Tensor, pruned_MLC: Tensor, options: Wa
             "dtype (float32 or bfloat16 instead of float16)"
         )
     return total / count
-
-
-def _on(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module itself if it is there, else a copy: the decoder's own parts stay where they are."""
-    at_home = all(parameter.device == device for parameter in module.parameters())
-    return module if at_home else copy.deepcopy(module).to(device)

@@ -7,56 +7,26 @@ sparsity takes the first so many groups of it and refits the rest.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from pruning.allocation.schedule import MAX_RATIO, HeadUnit, num_head_units
 from pruning.distributed import ProcessGroup
 from pruning.families import shapes
 from pruning.obs.elimination import nested_group_sizes, prepare
 from pruning.obs.groups import Groups, channel_groups, head_groups, search
+from pruning.orders import Order, Orders, Unit
 from pruning.walk.sequential import SubLayer, WalkOptions, walk_layers
 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
     from pruning.obs.groups import Solver
-    from pruning.obs.hessian import Statistics
     from pruning.plan import LayerShape
-
-
-class Order(BaseModel):
-    """One linear: groups in the order they go, as far as any budget may ask; after `rounds` removals the predicted
-    error (mean squared output error per token) was `errors`. refactorisations: 0; files of earlier versions may say
-    more."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    order: tuple[int, ...]
-    rounds: tuple[int, ...]
-    errors: tuple[float, ...]
-    condition: float
-    refactorisations: int = 0
-
-    def bounds(self, count: int) -> tuple[float, float]:
-        """Between what the error of removing the first `count` groups must lie: it grows from round to round."""
-        return (0.0, *self.errors)[bisect_right(self.rounds, count)], self.errors[bisect_left(self.rounds, count)]
-
-
-class Orders:
-    """The folder that `trace_orders` filled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def load(self, name: str, unit: str) -> Order:
-        """The order of the linear `name`; unit: "channel" of a down_proj, "kv_group" or "query_head" of an o_proj."""
-        return Order.model_validate_json(_file(self.folder, name, unit).read_bytes())
+    from pruning.statistics.hessian import Statistics
 
 
 def trace_orders(
@@ -89,13 +59,13 @@ def trace_orders(
                 errors=found.errors,
                 condition=1.0 / problem.rcond,
             )
-            _file(folder, sub_layer.name, unit).write_text(order.model_dump_json(), encoding="utf-8")
+            Orders(folder).save(sub_layer.name, unit, order)
         if sub_layer.kind == "mlp":
             on_layer(sub_layer.layer)
         del sub_layer, problem  # before the next ones are there
 
 
-def _groups(sub_layer: SubLayer, shape: LayerShape, head_dim: int, solver: Solver) -> dict[str, Groups]:
+def _groups(sub_layer: SubLayer, shape: LayerShape, head_dim: int, solver: Solver) -> dict[Unit, Groups]:
     """By unit: what may go, as far as any budget may ask for it."""
     if sub_layer.kind == "mlp":
         total = shape.intermediate_size
@@ -105,8 +75,4 @@ def _groups(sub_layer: SubLayer, shape: LayerShape, head_dim: int, solver: Solve
             groups = replace(groups, sizes=tuple(nested_group_sizes(count, total)))
         return {"channel": groups}
     units: tuple[HeadUnit, ...] = ("kv_group", "query_head") if shape.num_groups > 1 else ("kv_group",)
-    return {unit: head_groups(shape, head_dim, num_head_units(shape, unit) - 1, unit) for unit in units}
-
-
-def _file(folder: Path, name: str, unit: str) -> Path:
-    return folder / f"{name}.{unit}.json"
+    return {unit: head_groups(shape, head_dim, max(0, num_head_units(shape, unit) - 1), unit) for unit in units}

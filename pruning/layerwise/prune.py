@@ -6,6 +6,7 @@ Shapes: O outputs, I inputs of the linear, N groups, D columns per group, K kept
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from pruning.walk.state import LayerEntry, SubLayerReport, WalkState
 
 if TYPE_CHECKING:
     from pruning.allocation.schedule import HeadUnit, LayerBudget
-    from pruning.layerwise.orders import Orders
+    from pruning.orders import Orders
 
 log = logging.getLogger("slimline")
 
@@ -77,7 +78,7 @@ def prune_layerwise_(
         kept.append(kept_units)
         reports.append(report)
         if sub_layer.kind == "mlp":
-            plan = _layer_plan(sub_layer.layer, shape, kept[0], kept[1], solver.head_unit)
+            plan = layer_plan(sub_layer.layer, shape, kept[0], kept[1], solver.head_unit)
             walk_state.decide(LayerEntry(plan=plan, reports=tuple(reports)))
         del sub_layer  # its Hessian would stay until the next one is there
 
@@ -87,9 +88,10 @@ def sub_layers_to_prune(budgets: Sequence[LayerBudget]) -> Callable[[int, SubLay
     return lambda layer, kind: (budgets[layer].head_units if kind == "attention" else budgets[layer].channels) > 0
 
 
-def _layer_plan(
+def layer_plan(
     index: int, shape: LayerShape, units: tuple[int, ...], channels: tuple[int, ...], head_unit: HeadUnit
 ) -> LayerPlan:
+    """The plan of a layer that keeps these head units and channels."""
     per_group = shape.num_groups
     if head_unit == "kv_group":
         kv_heads = units
@@ -146,7 +148,9 @@ def _choose(
     if orders is not None:
         traced = orders.load(name, solver.head_unit if sub_layer.kind == "attention" else "channel")
         system = dampen(name, weight_OI, hessian, dampening_frac=frac, dtype=dtype)
-        return system, traced.order[: groups.count], traced.bounds(groups.count), {"condition": traced.condition}
+        # what scores no error predicts none
+        bounds = traced.bounds(groups.count) if traced.condition is not None else (0.0, math.inf)
+        return system, traced.order[: groups.count], bounds, {"condition": traced.condition}
     problem = prepare(name, weight_OI, hessian, dampening_frac=frac, dtype=dtype)
     found = search(problem, groups, solver)
     predicted = found.errors[-1]

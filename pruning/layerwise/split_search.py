@@ -19,12 +19,11 @@ from pruning.checkpoints.decoder import Decoder
 from pruning.errors import PruningError
 from pruning.families import layer_cost, shapes
 from pruning.layerwise.kl import final_stream, mean_kl
-from pruning.layerwise.orders import Orders
 from pruning.layerwise.prune import prune_layerwise_, sub_layers_to_prune
 from pruning.obs.elimination import single_precision_will_do
 from pruning.obs.groups import Solver
-from pruning.obs.hessian import Statistics
-from pruning.plan import PruningPlan
+from pruning.orders import Orders
+from pruning.statistics.hessian import Statistics
 from pruning.walk.sequential import WalkOptions, walk_layers
 from pruning.walk.state import Pruned, WalkState
 
@@ -144,7 +143,7 @@ def _prune(
         process_group=job.options.process_group,
         on_layer=lambda layer: progress((layer + 1) / len(widths), f"layer {layer + 1} of {len(widths)}"),
     )
-    plan = PruningPlan(source=widths, head_dim=head_dim, layers=tuple(entry.plan for entry in walk_state.entries))
+    plan = walk_state.plan(widths, head_dim)
     achieved = removed_parameters(budgets, widths, cost, allocation.head_unit) / sum(map(cost.parameters, widths))
     reports = tuple(report for entry in walk_state.entries for report in entry.reports)
     return Pruned(plan=plan, layers=reports, achieved_sparsity=achieved, split=candidate.name), stream_MLC

@@ -124,6 +124,7 @@ def assemble_checkpoint(decoder: StreamedDecoder, layer_files: list[Path], plan:
         decoder.family.head_dim(skeleton),
         tuple(layer.layer for layer in plan.layers),
         plan.shapes,
+        output_bias=plan.output_bias,
     )
     write_index(out, names)
     config.architectures = [model_class.__name__]

@@ -5,10 +5,9 @@ Config field names and defaults follow the paper; where we differ the field says
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,19 +15,19 @@ from pruning.bounds import Amount, Count, Real
 from pruning.errors import PruningError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from pruning.allocation.schedule import HeadUnit
     from pruning.calibration import CalibrationSet
     from pruning.checkpoints.decoder import Decoder
+    from pruning.families import LayerCost
     from pruning.layerwise.split_search import Candidate
+    from pruning.plan import LayerShape
     from pruning.walk.sequential import WalkOptions
     from pruning.walk.state import Pruned, WalkState
 
 VERSION = 2
+#: what `order` reads
+ORDERS_FROM = "statistics"
 
-#: attention ratio over FFN ratio in one layer, by the name of the split
-_SPLITS = {"equal": 1.0, "half": 1 / 2, "third": 1 / 3, "ffn": 0.0, "attention": math.inf}
 #: what auto chooses from, by rising share of attention
 _AUTO_SPLITS = ("ffn", "third", "half", "equal")
 
@@ -94,18 +93,21 @@ def order_config(config: Config) -> OrderConfig | None:
 
 def order(
     decoder: Decoder,
-    statistics: Path,
     config: OrderConfig,
     folder: Path,
     *,
+    statistics: Path,
     options: WalkOptions,
     progress: Callable[[float, str], None] = lambda share, message: None,
+    **_: Any,
 ) -> None:
     """Write the greedy order of every linear of the dense model into `folder`: one serves every sparsity."""
     from pruning.layerwise.orders import trace_orders
     from pruning.obs.groups import Solver
-    from pruning.obs.hessian import Statistics
+    from pruning.statistics.hessian import Statistics
 
+    if not options.process_group.leads:
+        return  # from Hessians alone, so there is nothing to share
     solver = Solver(config.dampening_frac, config.grouped_cholesky, config.group_size, "kv_group")
     count = decoder.num_layers
     trace_orders(
@@ -135,15 +137,17 @@ def prune(
     the same statistics, to save the search. Raises PruningError when statistics and config disagree, the sparsity
     cannot be reached, a Hessian cannot be inverted, or auto has no held-out windows to judge by.
     """
-    from pruning.layerwise.orders import Orders
+    from pruning.families import layer_cost, shapes
     from pruning.layerwise.split_search import Job, prune_best_split, prune_split
-    from pruning.obs.hessian import Statistics
+    from pruning.orders import Orders
+    from pruning.statistics.hessian import Statistics
 
     _check_statistics(statistics, config)
-    _check_head_unit(decoder.skeleton, config)
+    widths = shapes(decoder.skeleton)
+    check_model(config, widths, layer_cost(decoder.skeleton))
     captured = Statistics(statistics) if statistics else None
     job = Job(decoder, calibration, captured, Orders(orders) if orders else None, options)
-    candidates = _candidates(decoder.skeleton, config)
+    candidates = _candidates(widths, config)
     if len(candidates) > 1:
         return prune_best_split(job, candidates, walk_state, progress)
     return prune_split(job, candidates[0], walk_state, progress)
@@ -158,21 +162,28 @@ def _check_statistics(statistics: Path | None, config: Config) -> None:
         )
 
 
-def _check_head_unit(model: nn.Module, config: Config) -> None:
-    from pruning.families import shapes
+def check_model(config: Config, layers: Sequence[LayerShape], cost: LayerCost) -> None:
+    """Raise PruningError if a model of these layers cannot be pruned so: by no split that is to be tried."""
+    from pruning.allocation.schedule import check_head_unit, check_reach
 
-    if config.head_unit == "query_head" and any(shape.num_groups == 1 for shape in shapes(model)):
-        raise PruningError(
-            "head_unit 'query_head' takes query heads from groups that share a kv head, and a layer of this model has "
-            "one query head per kv head; use kv_group, which there means single heads"
-        )
+    if config.head_unit is not None:
+        check_head_unit(config.head_unit, layers)
+    if config.end_points is not None:
+        return  # each layer's ratio is given
+    reasons: list[PruningError] = []
+    candidates = _candidates(layers, config)
+    for candidate in candidates:
+        try:
+            check_reach(candidate.allocation, layers, cost)
+        except PruningError as reason:
+            reasons.append(reason)
+    if len(reasons) == len(candidates):
+        raise reasons[0]
 
 
-def _candidates(model: nn.Module, config: Config) -> list[Candidate]:
+def _candidates(layers: Sequence[LayerShape], config: Config) -> list[Candidate]:
     """The splits to try, by rising share of attention; one if there is nothing to choose."""
-    from pruning.families import shapes
-
-    grouped = all(shape.num_groups > 1 for shape in shapes(model))
+    grouped = all(shape.num_groups > 1 for shape in layers)
     split = config.split or ("auto" if grouped else "equal")
     if split != "auto":
         return [_candidate(config, split, config.head_unit or "kv_group")]
@@ -181,7 +192,7 @@ def _candidates(model: nn.Module, config: Config) -> list[Candidate]:
 
 
 def _candidate(config: Config, split: str, head_unit: HeadUnit) -> Candidate:
-    from pruning.allocation.schedule import Allocation
+    from pruning.allocation.schedule import ATTENTION_RATIOS, Allocation
     from pruning.layerwise.split_search import Candidate
     from pruning.obs.groups import Solver
 
@@ -190,7 +201,7 @@ def _candidate(config: Config, split: str, head_unit: HeadUnit) -> Candidate:
         curve=config.curve,
         start_over_end=config.start_over_end,
         end_points=config.end_points,
-        attention_ratio=_SPLITS[split],
+        attention_ratio=ATTENTION_RATIOS[split],
         protect_first=config.protect_first,
         protect_last=config.protect_last,
         head_unit=head_unit,

@@ -34,20 +34,25 @@ def pruned_config(
     head_dim: int,
     kept_layers: tuple[int, ...],
     shapes: tuple[LayerShape, ...],
+    *,
+    output_bias: bool = False,
 ) -> tuple[Any, PreTrainedConfig]:
     """The causal LM class and the config of a model after pruning; `config`, the old one, is left as it is.
 
     head_dim: width of one head. kept_layers: the layers' indices in the old config. shapes: their widths now. Equal
     widths get the stock class and plain fields; others (and head counts that the stock class cannot build) ours and
-    `per_layer_config`.
+    `per_layer_config`. output_bias: whether the output linears have got biases, which stock classes do not know either.
     """
     stock = causal_class(family, uneven=False)
     values = _config_values(config, family, kept_layers, shapes)
+    if output_bias:
+        values["output_bias"] = True
     explicit = values | {"head_dim": head_dim}
     # a stock class that divides the hidden size by the heads must not be told a width of its own
     plain = explicit if family.stock_head_dim else values
     whole = family.stock_head_dim or values[family.heads_field] * head_dim == config.hidden_size
-    if whole and "per_layer_config" not in values and _accepts(stock.config_class, plain):
+    even = "per_layer_config" not in values and not values.get("output_bias")
+    if whole and even and _accepts(stock.config_class, plain):
         new_class, new_config = stock, stock.config_class(**plain)
     else:
         new_class = causal_class(family, uneven=True)
@@ -59,10 +64,13 @@ def pruned_config(
     return new_class, new_config
 
 
-def describe_(model: PreTrainedModel, kept_layers: tuple[int, ...], shapes: tuple[LayerShape, ...]) -> None:
+def describe_(
+    model: PreTrainedModel, kept_layers: tuple[int, ...], shapes: tuple[LayerShape, ...], *, output_bias: bool = False
+) -> None:
     """Give a model whose layers were cut the config and the classes that fit it (see `pruned_config`)."""
     family = family_of(model)
-    new_class, config = pruned_config(model.config, family, family.head_dim(model), kept_layers, shapes)
+    head_dim = family.head_dim(model)
+    new_class, config = pruned_config(model.config, family, head_dim, kept_layers, shapes, output_bias=output_bias)
     classes = sys.modules[new_class.__module__]
     prefix = new_class.__name__.removesuffix(family.architectures[0])
     for module in model.modules():

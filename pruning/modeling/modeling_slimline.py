@@ -16,8 +16,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
@@ -79,7 +81,10 @@ class _UnevenConfig:
         for index, layer in enumerate(self.per_layer_config):
             heads = layer.num_attention_heads
             kv_heads = getattr(layer, "num_key_value_heads", heads)
-            if not kv_heads or heads % kv_heads:
+            if heads == kv_heads == 0:
+                if index == 0:
+                    raise ValueError("layer 0 has no attention heads: the length of a KV cache is read from it")
+            elif not kv_heads or not heads or heads % kv_heads:
                 raise ValueError(f"layer {index}: {heads} query heads cannot share {kv_heads} kv heads equally")
 
 
@@ -97,8 +102,53 @@ def _no_layers(config: Any) -> Iterator[None]:
             config._heterogeneity_spec = overrides
 
 
+class _WithoutHeads:
+    """An attention without heads: it adds nothing but its bias and caches nothing; goes before the stock one."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        """What the output linear makes of no inputs at all."""
+        output = next(getattr(self, name) for name in _OUTPUT_NAMES if hasattr(self, name))
+        return output(hidden_states.new_zeros(*hidden_states.shape[:-1], 0)), None
+
+
+_OUTPUT_NAMES = ("o_proj", "out_proj", "dense")
+
+
+@cache
+def _class_without_heads(attention_class: type) -> type:
+    return type(f"{attention_class.__name__}WithoutHeads", (_WithoutHeads, attention_class), {})
+
+
+def without_heads_(attention: Any) -> None:
+    """Let an attention whose linears have lost all heads be computed as one that has none."""
+    if not isinstance(attention, _WithoutHeads):
+        attention.__class__ = _class_without_heads(type(attention))  # type: ignore[arg-type]
+
+
+def _build_layer(build: Callable[[Any, int], nn.Module], config: Any, index: int) -> nn.Module:
+    """A layer of its own config. Stock attentions divide by the number of heads: one is built and taken out again."""
+    if config.num_attention_heads:
+        return build(config, index)
+    one = copy.copy(config)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if hasattr(one, name):
+            setattr(one, name, 1)
+    layer = build(one, index)
+    attention: Any = layer.self_attn
+    for name, linear in list(attention.named_children()):
+        if isinstance(linear, nn.Linear):
+            output = name in _OUTPUT_NAMES
+            sizes = (0, linear.out_features) if output else (linear.in_features, 0)
+            setattr(attention, name, nn.Linear(*sizes, bias=linear.bias is not None))
+    without_heads_(attention)
+    return layer
+
+
 class _UnevenLayers:
-    """A decoder that builds each layer from its own config; goes before the stock decoder of the family."""
+    """A decoder that builds each layer from its own config; goes before the stock decoder of the family.
+
+    With output_bias in the config every o_proj and down_proj has a bias, whatever the stock class thinks of it.
+    """
 
     layer_class: Callable[[Any, int], nn.Module]
 
@@ -106,7 +156,12 @@ class _UnevenLayers:
         with _no_layers(config):
             super().__init__(config)  # type: ignore[call-arg]
         build = type(self).layer_class
-        self.layers = nn.ModuleList(build(layer_config, i) for i, layer_config in enumerate(config.per_layer_config))
+        self.layers = nn.ModuleList(
+            _build_layer(build, layer_config, i) for i, layer_config in enumerate(config.per_layer_config)
+        )
+        for name, module in self.layers.named_modules():
+            if getattr(config, "output_bias", False) and name.endswith(("o_proj", "down_proj")):
+                module.bias = nn.Parameter(torch.zeros(module.out_features))
         for module in self.layers.modules():
             # the layers read the attention implementation at run time: one config for all, so that
             # set_attn_implementation reaches them

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pruning.errors import PruningError
-from pruning.obs.hessian import Hessian
+from pruning.statistics.hessian import Hessian
 
 #: rcond below which float64 solutions lose the digits that float32 weights keep
 _MIN_RCOND = 1e-13

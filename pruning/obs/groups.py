@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pruning.families.sites import channel_columns, head_columns
 from pruning.obs.elimination import Elimination, Problem, eliminate_groups, fixed_group_sizes, halving_group_sizes
 from pruning.plan import LayerShape
 
@@ -50,10 +51,8 @@ class Groups:
 
 def head_groups(shape: LayerShape, head_dim: int, units: int, head_unit: HeadUnit) -> Groups:
     """One unit a round; "query_head": one head of every kv group goes before any group loses a second one."""
-    num_columns = shape.num_heads * head_dim
-    per_group = shape.num_groups
+    columns_ND, per_group = head_columns(shape, head_dim, head_unit), shape.num_groups
     if head_unit == "kv_group":
-        columns_ND = torch.arange(num_columns).reshape(shape.num_kv_heads, -1)
         return Groups(columns_ND, tuple(fixed_group_sizes(units, 1)))
 
     def eligible(live_N: Tensor) -> Tensor:
@@ -61,13 +60,12 @@ def head_groups(shape: LayerShape, head_dim: int, units: int, head_unit: HeadUni
         left_G = live_GH.sum(1)
         return (live_GH & (left_G == left_G.max()).unsqueeze(1)).flatten()
 
-    columns_ND = torch.arange(num_columns).reshape(shape.num_heads, -1)
     return Groups(columns_ND, tuple(fixed_group_sizes(units * shape.num_kv_heads, 1)), eligible)
 
 
 def channel_groups(shape: LayerShape, count: int, solver: Solver) -> Groups:
     """Each channel alone is a group; a round takes as many as group_size says, by default half of what is left."""
-    columns_ND = torch.arange(shape.intermediate_size).unsqueeze(1)
+    columns_ND = channel_columns(shape)
     if solver.group_size is None:
         return Groups(columns_ND, tuple(halving_group_sizes(count)))
     return Groups(columns_ND, tuple(fixed_group_sizes(count, solver.group_size)))

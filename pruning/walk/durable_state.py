@@ -53,8 +53,8 @@ class DurableWalkState(WalkState):
 
     @property
     def shards(self) -> list[Path]:
-        """The finished layers' safetensors, in order, each cut to its plan."""
-        return [self._shard(index) for index in range(self.layers_done)]
+        """The safetensors of the finished layers that stay, in order, each cut to its plan."""
+        return [self._shard(index) for index, entry in enumerate(self._entries) if entry.plan is not None]
 
     def branch(self, name: str) -> DurableWalkState:
         """The state in the sub-folder of that name, without shards."""
@@ -78,20 +78,21 @@ class DurableWalkState(WalkState):
 
     def _save_layer(self, walked: WalkedLayer, entry: LayerEntry) -> None:
         index = walked.index
-        stream = self._save_stream(walked)
+        stream = self._save_stream(walked) if walked.spans else None
         shard = None
-        if self._writes_shards and self._group.leads:
+        if walked.module is not None and entry.plan is not None and self._writes_shards and self._group.leads:
             shrink_layer_(walked.family, walked.module, entry.plan)
-            prefix = f"{walked.family.layers_path}.{index}."
+            place = sum(entry.plan is not None for entry in self._entries)  # layers before it may have been dropped
+            prefix = f"{walked.family.layers_path}.{place}."
             state = {prefix + name: tensor.cpu().contiguous() for name, tensor in walked.module.state_dict().items()}
             save_file(state, self._shard(index), metadata={"format": "pt"})
             shard = _checksum(self._shard(index))
         record = _LayerRecord(
             entry=entry,
             shard=shard,
-            batches=tuple((start, stop, stream.checksums[start]) for start, stop in walked.spans),
-            sample_shape=stream.sample_shape,
-            dtype=str(stream.dtype).removeprefix("torch."),
+            batches=tuple((start, stop, stream.checksums[start]) for start, stop in walked.spans) if stream else (),
+            sample_shape=stream.sample_shape if stream else (),
+            dtype=str(stream.dtype).removeprefix("torch.") if stream else "float32",
         )
         _write_atomically(self._record_file(index), record.model_dump_json())
         # a group's processes may die one layer apart: the stream before the last one stays too
@@ -100,6 +101,7 @@ class DurableWalkState(WalkState):
     def _save_stream(self, walked: WalkedLayer) -> FileActivations:
         """The stream under its own name: moved there if it is a file, else written."""
         target, stream = self._stream_file(walked.index), walked.stream
+        assert stream is not None
         if isinstance(stream, FileActivations):
             stream.move(target)
             return stream
@@ -146,6 +148,8 @@ class DurableWalkState(WalkState):
             ):
                 return False
         path, last = self._stream_file(len(records) - 1), records[-1]
+        if not last.batches:  # nothing was walked
+            return True
         if not path.is_file():
             return False
         self._stream = FileActivations(path, last.sample_shape, getattr(torch, last.dtype))

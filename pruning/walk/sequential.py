@@ -18,30 +18,38 @@ from torch import Tensor, nn
 
 from pruning.distributed import ProcessGroup
 from pruning.families.forward import KINDS, SubLayerKind, output_inputs, output_linear, output_name
-from pruning.obs.hessian import Hessian, HessianAccumulator
+from pruning.statistics.accumulator import MakeAccumulator
+from pruning.statistics.hessian import Hessian, HessianAccumulator
 from pruning.walk.activations import Activations, ActivationStore
+from pruning.walk.embedding import embed, enter, spans, to_device
 from pruning.walk.state import WalkedLayer, WalkState
 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
-    from pruning.families import ModelFamily
-    from pruning.obs.hessian import Statistics
+    from pruning.statistics.hessian import Statistics
 
 
 @dataclass(frozen=True)
 class SubLayer:
     """What the walk yields: change `linear.weight` in place before the walk goes on, or leave it.
 
-    layer: index. kind: which half of the layer. name: dotted name of the linear. hessian: of the linear's inputs,
-    as the layers before it now give them, None if not wanted. heldout: the same over the held-out samples, if any.
+    layer: index. kind: which half of the layer. name: dotted name of the linear. statistic: of the linear's inputs, as
+    the layers before it now give them: a Hessian unless the walk was given another accumulator, None if not wanted.
+    heldout: the same over the held-out samples, if any.
     """
 
     layer: int
     kind: SubLayerKind
     name: str
     linear: nn.Linear
-    hessian: Hessian | None
-    heldout: Hessian | None = None
+    statistic: Any
+    heldout: Any = None
+
+    @property
+    def hessian(self) -> Hessian | None:
+        """The statistic of a walk that accumulates Hessians."""
+        assert self.statistic is None or isinstance(self.statistic, Hessian), type(self.statistic)
+        return self.statistic
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ def walk_layers(
     *,
     num_heldout: int = 0,
     wanted: Callable[[int, SubLayerKind], bool] = lambda layer, kind: True,
+    accumulator: MakeAccumulator | None = None,
     statistics: Statistics | None = None,
     heldout_hessians: bool = True,
     walk_state: WalkState | None = None,
@@ -82,7 +91,8 @@ def walk_layers(
     of the model itself never change: `linear` belongs to a copy of the layer. If the caller changes it, later layers
     see the changed outputs (error propagation).
 
-    wanted: the sub-layers whose Hessian is needed; the others are yielded without. statistics: Hessians captured
+    wanted: the sub-layers whose statistic is needed; the others are yielded without. accumulator: makes what adds the
+    statistic up (default: Hessians). statistics: Hessians captured
     earlier, given instead of the ones that the stream would give; only the held-out samples are then walked.
     heldout_hessians: whether the held-out samples have Hessians of their own. walk_state: takes each finished layer,
     and says where an interrupted walk goes on.
@@ -96,7 +106,13 @@ def walk_layers(
     calibration_NL, heldout_ML = options.process_group.share(calibration_NL), options.process_group.share(heldout_ML)
     with ActivationStore(options.activation_budget_bytes, walk_state.folder if walk_state else None) as activations:
         walk = _Walk(
-            decoder, options, activations, calibration_NL, heldout_ML, sees_heldout=heldout_hessians and num_heldout > 0
+            decoder,
+            options,
+            activations,
+            calibration_NL,
+            heldout_ML,
+            accumulator=accumulator or HessianAccumulator,
+            sees_heldout=heldout_hessians and num_heldout > 0,
         )
         walk.start(walk_state)
         for index in range(walk_state.layers_done if walk_state else 0, decoder.num_layers):
@@ -126,14 +142,15 @@ class _Walk:
         calibration_NL: Tensor,
         heldout_ML: Tensor,
         *,
+        accumulator: MakeAccumulator,
         sees_heldout: bool,
     ) -> None:
-        self._sees_heldout = sees_heldout
+        self._accumulator, self._sees_heldout = accumulator, sees_heldout
         self._family, self._model, self._options, self._store = decoder.family, decoder.skeleton, options, activations
         self._ids_NL = torch.cat([calibration_NL, heldout_ML])
         self._num_calibration = len(calibration_NL)
-        self.spans = _spans(0, self._num_calibration, options.batch_size)
-        self.spans += _spans(self._num_calibration, len(self._ids_NL), options.batch_size)
+        self.spans = spans(0, self._num_calibration, options.batch_size)
+        self.spans += spans(self._num_calibration, len(self._ids_NL), options.batch_size)
         self.stream: Activations
         self._next: Activations
         self._before: Activations | None = None
@@ -143,22 +160,22 @@ class _Walk:
     def start(self, walk_state: WalkState | None) -> None:
         """The stream before the first layer that is not done yet, and the layers' keyword arguments."""
         self.stream = self._new_stream()
+        device = self._options.device
+        if not (walk_state and walk_state.layers_done):
+            self._kwargs = enter(self._model, self._family, self._ids_NL, self.spans, self.stream, device)
+            return
         for start, stop in self.spans:
-            if walk_state and walk_state.layers_done:
-                self.stream.put(start, walk_state.resumed(start, stop))
-            else:
-                samples = [embed(self._model, self._family, self._ids_NL[n : n + 1])[0] for n in range(start, stop)]
-                self.stream.put(start, torch.cat(samples))
+            self.stream.put(start, walk_state.resumed(start, stop))
         if self.spans:
             _, kwargs = embed(self._model, self._family, self._ids_NL[:1])
-            self._kwargs = [_to_device(layer_kwargs, self._options.device) for layer_kwargs in kwargs]
+            self._kwargs = [to_device(layer_kwargs, device) for layer_kwargs in kwargs]
 
     def capture(self, layer: nn.Module, index: int, kind: SubLayerKind) -> Iterator[SubLayer]:
         """Capture, yield, add: one forward of the sub-layer."""
         linear, name = output_linear(self._family, layer, kind), output_name(self._family, index, kind)
         device, process_group = self._options.device, self._options.process_group
-        seen = HessianAccumulator(linear.in_features, device=device)
-        held = HessianAccumulator(linear.in_features, device=device) if self._sees_heldout else None
+        seen = self._accumulator(linear.in_features, device)
+        held = self._accumulator(linear.in_features, device) if self._sees_heldout else None
         kept = self._allocate(linear.in_features, linear.weight.dtype)
         for start, stop in self.spans:
             inputs_BLI = self._inputs(layer, index, kind, start, stop)
@@ -166,10 +183,10 @@ class _Walk:
             if accumulator:
                 accumulator.add(inputs_BLI)
             kept.put(start, inputs_BLI)
-        hessians = seen.finish(name, process_group), held.finish(name, process_group) if held else None
+        found = seen.finish(name, process_group), held.finish(name, process_group) if held else None
         del seen, held
-        yield SubLayer(index, kind, name, linear, *hessians)
-        del hessians
+        yield SubLayer(index, kind, name, linear, *found)
+        del found
         self._next = self._new_stream()
         output_of = _without_zero_columns(linear)
         for start, stop in self.spans:
@@ -237,58 +254,3 @@ def _without_zero_columns(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         return linear
     weight_OK = linear.weight[:, kept_K].contiguous()
     return lambda inputs_BLI: nn.functional.linear(inputs_BLI[..., kept_K], weight_OK, linear.bias)
-
-
-def _spans(begin: int, end: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, end)) for start in range(begin, end, size)]
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps the keyword arguments the model gives it and passes the stream on."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.kwargs: dict[str, Any] = {}
-        self.first_input: Tensor | None = None
-        # model code reads e.g. `decoder_layer.attention_type` to choose the mask
-        for name in ("attention_type", "layer_type"):
-            if hasattr(layer, name):
-                setattr(self, name, getattr(layer, name))
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.kwargs, self.first_input = kwargs, hidden_states
-        return hidden_states
-
-
-def embed(model: nn.Module, family: ModelFamily, input_ids_1L: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    """The residual stream of one sample before layer 0 (1, L, C), and the keyword arguments of each layer.
-
-    Runs the model's own forward with recorders for layers, so masks and rotary tables are the model's, not ours;
-    all samples have the same length and no padding, so one sample's arguments serve every batch.
-    """
-    decoder, layers = family.decoder(model), family.layers(model)
-    layers_name = family.layers_path.rpartition(".")[2]
-    recorders = [_Recorder(layer) for layer in layers]
-    device = family.embeddings(model).weight.device
-    setattr(decoder, layers_name, nn.ModuleList(recorders))
-    training = [module for module in decoder.modules() if module.training]
-    try:
-        decoder.eval()  # dropout would be calibration noise
-        decoder(input_ids=input_ids_1L.to(device), use_cache=False)
-    finally:
-        for module in training:
-            module.training = True
-        setattr(decoder, layers_name, layers)
-    first_1LC = recorders[0].first_input
-    assert first_1LC is not None
-    return first_1LC, [recorder.kwargs for recorder in recorders]
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_to_device(item, device) for item in value)
-    return value

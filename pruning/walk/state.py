@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from pruning.families import ModelFamily, family_of
-from pruning.plan import LayerPlan, PruningPlan
+from pruning.families.forward import silence_
+from pruning.plan import LayerPlan, LayerShape, PruningPlan
 from pruning.walk.activations import Activations
 
 
@@ -26,8 +27,9 @@ class SubLayerReport(BaseModel):
     predicted_error, measured_error, heldout_error: mean squared output error per token, by the OBS sum (dampened
     Hessian), on the calibration tokens and on held-out tokens; output_energy: the mean squared output itself, of the
     weight as it was, to put the errors in proportion. condition: of the dampened Hessian, estimated in the 1-norm.
-    refactorisations: 0; reports of earlier versions may say more. A linear that loses nothing is not measured: its
-    errors are 0 and the rest is None.
+    score: the sum of the scores of what went, in the method's own unit. refactorisations: 0; reports of earlier
+    versions may say more. A linear that loses nothing is not measured: its errors are 0 and the rest is None. What
+    cannot be measured for want of a Hessian is None.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,22 +39,23 @@ class SubLayerReport(BaseModel):
     name: str
     kept: int
     total: int
-    predicted_error: float = 0.0
-    measured_error: float = 0.0
+    predicted_error: float | None = 0.0
+    measured_error: float | None = 0.0
     output_energy: float | None = None
     heldout_error: float | None = None
     condition: float | None = None
+    score: float | None = None
     refactorisations: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
 
 
 class LayerEntry(BaseModel):
-    """What is kept of a layer and what its linears paid."""
+    """What is kept of a layer (None: it is dropped as a whole) and what its linears paid."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    plan: LayerPlan
+    plan: LayerPlan | None
     reports: tuple[SubLayerReport, ...]
 
 
@@ -76,14 +79,15 @@ class Pruned(BaseModel):
 class WalkedLayer:
     """A layer whose output has joined the residual stream.
 
-    module: with its masked, compensated weights. stream: after the layer. spans: first sample and end of each batch.
+    module: with its masked, compensated weights; None for a layer that is dropped. stream: after the layer, None if
+    nothing was walked. spans: first sample and end of each batch.
     """
 
     index: int
-    module: nn.Module
+    module: nn.Module | None
     family: ModelFamily
-    stream: Activations
-    spans: Sequence[tuple[int, int]]
+    stream: Activations | None = None
+    spans: Sequence[tuple[int, int]] = ()
 
 
 class WalkState(ABC):
@@ -104,6 +108,11 @@ class WalkState(ABC):
     def layers_done(self) -> int:
         """Number of finished layers, so the index of the next one."""
         return len(self._entries)
+
+    def plan(self, source: Sequence[LayerShape], head_dim: int) -> PruningPlan:
+        """What all layers together keep of a model of these shapes."""
+        kept = tuple(entry.plan for entry in self._entries if entry.plan is not None)
+        return PruningPlan(source=tuple(source), head_dim=head_dim, layers=kept)
 
     def decide(self, entry: LayerEntry) -> None:
         """Set the outcome of the layer that is being walked, to be entered by `layer_done`."""
@@ -138,24 +147,33 @@ class WalkState(ABC):
 
 
 class MemoryWalkState(WalkState):
-    """In memory only: holds the compensated output weights in masked form, which `apply_` puts into the model."""
+    """In memory only: holds the output linears in masked form, which `apply_` puts into the model."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._outputs: list[tuple[Tensor, Tensor]] = []
+        self._outputs: list[tuple[nn.Linear, ...] | None] = []
         self._numbers: dict[str, float] = {}
 
     def apply_(self, model: nn.Module) -> None:
-        """Give the model the masked weights of all layers."""
+        """Give the model the masked weights and biases of all layers; a dropped layer adds nothing to the stream."""
         family = family_of(model)
         with torch.no_grad():
-            for layer, weights in zip(family.layers(model), self._outputs, strict=True):
-                for linear, weight in zip((family.o_proj(layer), family.down_proj(layer)), weights, strict=True):
-                    linear.weight.copy_(weight)
+            for layer, outputs in zip(family.layers(model), self._outputs, strict=True):
+                linears = family.o_proj(layer), family.down_proj(layer)
+                for linear, output in zip(linears, outputs or (None, None), strict=True):
+                    if output is None:
+                        silence_(linear)
+                        continue
+                    linear.weight.copy_(output.weight)
+                    if output.bias is not None:
+                        linear.bias = nn.Parameter(output.bias.to(linear.weight, copy=True))
 
     def _save_layer(self, walked: WalkedLayer, entry: LayerEntry) -> None:
-        linears = walked.family.o_proj(walked.module), walked.family.down_proj(walked.module)
-        self._outputs.append((linears[0].weight.detach().cpu(), linears[1].weight.detach().cpu()))
+        if walked.module is None:
+            self._outputs.append(None)
+            return
+        family = walked.family
+        self._outputs.append((family.o_proj(walked.module).cpu(), family.down_proj(walked.module).cpu()))
 
     def resumed(self, start: int, stop: int) -> Tensor:
         """Not called: a new state has no finished layers."""

@@ -106,6 +106,9 @@ class Forecast:
             case OrderRequest():
                 groups = checkpoint.num_layers * (checkpoint.attention_size + checkpoint.intermediate_size)
                 made = Extent(groups * _ORDER_BYTES)
+                # a ranking by gradients keeps the inputs of every layer
+                streams = checkpoint.num_layers + _STREAMS if request.calibration else 0
+                scratch = streams * calibration.tokens * checkpoint.hidden_size * _FLOAT_BYTES
             case PruneRequest():
                 made = checkpoint
                 # its finished layers lie in the scratch folder first, but are linked into the artifact

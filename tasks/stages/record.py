@@ -138,7 +138,6 @@ def _layer_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[LayerR
         path = run_context.store.path(ref) / "pruning.json"
         for layer in json.loads(path.read_text(encoding="utf-8"))["layers"] if path.exists() else ():
             energy = layer["output_energy"] or 1.0
-            heldout = layer["heldout_error"]
             yield LayerRow(
                 run_key=outcome.run_key,
                 stage_key=ref.key,
@@ -147,13 +146,18 @@ def _layer_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[LayerR
                 kept=layer["kept"],
                 total=layer["total"],
                 sparsity=1 - layer["kept"] / layer["total"],
-                predicted_error=layer["predicted_error"] / energy,
-                measured_error=layer["measured_error"] / energy,
-                heldout_error=None if heldout is None else heldout / energy,
+                predicted_error=_relative(layer["predicted_error"], energy),
+                measured_error=_relative(layer["measured_error"], energy),
+                heldout_error=_relative(layer["heldout_error"], energy),
+                score=layer.get("score"),
                 condition=layer["condition"],
                 seconds=layer["seconds"],
                 num_tokens=layer["num_tokens"],
             )
+
+
+def _relative(error: float | None, energy: float) -> float | None:
+    return None if error is None else error / energy
 
 
 def _track(
@@ -169,6 +173,8 @@ def _track(
         for row in layers:
             if row.stage_key == ref.key and row.measured_error is not None:
                 points.append(MetricPoint(f"{name}/{row.sub_layer}_error", row.measured_error, row.layer))
+            if row.stage_key == ref.key and row.score is not None:
+                points.append(MetricPoint(f"{name}/{row.sub_layer}_score", row.score, row.layer))
     artifacts = {"spec.json": json.dumps(outcome.spec, indent=1)}
     if pairs:
         artifacts["paired.json"] = as_json(pairs)

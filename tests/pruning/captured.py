@@ -21,6 +21,8 @@ from pruning.walk.sequential import WalkOptions
 from pruning.walk.state import MemoryWalkState, Pruned
 from tests.tiny import random_ids
 
+#: options without which a method does nothing to models of three layers
+ON_THREE_LAYERS: dict[str, dict[str, int]] = {"llm_pruner": {"protect_first": 1, "protect_last": 0}}
 CPU = WalkOptions(device=torch.device("cpu"), batch_size=3)
 
 

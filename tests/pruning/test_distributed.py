@@ -26,7 +26,7 @@ from pruning.layerwise.capture import capture_statistics
 from pruning.layerwise.kl import final_stream, mean_kl
 from pruning.layerwise.streaming import prune_checkpoint
 from pruning.methods import slimgpt
-from pruning.obs.hessian import HessianAccumulator
+from pruning.statistics.hessian import HessianAccumulator
 from pruning.walk.durable_state import DurableWalkState
 from pruning.walk.sequential import walk_layers
 from pruning.walk.state import Pruned

@@ -10,7 +10,7 @@ from typing import Any
 from infra import registry
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.layerwise.capture import capture_statistics
-from tests.pruning.captured import CPU, logits, prune_copy, windows
+from tests.pruning.captured import CPU, ON_THREE_LAYERS, logits, prune_copy, windows
 from tests.tiny import random_ids, tiny_model
 
 FOLDER = Path(__file__).parent
@@ -22,6 +22,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"split": "half", "propagate_error": False, "group_size": 5},
         {"split": "attention", "sparsity": 0.2, "grouped_cholesky": False, "dampening_frac": 0.1},
     ),
+    "shortened": (
+        {"criterion": "taylor", "iterative": False, "layers": 1, "sparsity": None},
+        {"criterion": "influence", "unit": "sub_layer"},
+        {"merge": "linear"},
+    ),
+    "llm_pruner": ({"level": "vector", "aggregation": "max", "allocation": "global"},),
+    "flap": ({"structure": "UL-UM", "metric": "IFV", "repair": "none", "head_unit": "query_head"},),
+    "wanda_sp": ({"repair": "least_squares", "allocation": "standardised"},),
 }
 
 
@@ -48,7 +56,7 @@ def outcome(method: str, family: str, config: dict[str, Any]) -> dict[str, Any]:
     module = registry.load("pruning.methods", method, "method")
     model = tiny_model(family)
     calibration = windows(model, num_samples=32, seq_len=32)  # enough for splits to compete on a part of them
-    typed = module.Config(**({"sparsity": 0.3} | config))
+    typed = module.Config(**({"sparsity": 0.3} | ON_THREE_LAYERS.get(method, {}) | config))
     with tempfile.TemporaryDirectory() as folder:
         statistics = None
         if module.needs_statistics(typed):
@@ -66,8 +74,9 @@ def outcome(method: str, family: str, config: dict[str, Any]) -> dict[str, Any]:
             _rounded(value)
             for value in (
                 pruned.achieved_sparsity,
-                *(report.measured_error for report in pruned.layers),
-                *(report.predicted_error for report in pruned.layers),
+                *(report.measured_error for report in pruned.layers if report.measured_error is not None),
+                *(report.predicted_error for report in pruned.layers if report.predicted_error is not None),
+                *(report.score for report in pruned.layers if report.score is not None),
                 *pruned.split_kl.values(),
                 *some_logits.tolist(),
             )

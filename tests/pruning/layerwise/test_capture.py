@@ -11,7 +11,7 @@ import torch
 from pruning.calibration import CalibrationSet
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.layerwise.capture import capture_statistics
-from pruning.obs.hessian import Statistics
+from pruning.statistics.hessian import Statistics
 from pruning.walk.sequential import walk_layers
 from tests.pruning.captured import CPU, outputs, same_weights, windows
 from tests.tiny import FAMILIES, tiny_model

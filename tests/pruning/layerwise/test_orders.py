@@ -10,10 +10,10 @@ import torch
 
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.layerwise.capture import capture_statistics
-from pruning.layerwise.orders import Orders
 from pruning.methods import slimgpt
 from pruning.obs import elimination
-from pruning.obs.hessian import Statistics
+from pruning.orders import Orders
+from pruning.statistics.hessian import Statistics
 from pruning.walk.state import MemoryWalkState, Pruned
 from tests.pruning.captured import CPU, outputs, windows
 from tests.tiny import FAMILIES, tiny_model
@@ -32,7 +32,7 @@ class Case:
         self.config = {"propagate_error": False, "split": "equal", "dampening_frac": 0.05} | config
         asked = slimgpt.order_config(slimgpt.Config.model_validate({"sparsity": 0.5} | self.config))
         assert asked is not None
-        slimgpt.order(self.decoder, self.captured, asked, self.orders, options=CPU)
+        slimgpt.order(self.decoder, asked, self.orders, statistics=self.captured, options=CPU)
 
     def prune(self, sparsity: float, *, ordered: bool) -> tuple[Pruned, MemoryWalkState]:
         walk_state = MemoryWalkState()

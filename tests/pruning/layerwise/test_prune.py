@@ -21,8 +21,8 @@ from pruning.layerwise.kl import final_stream
 from pruning.layerwise.prune import prune_layerwise_, sub_layers_to_prune
 from pruning.obs import elimination
 from pruning.obs.groups import Solver
-from pruning.obs.hessian import Hessian
 from pruning.plan import LayerShape, PruningPlan
+from pruning.statistics.hessian import Hessian
 from pruning.walk.activations import MemoryActivations
 from pruning.walk.sequential import SubLayer, walk_layers
 from pruning.walk.state import LayerEntry, MemoryWalkState, SubLayerReport, WalkedLayer

@@ -34,7 +34,7 @@ from pruning.layerwise import streaming
 from pruning.layerwise.capture import capture_statistics
 from pruning.layerwise.streaming import prune_checkpoint
 from pruning.methods import slimgpt
-from pruning.obs.hessian import Hessian, HessianAccumulator
+from pruning.statistics.hessian import Hessian, HessianAccumulator
 from pruning.walk import durable_state, sequential
 from pruning.walk.state import Pruned
 from tests.pruning.captured import CPU, in_bfloat16, logits, prune_copy, same_weights, windows

@@ -22,7 +22,7 @@ from pruning.layerwise.capture import capture_statistics
 from pruning.methods import slimgpt
 from pruning.methods.slimgpt import Config
 from pruning.obs import elimination
-from pruning.obs.hessian import Hessian
+from pruning.statistics.hessian import Hessian
 from pruning.walk.state import Pruned
 from tests.pruning.captured import CPU, hooked_moments, logits, outputs, prune_copy, same_weights, windows
 from tests.tiny import FAMILIES, random_ids, tiny_model

@@ -16,8 +16,8 @@ from pruning.allocation.schedule import HeadUnit
 from pruning.errors import PruningError
 from pruning.obs import elimination
 from pruning.obs.groups import head_groups
-from pruning.obs.hessian import Hessian
 from pruning.plan import LayerShape
+from pruning.statistics.hessian import Hessian
 
 DAMPENING = 0.01
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}

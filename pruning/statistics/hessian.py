@@ -36,7 +36,7 @@ class HessianAccumulator:
     `finish` mirrors them. Raises PruningError from `finish` when a sum is not finite.
     """
 
-    def __init__(self, num_inputs: int, *, device: torch.device | str) -> None:
+    def __init__(self, num_inputs: int, device: torch.device | str) -> None:
         self._sum_II = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)
         self._num_tokens = 0
 

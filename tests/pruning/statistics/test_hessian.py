@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from pruning.errors import PruningError
-from pruning.obs.hessian import HessianAccumulator
+from pruning.statistics.hessian import HessianAccumulator
 
 
 def tokens(num_tokens: int, num_inputs: int, seed: int = 0) -> Tensor:

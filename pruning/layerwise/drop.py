@@ -1,0 +1,100 @@
+"""Dropping whole layers, or attention and MLP apart; what stays is as it was, but for linear stand-ins.
+
+Shapes: O outputs, I inputs of a down_proj.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pruning.families import layer_cost, shapes
+from pruning.families.forward import KINDS, SubLayerKind, output_linear, output_name, silence_
+from pruning.layerwise.prune import layer_plan
+from pruning.walk.state import LayerEntry, Pruned, SubLayerReport, WalkedLayer, WalkState
+
+if TYPE_CHECKING:
+    from pruning.checkpoints.decoder import Decoder
+    from pruning.plan import LayerPlan, LayerShape
+    from pruning.walk.sequential import WalkOptions
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """New weights of a down_proj, (O, I), that stand in for the layers after it; and what they cost."""
+
+    weight_OI: Tensor
+    report: SubLayerReport
+
+
+def drop_blocks(
+    decoder: Decoder,
+    dropped: Mapping[tuple[int, SubLayerKind], float],
+    stand_ins: Mapping[int, StandIn],
+    *,
+    options: WalkOptions,
+    walk_state: WalkState,
+    progress: Callable[[float, str], None] = lambda share, message: None,
+) -> Pruned:
+    """Drop sub-layers, and layers of which none is left; the others are in walk_state, the decoder stays as it was.
+
+    dropped: (layer, sub-layer) with the score that it went with. stand_ins: by the layer that gets them.
+    """
+    widths, cost, family = shapes(decoder.skeleton), layer_cost(decoder.skeleton), decoder.family
+    for index in range(walk_state.layers_done, len(widths)):
+        gone = [kind for kind in KINDS if (index, kind) in dropped]
+        stand_in, layer = stand_ins.get(index), None
+        if len(gone) < len(KINDS):
+            layer = decoder.layer(index, options.device)
+            for kind in gone:
+                silence_(output_linear(family, layer, kind))
+            if stand_in is not None:
+                weight = family.down_proj(layer).weight
+                weight.data.copy_(stand_in.weight_OI.to(weight))
+        reports = [_report(decoder, index, kind, widths[index], dropped) for kind in KINDS]
+        if stand_in is not None:
+            reports[KINDS.index("mlp")] = stand_in.report
+        walk_state.decide(LayerEntry(plan=_kept(index, widths[index], gone), reports=tuple(reports)))
+        walk_state.layer_done(WalkedLayer(index, layer, family))
+        del layer  # before the next one is there
+        progress((index + 1) / len(widths), f"layer {index + 1} of {len(widths)}")
+    plan = walk_state.plan(widths, family.head_dim(decoder.skeleton))
+    return Pruned(
+        plan=plan,
+        layers=tuple(report for entry in walk_state.entries for report in entry.reports),
+        achieved_sparsity=1 - sum(map(cost.parameters, plan.shapes)) / sum(map(cost.parameters, widths)),
+    )
+
+
+def _kept(index: int, shape: LayerShape, gone: Collection[SubLayerKind]) -> LayerPlan | None:
+    if len(gone) == len(KINDS):
+        return None
+    heads = () if "attention" in gone else tuple(range(shape.num_kv_heads))
+    channels = () if "mlp" in gone else tuple(range(shape.intermediate_size))
+    return layer_plan(index, shape, heads, channels, "kv_group")
+
+
+def _report(
+    decoder: Decoder,
+    index: int,
+    kind: SubLayerKind,
+    shape: LayerShape,
+    dropped: Mapping[tuple[int, SubLayerKind], float],
+) -> SubLayerReport:
+    total = shape.num_kv_heads if kind == "attention" else shape.intermediate_size
+    name = output_name(decoder.family, index, kind)
+    if (index, kind) not in dropped:
+        return SubLayerReport(layer=index, sub_layer=kind, name=name, kept=total, total=total)
+    return SubLayerReport(
+        layer=index,
+        sub_layer=kind,
+        name=name,
+        kept=0,
+        total=total,
+        predicted_error=None,
+        measured_error=None,
+        score=dropped[index, kind],
+    )

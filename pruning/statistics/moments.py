@@ -1,0 +1,75 @@
+"""Mean, variance and mean square of each input of a linear, over all calibration tokens as if they came at once.
+
+Shapes: T tokens, I input features of the linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pruning.distributed import ProcessGroup
+from pruning.errors import PruningError
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of each input, float32 (I,). variance_I: unbiased, as `torch.var`. num_tokens: how many tokens they are of."""
+
+    mean_I: Tensor
+    variance_I: Tensor
+    num_tokens: int
+
+    @property
+    def square_I(self) -> Tensor:
+        """Mean of x², the diagonal of the Hessian."""
+        biased_I = self.variance_I * ((self.num_tokens - 1) / self.num_tokens)
+        return biased_I + self.mean_I.square()
+
+
+class MomentsAccumulator:
+    """Merges means and squared deviations batch by batch (Chan et al. 1979: exact, and stable where the mean is large).
+
+    FLAP's own code takes the old mean for the new one (both names are one tensor), so that its variance depends on the
+    order of the batches; this one does not.
+    """
+
+    def __init__(self, num_inputs: int, device: torch.device | str) -> None:
+        self._mean_I = torch.zeros(num_inputs, dtype=torch.float32, device=device)
+        self._deviation_I = torch.zeros_like(self._mean_I)  # sum of (x - mean)²
+        self._num_tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take inputs of shape (..., I), any float dtype; every leading position is one token."""
+        X_TI = inputs.reshape(inputs.shape[:-1].numel(), inputs.shape[-1]).float()
+        mean_I = X_TI.mean(0)
+        self._deviation_I += (X_TI - mean_I).square().sum(0)
+        total = self._num_tokens + len(X_TI)
+        step_I = mean_I - self._mean_I
+        self._deviation_I += step_I.square() * (self._num_tokens * len(X_TI) / total)
+        self._mean_I += step_I * (len(X_TI) / total)
+        self._num_tokens = total
+
+    def finish(self, name: str, process_group: ProcessGroup | None = None) -> Moments:
+        """The moments over the tokens of all processes of the group; the accumulator is used up.
+
+        `name` (e.g. "layers.3.mlp.down_proj") goes into the errors. Raises PruningError when a value is not finite or
+        there are fewer than two tokens, of which there is no variance.
+        """
+        process_group = process_group or ProcessGroup()
+        num_tokens = int(process_group.sum_of(self._num_tokens)[0])
+        if num_tokens < 2:
+            raise PruningError(f"the variance of {name} needs two tokens and there are {num_tokens}; raise num_samples")
+        mean_I = self._mean_I * (self._num_tokens / num_tokens)
+        process_group.sum_(mean_I)
+        deviation_I = self._deviation_I + (self._mean_I - mean_I).square() * self._num_tokens
+        process_group.sum_(deviation_I)
+        if not bool(torch.isfinite(deviation_I).all()):
+            raise PruningError(
+                f"the variance of {name} ({num_tokens} tokens) is not finite: the layer's inputs contain NaN or "
+                "infinity; load the model in another dtype (float32 or bfloat16 instead of float16) or check its "
+                "weights"
+            )
+        return Moments(mean_I, deviation_I / (num_tokens - 1), num_tokens)
