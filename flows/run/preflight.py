@@ -12,6 +12,7 @@ from flows.errors import SpecError
 from flows.run.locate import Identities
 from flows.run.stages import Stage, StageGraph
 from flows.spec.run import RunSpec
+from infra.artifacts.store import ArtifactRef
 from infra.errors import ResultsUnusable, SettingsInvalid, SourceMissing, SourceUnreadable
 from infra.filesystem.disk import why_unwritable
 from infra.models.import_model import ModelCard, describe
@@ -74,14 +75,29 @@ def check(graph: StageGraph, run_context: RunContext) -> None:
         elif isinstance(request, RecoverRequest):
             _check_columns(*record_data(request), run_context.sources)
             request.module.check_model(request.typed_config, card.hidden_size)
-        elif isinstance(request, PruneRequest) and request.checkpoint == graph.checkpoints[DENSE]:
-            _check_pruning(request, card)
+    _check_prunings(missing, graph.checkpoints[DENSE], card)
     _check_disk([stage.request for stage in missing], run_context)
 
 
+def _check_prunings(stages: Sequence[Stage], dense: ArtifactRef, card: ModelCard) -> None:
+    """What a method cannot take from a model of these widths costs its own branch only, with a warning; only if no
+    branch is left is it raised. Where the headers do not tell the widths, and for checkpoints that are still to be
+    pruned, the stage itself asks."""
+    prunings = [(stage.name, stage.request) for stage in stages if isinstance(stage.request, PruneRequest)]
+    problems: dict[str, PruningError] = {}
+    for name, request in prunings:
+        if request.checkpoint == dense:
+            try:
+                _check_pruning(request, card)
+            except PruningError as problem:
+                problems[name] = problem
+    if problems and len(problems) == sum(request.checkpoint == dense for _, request in prunings):
+        raise next(iter(problems.values()))
+    for name, reason in problems.items():
+        log.warning("%s will fail, the other branches are run: %s", name, reason)
+
+
 def _check_pruning(request: PruneRequest, card: ModelCard) -> None:
-    """What a method cannot take from a model of these widths. Where the headers do not tell them, and for checkpoints
-    that are still to be pruned, the stage itself asks."""
     if card.num_heads is None or card.num_kv_heads is None or card.intermediate_size is None:
         return
     shape = LayerShape(

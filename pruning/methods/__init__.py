@@ -1,9 +1,15 @@
 """Pruning methods, one file each: the file name is the method's name in a spec, in keys and in results.
 
-A method has VERSION (raised when its numbers change), Config, `needs_statistics(config)`, `order_config(config)` with
-`order(...)` if one order of removal serves several sparsities, and `prune(decoder, calibration, config, *, statistics,
-orders, options, walk_state, progress) -> Pruned`. tests/scenarios/test_methods_contract.py tests every file here.
+A method has VERSION (raised when its numbers change), Config and OrderConfig (what its orders depend on), ORDERS_FROM
+("calibration" or "statistics", what `order` reads), and
 
-Specs are validated by Config, so a method is importable without torch: what it computes with it imports in its
-functions, from `allocation`, `obs` and `layerwise`.
+* `check_model(config, layers, cost)`     raises PruningError if a model of these widths cannot be pruned so
+* `needs_statistics(config)`              whether `prune` wants captured Hessians of the dense model
+* `order_config(config)`                  an OrderConfig if one ranking serves several sparsities, else None
+* `order(decoder, config, folder, ...)`   makes that ranking
+* `prune(decoder, calibration, config, *, statistics, orders, options, walk_state, progress) -> Pruned`
+
+`_ranked` writes them for methods that only score heads and channels. tests/scenarios/test_methods_contract.py tests
+every file here. Specs are validated by Config, so a method is importable without torch: what it computes with it
+imports in its functions, from `ranking`, `allocation`, `obs` and `layerwise`.
 """

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from flows.errors import SpecError
 from flows.run.outcome import RunResult, StagesFailed
+from flows.spec.load import load_spec
 from infra.errors import DiskFull, SourceInvalid
+from pruning.errors import PruningError
 from tests.flows.home import Home
 from tests.flows.models import overflowing, with_nan
 
@@ -66,10 +70,35 @@ def test_hessians_that_are_not_numbers(
     assert result.checkpoint is None
 
 
-def test_a_sparsity_that_cannot_be_reached(smoke_copy: Home) -> None:
-    message, _ = failed(smoke_copy, "steps.0.sparsity=0.999")
-    assert "prune:slimgpt-99.9: " in message
-    assert "0.999" in message
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ("{method: slimgpt, sparsity: 0.999}", "sparsity 0.999 cannot be reached"),
+        ("{method: llm_pruner, sparsity: 0.3, protect_first: 3}", "sparsity 0.3 cannot be reached"),
+        ("{method: flap, sparsity: 0.2, protect_first: 2, protect_last: 1}", "at most 0.000 of the decoder-layer"),
+        ("{method: shortened, layers: 9}", "layers 9: of this model's"),
+        ("{method: shortened, sparsity: 0.01}", "is less than half of the smallest of the layers"),
+    ],
+)
+def test_what_cannot_be_pruned_is_known_before_any_work(step: str, words: str, smoke_copy: Home) -> None:
+    with pytest.raises(PruningError, match=re.escape(words)):
+        smoke_copy.run("smoke", ["evals=[]", "profile=null", "calibration.seed=5", f"steps=[{step}]"])
+    assert len(list((smoke_copy.store.root / "calibration").iterdir())) == 1  # that of the run before
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ("{method: flap, sparsity: 0.2, criterion: ppl}", "unknown key 'criterion'"),
+        ("{method: shortened, sparsity: 0.2, layers: 2}", "give either sparsity or layers"),
+        ("{method: shortened}", "give either sparsity or layers"),
+        ("{method: shortened, layers: 1, unit: sub_layer, merge: linear}", "merge 'linear' stands in for whole layers"),
+        ("{method: wanda_sp, sparsity: 0.2, repair: bias}", "repair"),
+    ],
+)
+def test_options_of_another_method_are_refused(step: str, words: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(words)):
+        load_spec("smoke", [f"steps=[{step}]"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,71 @@
+"""Methods in runs of the tiny model: what they share, how they follow each other, what is recorded of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from infra.results.store import ResultsStore
+from pruning.checkpoints.save_load import load_plan
+from pruning.plan import PruningPlan
+from tests.flows.home import Home
+from tests.flows.run.test_compress import not_cached, statuses
+
+ONLY_PRUNE = ("evals=[]", "profile=null")
+
+
+def plan_of(folder: str | None) -> PruningPlan:
+    assert folder is not None
+    plan = load_plan(Path(folder))
+    assert plan is not None
+    return plan
+
+
+def layer_rows(results: ResultsStore, run_key: str) -> list[tuple[str, int, str, float | None, float | None]]:
+    sql = "SELECT stage_key, layer, sub_layer, measured_error, score FROM layers WHERE run_key = ? ORDER BY ALL"
+    return results.query(sql, [run_key])
+
+
+@pytest.mark.parametrize("method", ["flap", "llm_pruner", "shortened"])
+def test_two_sparsities_share_one_ranking(method: str, smoke_copy: Home, filled: list[str]) -> None:
+    options = ", protect_first: 1, protect_last: 0" if method == "llm_pruner" else ""
+    result = smoke_copy.run("smoke", [f"steps=[{{method: {method}, sparsity: [0.25, 0.5]{options}}}]", *ONLY_PRUNE])
+    assert sorted(filled) == ["order:dense", f"prune:{method}-25", f"prune:{method}-50"]
+    assert list(result.checkpoints) == [f"{method}-25", f"{method}-50"]
+    one, other = (plan_of(folder) for folder in result.checkpoints.values())
+    assert sum(shape.intermediate_size for shape in one.shapes) > sum(shape.intermediate_size for shape in other.shapes)
+
+
+def test_depth_then_width_then_a_second_time(smoke_copy: Home, filled: list[str]) -> None:
+    steps = "steps=[{method: shortened, layers: 1}, {method: slimgpt, sparsity: 0.2}]"
+    result = smoke_copy.run("smoke", [steps, *ONLY_PRUNE])
+    assert filled == ["order:dense", "prune:shortened-1-layers", "prune:slimgpt-20"]
+    (name,) = result.checkpoints
+    plan = plan_of(result.checkpoints[name])
+    assert len(plan.dropped_layers) == 1
+    assert plan.source[0].intermediate_size > plan.shapes[0].intermediate_size
+    rows = [row for row in layer_rows(smoke_copy.results, result.run_key) if row[0].startswith("prune-shortened")]
+    dropped = [row for row in rows if row[1] in plan.dropped_layers]
+    assert len(dropped) == 2
+    assert all(error is None and score is not None for *_, error, score in dropped)
+    again = smoke_copy.run("smoke", [steps, *ONLY_PRUNE])
+    assert not_cached(again) == set()
+
+
+def test_one_impossible_branch_leaves_the_other_alone(smoke_copy: Home) -> None:
+    from flows.run.outcome import StagesFailed
+
+    with pytest.raises(StagesFailed) as caught:
+        smoke_copy.run("smoke", ["steps=[{method: magnitude, sparsity: [0.2, 0.99]}]", *ONLY_PRUNE])
+    told = statuses(caught.value.result)
+    assert told["prune:magnitude-20"] == "completed"
+    assert told["prune:magnitude-99"] == "failed"
+
+
+def test_the_outcome_says_what_each_site_scored(smoke_copy: Home) -> None:
+    result = smoke_copy.run("smoke", ["steps=[{method: wanda_sp, sparsity: 0.3}]", *ONLY_PRUNE])
+    (folder,) = result.checkpoints.values()
+    layers = json.loads((Path(str(folder)) / "pruning.json").read_text(encoding="utf-8"))["layers"]
+    assert all((row["score"] is None) == (row["kept"] == row["total"]) for row in layers)
