@@ -82,22 +82,22 @@ def _log_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[str]:
-    """A real Prefect server with an empty database, for flows in this process and in child processes; its API's URL."""
-    from prefect.settings import PREFECT_API_URL
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=300):
-        yield str(PREFECT_API_URL.value())
-
-
-@pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder of all workers of this test run, for what takes long to make and is only read."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def prefect_server(shared_folder: Path) -> Iterator[str]:
+    """A real Prefect server, for flows in this process and in child processes; its API's URL. Its database was empty
+    when the first test began: all workers share it, so a test asks for what is its own."""
+    from tests.one_server import shared_server
+
+    with shared_server(shared_folder) as api_url:
+        yield api_url
 
 
 @pytest.fixture(scope="session")
@@ -137,14 +137,24 @@ def home(tmp_path: Path, offline_root: Path, prefect_server: str, blank_mlflow: 
 
 
 @pytest.fixture(scope="session")
-def smoke(
-    tmp_path_factory: pytest.TempPathFactory, offline_root: Path, prefect_server: str, blank_mlflow: Path
-) -> tuple[Home, RunResult]:
-    """A home in which the smoke spec, all of it, has been run once. To be looked at only: `copy` it to change it."""
+def smoke(shared_folder: Path, offline_root: Path, prefect_server: str, blank_mlflow: Path) -> tuple[Home, RunResult]:
+    """A home in which the smoke spec, all of it, has been run once, by the worker that asked for it first. To be looked
+    at only: `copy` it to change it."""
+    from flows.run.outcome import RunResult
+    from infra.filesystem.locks import flocked
     from tests.flows.home import Home
 
-    home = Home.create(tmp_path_factory.mktemp("smoke") / "home", offline_root, prefect_server, blank_mlflow)
-    return home, home.run("smoke")
+    folder = shared_folder / "smoke"
+    folder.mkdir(exist_ok=True)
+    said = folder / "result.json"
+    with flocked(folder / "lock"):
+        if said.exists():
+            home = Home(folder / "home", prefect_server)
+        else:
+            shutil.rmtree(folder / "home", ignore_errors=True)  # of a worker in which it failed
+            home = Home.create(folder / "home", offline_root, prefect_server, blank_mlflow)
+            said.write_text(home.run("smoke").model_dump_json())
+    return home, RunResult.model_validate_json(said.read_text())
 
 
 @pytest.fixture
