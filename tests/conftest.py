@@ -100,6 +100,18 @@ def prefect_server(shared_folder: Path) -> Iterator[str]:
         yield api_url
 
 
+@pytest.fixture
+def prefect_home(shared_folder: Path, prefect_server: str, tmp_path: Path) -> Path:
+    """PREFECT_HOME for a server of a test's own, with a database in which nothing is recorded: Prefect takes as long to
+    make one as for the rest of its start."""
+    from tests.one_server import BLANK
+
+    folder = tmp_path / "prefect"
+    folder.mkdir()
+    shutil.copyfile(shared_folder / BLANK, folder / "prefect.db")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def offline_root(shared_folder: Path) -> Path:
     """The offline default, shared by all homes; repositories are built when a test first asks for them."""
