@@ -192,7 +192,7 @@ def test_an_interrupted_night_finishes_what_runs_and_goes_on_from_there(
 ) -> None:
     """Its cells are flows in threads, which no Ctrl-C reaches by itself."""
     home = Home.create(tmp_path / "home", offline_root, prefect_server, blank_mlflow)
-    slow = [*SMALL, "calibration.num_samples=1000", "calibration.seq_len=128", "matrix.sparsities=[0.5]"]
+    slow = [*SMALL, "calibration.num_samples=500", "calibration.seq_len=128", "matrix.sparsities=[0.5]"]
     command = ["nightly", "smoke", *(part for override in slow for part in ("--set", override))]
     child = home.start(*command)
     assert child.stderr is not None
