@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -173,6 +174,17 @@ def smoke(shared_folder: Path, offline_root: Path, prefect_server: str, blank_ml
 def smoke_copy(smoke: tuple[Home, RunResult], tmp_path: Path) -> Home:
     """A copy of that home, to be changed."""
     return smoke[0].copy(tmp_path / "home")
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are spawned with `multiprocessing` are forked from one that has imported torch and transformers,
+    which takes each of them seconds: where what becomes of a process is the point, and not its start."""
+    server, context = multiprocessing.get_context("forkserver"), multiprocessing.get_context
+    server.set_forkserver_preload(["evaluation.inference.replicas", "tasks.stages.walk_processes", "tests.tiny"])
+    monkeypatch.setattr(
+        multiprocessing, "get_context", lambda method=None: server if method == "spawn" else context(method)
+    )
 
 
 @pytest.fixture
