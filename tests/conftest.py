@@ -53,16 +53,24 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what needs a Prefect server. Workers begin with the files that take longest: none of them comes last."""
+    """Mark what needs a Prefect server. Workers begin with the files that take longest: none of them comes last.
+
+    One of these makes the smoke run, and the others that want it come when it is there: nobody waits.
+    """
     longest: dict[Path, int] = {}
+    smoke_files: list[Path] = []
     for item in items:
-        if "prefect_server" in getattr(item, "fixturenames", ()):
+        names = getattr(item, "fixturenames", ())
+        if "prefect_server" in names:
             item.add_marker("server")
+        if "smoke" in names:
+            smoke_files.append(item.path)
         marked = [item.get_closest_marker(name) is not None for name in ("server", "slow")]
         weight = 2 * marked[0] + marked[1]
         longest[item.path] = max(weight, longest.get(item.path, 0))
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: -longest[item.path])
+        turns = dict.fromkeys(smoke_files, 2) | dict.fromkeys(smoke_files[:1], 0)
+        items.sort(key=lambda item: (-longest[item.path], turns.get(item.path, 1)))
 
 
 @pytest.fixture(autouse=True)
