@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -52,16 +53,24 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what needs a Prefect server. Workers begin with the files that take longest: none of them comes last."""
+    """Mark what needs a Prefect server. Workers begin with the files that take longest: none of them comes last.
+
+    One of these makes the smoke run, and the others that want it come when it is there: nobody waits.
+    """
     longest: dict[Path, int] = {}
+    smoke_files: list[Path] = []
     for item in items:
-        if "prefect_server" in getattr(item, "fixturenames", ()):
+        names = getattr(item, "fixturenames", ())
+        if "prefect_server" in names:
             item.add_marker("server")
+        if "smoke" in names:
+            smoke_files.append(item.path)
         marked = [item.get_closest_marker(name) is not None for name in ("server", "slow")]
         weight = 2 * marked[0] + marked[1]
         longest[item.path] = max(weight, longest.get(item.path, 0))
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: -longest[item.path])
+        turns = dict.fromkeys(smoke_files, 2) | dict.fromkeys(smoke_files[:1], 0)
+        items.sort(key=lambda item: (-longest[item.path], turns.get(item.path, 1)))
 
 
 @pytest.fixture(autouse=True)
@@ -82,21 +91,33 @@ def _log_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[str]:
-    """A real Prefect server with an empty database, for flows in this process and in child processes; its API's URL."""
-    from prefect.settings import PREFECT_API_URL
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=300):
-        yield str(PREFECT_API_URL.value())
-
-
-@pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder of all workers of this test run, for what takes long to make and is only read."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
     folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prefect_server(shared_folder: Path) -> Iterator[str]:
+    """A real Prefect server, for flows in this process and in child processes; its API's URL. Its database was empty
+    when the first test began: all workers share it, so a test asks for what is its own."""
+    from tests.one_server import shared_server
+
+    with shared_server(shared_folder) as api_url:
+        yield api_url
+
+
+@pytest.fixture
+def prefect_home(shared_folder: Path, prefect_server: str, tmp_path: Path) -> Path:
+    """PREFECT_HOME for a server of a test's own, with a database in which nothing is recorded: Prefect takes as long to
+    make one as for the rest of its start."""
+    from tests.one_server import BLANK
+
+    folder = tmp_path / "prefect"
+    folder.mkdir()
+    shutil.copyfile(shared_folder / BLANK, folder / "prefect.db")
     return folder
 
 
@@ -137,20 +158,41 @@ def home(tmp_path: Path, offline_root: Path, prefect_server: str, blank_mlflow: 
 
 
 @pytest.fixture(scope="session")
-def smoke(
-    tmp_path_factory: pytest.TempPathFactory, offline_root: Path, prefect_server: str, blank_mlflow: Path
-) -> tuple[Home, RunResult]:
-    """A home in which the smoke spec, all of it, has been run once. To be looked at only: `copy` it to change it."""
+def smoke(shared_folder: Path, offline_root: Path, prefect_server: str, blank_mlflow: Path) -> tuple[Home, RunResult]:
+    """A home in which the smoke spec, all of it, has been run once, by the worker that asked for it first. To be looked
+    at only: `copy` it to change it."""
+    from flows.run.outcome import RunResult
+    from infra.filesystem.locks import flocked
     from tests.flows.home import Home
 
-    home = Home.create(tmp_path_factory.mktemp("smoke") / "home", offline_root, prefect_server, blank_mlflow)
-    return home, home.run("smoke")
+    folder = shared_folder / "smoke"
+    folder.mkdir(exist_ok=True)
+    said = folder / "result.json"
+    with flocked(folder / "lock"):
+        if said.exists():
+            home = Home(folder / "home", prefect_server)
+        else:
+            shutil.rmtree(folder / "home", ignore_errors=True)  # of a worker in which it failed
+            home = Home.create(folder / "home", offline_root, prefect_server, blank_mlflow)
+            said.write_text(home.run("smoke").model_dump_json())
+    return home, RunResult.model_validate_json(said.read_text())
 
 
 @pytest.fixture
 def smoke_copy(smoke: tuple[Home, RunResult], tmp_path: Path) -> Home:
     """A copy of that home, to be changed."""
     return smoke[0].copy(tmp_path / "home")
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are spawned with `multiprocessing` are forked from one that has imported torch and transformers,
+    which takes each of them seconds: where what becomes of a process is the point, and not its start."""
+    server, context = multiprocessing.get_context("forkserver"), multiprocessing.get_context
+    server.set_forkserver_preload(["evaluation.inference.replicas", "tasks.stages.walk_processes", "tests.tiny"])
+    monkeypatch.setattr(
+        multiprocessing, "get_context", lambda method=None: server if method == "spawn" else context(method)
+    )
 
 
 @pytest.fixture

@@ -201,6 +201,8 @@ def start_temporary_server() -> None:
                 "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS to more, or PREFECT_API_URL to a server that runs"
             )
         words = server.last_words()
+        if not _taken(port):
+            break  # it would fail again, seconds later
     raise PrefectUnusable(
         f"Prefect's temporary server ended before it was ready ({words}); mend that, or set "
         "PREFECT_API_URL to a server that runs"

@@ -26,6 +26,9 @@ SPARSITY = 0.2
 #: source, work folder and pruned checkpoint lie on the disk together
 _DISK_FACTOR = 3.5
 
+#: sha256 of each weight file
+Hashes = dict[str, str]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -64,7 +67,7 @@ def run(materials: Materials, options: Options) -> Result:
     with _checkpoint(options, whole) as (source, size):
         deep = _prune(options, whole, source, options.scratch / "deep")
     with _checkpoint(options, half) as (source, _):
-        shallow = _prune(options, half, source, options.scratch / "shallow")
+        shallow, _ = undisturbed = _hashed(options, half, source, options.scratch / "shallow")
     middle = deep.at(0.5)
     figures: Figures = {
         "stream_model_gib": size / GIB,
@@ -88,25 +91,24 @@ def run(materials: Materials, options: Options) -> Result:
         "of its own; peak: VmHWM of that process, libraries included",
         f"resume: {options.kill_layers} layers, SIGKILL after half of them, sha256 of all weight files",
     )
-    return Result("stream", how, figures | _killed(options))
+    known = undisturbed if options.kill_layers == half.layers else None
+    return Result("stream", how, figures | _killed(options, known))
 
 
-def _killed(options: Options) -> Figures:
-    """The same small model pruned twice, once with a kill -9 in the middle."""
-    shape = replace(options.stream_shape, layers=options.kill_layers)
+def _killed(options: Options, undisturbed: tuple[Run, Hashes] | None) -> Figures:
+    """The same small model pruned twice, once with a kill -9 in the middle. undisturbed: the other time, if that is
+    known."""
+    shape, killed = replace(options.stream_shape, layers=options.kill_layers), options.scratch / "killed"
     with _checkpoint(options, shape) as (source, _):
-        undisturbed, killed = options.scratch / "undisturbed", options.scratch / "killed"
+        whole, expected = undisturbed or _hashed(options, shape, source, options.scratch / "undisturbed")
         try:
-            whole = _prune(options, shape, source, undisturbed, keep=True)
             _kill_half_way(_job(options, shape, source, killed))
-            again = _prune(options, shape, source, killed, keep=True)
-            hashes = [_weight_hashes(folder / "out") for folder in (undisturbed, killed)]
+            again, found = _hashed(options, shape, source, killed)
         finally:
-            shutil.rmtree(undisturbed, ignore_errors=True)
             shutil.rmtree(killed, ignore_errors=True)
-    assert hashes[0], "the pruned checkpoint has no weight files"
+    assert expected, "the pruned checkpoint has no weight files"
     return {
-        "stream_resume_equal": hashes[0] == hashes[1],
+        "stream_resume_equal": expected == found,
         "stream_resume_layers_left": round((1 - again.first_share) * shape.layers),
         "stream_resume_seconds_over_whole": again.seconds / whole.seconds,
     }
@@ -143,6 +145,14 @@ def _prune(options: Options, shape: Shape, source: Path, folder: Path, *, keep: 
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hashed(options: Options, shape: Shape, source: Path, folder: Path) -> tuple[Run, Hashes]:
+    """A finished child and the hashes of the weight files that it wrote."""
+    try:
+        return _prune(options, shape, source, folder, keep=True), _weight_hashes(folder / "out")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kill_half_way(job: Job) -> None:
@@ -198,7 +208,7 @@ def _check_disk(options: Options, shape: Shape) -> None:
         raise Skipped(f"it needs {wanted:.1f} GiB of disk and has {free:.1f}; lower --stream-gib or give --scratch")
 
 
-def _weight_hashes(folder: Path) -> dict[str, str]:
+def _weight_hashes(folder: Path) -> Hashes:
     hashes = {}
     for file in sorted(folder.rglob("*.safetensors")):
         with file.open("rb") as stream:

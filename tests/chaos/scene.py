@@ -15,6 +15,7 @@ import httpx
 
 from infra.artifacts.store import MANIFEST, ArtifactRef
 from infra.results.rows import MetricRow
+from tests.command_line import call
 from tests.flows.home import Home
 
 #: says how many seconds each layer took
@@ -34,6 +35,8 @@ class Scene:
     reference: Picture = field(repr=False)
     seconds: float
     """What the undisturbed night took."""
+    in_process: bool = False
+    """Whether nights that nobody disturbs run in this process: a child spends seconds on imports."""
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -43,6 +46,16 @@ class Scene:
     def home(self, name: str) -> Home:
         """An empty home with the tables of MLflow and nothing in them."""
         return Home.create(self.folder / name / "home", self.offline, self.api_url, self.blank_mlflow)
+
+    def run(self, home: Home) -> tuple[int | None, str]:
+        """Run the night to its end; its exit code and what it said on standard error."""
+        if not self.in_process:
+            child = home.start(*self.command)
+            _output, errors = child.communicate(timeout=600)
+            return child.returncode, errors
+        with home.lived_in():
+            answer = call(*self.command, variables=home.environment)
+        return answer.code, answer.errors + answer.escaped
 
     def finished_home(self, name: str) -> Home:
         """A copy of the home of the undisturbed night."""
@@ -126,9 +139,8 @@ def again(scene: Scene, home: Home, fault: str, *, spared: frozenset[str] = froz
     spared: keys that the fault itself struck, which may be made again.
     """
     whole = {ref.key for ref in finished(home)}
-    child = home.start(*scene.command)
-    _output, errors = child.communicate(timeout=600)
-    problems = [] if child.returncode == 0 else [f"the next run ended with {child.returncode}: {errors[-500:]}"]
+    code, errors = scene.run(home)
+    problems = [] if code == 0 else [f"the next run ended with {code}: {errors[-500:]}"]
     return judged(scene, home, fault, keys_run(errors), whole - spared, problems)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.slow
 def scene(
     tmp_path_factory: pytest.TempPathFactory, offline_root: Path, prefect_server: str, blank_mlflow: Path
 ) -> Scene:
-    return stage(tmp_path_factory.mktemp("chaos"), offline_root, prefect_server, blank_mlflow)
+    staged = stage(tmp_path_factory.mktemp("chaos"), offline_root, prefect_server, blank_mlflow)
+    return replace(staged, in_process=True)
 
 
 @pytest.mark.parametrize("fault", ["kill"])

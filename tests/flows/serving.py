@@ -103,6 +103,28 @@ def started(home: Home, log: Path, *command: str, **variables: str | None) -> It
             process.kill()
 
 
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextmanager
+def server_of_the_users_own(home: Home) -> Iterator[int]:
+    """`prefect server start --background` where PREFECT_LOCAL_STORAGE_PATH is exported: its parent is gone as well, and
+    a run's own server looks the same. Yields its process id."""
+    words = ["prefect.server.api.server:create_app", "--port", home.api_url]
+    code = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL).pid)"
+    command = [sys.executable, "-c", code, sys.executable, "-c", "import time; time.sleep(600)", *words]
+    started = subprocess.run(command, env=home.environment, stdout=subprocess.PIPE, text=True, check=True)
+    try:
+        yield int(started.stdout)
+    finally:
+        os.kill(int(started.stdout), signal.SIGKILL)
+
+
 def alive_in(home: Home) -> list[str]:
     """Command lines of processes that have this home in their environment."""
     mark = f"SLIMLINE_HOME={home.folder}".encode()

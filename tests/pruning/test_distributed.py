@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessExitedException, spawn
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from pruning.calibration import CalibrationSet
 from pruning.checkpoints.decoder import ResidentDecoder, StreamedDecoder
@@ -46,7 +47,9 @@ def _in_process(rank: int, size: int, work: Callable[..., None], folder: Path, *
 def together(work: Callable[..., None], folder: Path, *more: Any, size: int = 2) -> None:
     """Run it in `size` processes of one group, which meet in a file; their asserts are raised here."""
     (folder / "meeting").unlink(missing_ok=True)
-    spawn(_in_process, (size, work, folder, *more), nprocs=size)
+    # one process imports torch and transformers, which takes seconds, and is forked before it does anything with them
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    start_processes(_in_process, (size, work, folder, *more), nprocs=size, start_method="forkserver")
 
 
 def calibration(num_samples: int = 5, num_heldout: int = 2) -> CalibrationSet:
@@ -80,7 +83,7 @@ def assert_close(one: Path, other: Path, atol: float = 1e-5) -> None:
         torch.testing.assert_close(value, theirs[name], atol=atol, rtol=1e-4, msg=name)
 
 
-# --- one group of two does all that needs no kill: a spawn costs seconds --------------------
+# --- one group of two does all that needs no kill --------------------
 
 
 def _numbers(process_group: ProcessGroup, folder: Path) -> None:

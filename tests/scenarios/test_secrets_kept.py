@@ -7,6 +7,7 @@ import json
 import traceback
 import urllib.request
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -27,14 +28,18 @@ def forms(secret: str) -> list[bytes]:
 
 def told_to_prefect(api_url: str) -> bytes:
     """All that the server knows: flow runs, task runs, their states, logs, artifacts."""
-    answers = []
-    for noun in ("flow_runs", "task_runs", "logs", "artifacts"):
-        for offset in range(0, 1000, 200):
-            query = json.dumps({"limit": 200, "offset": offset}).encode()
-            request = urllib.request.Request(f"{api_url}/{noun}/filter", query, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request) as answer:
-                answers.append(answer.read())
-    return b"".join(answers)
+    return b"".join(page for noun in ("flow_runs", "task_runs", "logs", "artifacts") for page in pages(api_url, noun))
+
+
+def pages(api_url: str, noun: str) -> Iterator[bytes]:
+    for offset in count(step=200):
+        query = json.dumps({"limit": 200, "offset": offset}).encode()
+        request = urllib.request.Request(f"{api_url}/{noun}/filter", query, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            page = answer.read()
+        if not json.loads(page):
+            return
+        yield page
 
 
 def files_with(folder: Path, secret: str) -> Iterator[str]:

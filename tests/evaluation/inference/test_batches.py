@@ -159,6 +159,7 @@ def die(model: PreTrainedModel, rows: Sequence[int]) -> list[int]:
     return list(rows)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_process_that_dies_is_an_error_and_not_a_wait(model: PreTrainedModel, folder: Path) -> None:
     with (
         ReplicaProcesses(folder, load_checkpoint, [{"device": "cpu"}]) as replicas,
@@ -201,6 +202,7 @@ class Complaint:
         }[self.kind]
 
 
+@pytest.mark.usefixtures("forked")
 def test_an_error_that_cannot_be_sent_keeps_its_words(model: PreTrainedModel, folder: Path) -> None:
     sentences = {
         "unsendable": "^Unsendable: CUDA out of memory$",

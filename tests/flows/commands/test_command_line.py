@@ -21,6 +21,7 @@ from flows.spec.load import shipped_specs
 from infra.offline.default import OfflineDefault
 from tests.flows.home import Home, stages_run
 from tests.flows.models import of_type, with_nan
+from tests.flows.serving import alive, server_of_the_users_own
 
 pytestmark = pytest.mark.slow  # not in `make test-fast`
 
@@ -70,9 +71,14 @@ def files_below(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_run_json_says_everything_in_its_last_line(smoke_copy: Home, smoke: tuple[Home, RunResult]) -> None:
-    alone = Home(smoke_copy.folder)  # as on a user's machine: Prefect starts a server of its own
-    child = alone.child("run", "smoke", "--json")
+def test_run_json_says_everything_in_its_last_line(
+    smoke_copy: Home, smoke: tuple[Home, RunResult], prefect_home: Path
+) -> None:
+    """It starts a server of its own, as on a user's machine, and leaves alone another one that the user has there."""
+    alone = Home(smoke_copy.folder, variables={"PREFECT_HOME": str(prefect_home)})
+    with server_of_the_users_own(smoke_copy) as theirs:
+        child = alone.child("run", "smoke", "--json")
+        assert alive(theirs)
     told = json.loads(child.stdout.splitlines()[-1])
     result = smoke[1]
     assert told["run_key"] == result.run_key

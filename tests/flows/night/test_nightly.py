@@ -126,8 +126,8 @@ def test_cells_run_in_the_processes_of_a_cluster(
 ) -> None:
     home = Home.create(tmp_path / "cluster", offline_root, prefect_server, blank_mlflow)
     one = [part for override in [*SMALL, "matrix.sparsities=[0.5]"] for part in ("--set", override)]
-    child = home.child("nightly", "smoke", *one, "--runner", "dask", "--json")
-    result = NightResult.model_validate(json.loads(child.stdout.splitlines()[-1]))
+    output = home.slimline("nightly", "smoke", *one, "--runner", "dask", "--json").stdout
+    result = NightResult.model_validate(json.loads(output.splitlines()[-1]))
     assert result.count("completed") == len(result.stages)
     here = {(row.cell, row.checkpoint, row.metric): row.value for row in first[1].figures if "-50-" in row.cell}
     assert {(row.cell, row.checkpoint, row.metric): row.value for row in result.figures} == here
@@ -192,7 +192,7 @@ def test_an_interrupted_night_finishes_what_runs_and_goes_on_from_there(
 ) -> None:
     """Its cells are flows in threads, which no Ctrl-C reaches by itself."""
     home = Home.create(tmp_path / "home", offline_root, prefect_server, blank_mlflow)
-    slow = [*SMALL, "calibration.num_samples=1000", "calibration.seq_len=128", "matrix.sparsities=[0.5]"]
+    slow = [*SMALL, "calibration.num_samples=500", "calibration.seq_len=128", "matrix.sparsities=[0.5]"]
     command = ["nightly", "smoke", *(part for override in slow for part in ("--set", override))]
     child = home.start(*command)
     assert child.stderr is not None

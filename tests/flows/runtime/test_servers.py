@@ -19,7 +19,7 @@ from flows.runtime.servers import serve_pages
 from infra.settings import Settings
 from tests.command_line import PROJECT
 from tests.flows.home import Home
-from tests.flows.serving import alive_in, free_port, started, wait_for
+from tests.flows.serving import alive, alive_in, free_port, started, wait_for
 
 pytestmark = pytest.mark.slow  # not in `make test-fast`
 
@@ -74,14 +74,6 @@ try:
 except SpecError as error:
     print(error)
 """
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
@@ -150,9 +142,9 @@ def test_a_taken_port_is_named_before_a_server_starts() -> None:
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_the_pages_leave_nothing_when_a_service_manager_ends_them(tmp_path: Path) -> None:
+def test_the_pages_leave_nothing_when_a_service_manager_ends_them(prefect_home: Path, tmp_path: Path) -> None:
     home, ports = Home(tmp_path / "home"), (free_port(), free_port())
-    log, place = tmp_path / "log", {"PREFECT_HOME": str(tmp_path / "prefect")}
+    log, place = tmp_path / "log", {"PREFECT_HOME": str(prefect_home)}
     given = ["--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1])]
     with started(home, log, "flows", "ui", *given, **place) as ui:
         wait_for(lambda: taken(ports[0]), 120, ui)
@@ -171,9 +163,9 @@ def taken(port: int) -> bool:
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_the_temporary_server_of_a_killed_run_ends(tmp_path: Path, offline_root: Path) -> None:
+def test_the_temporary_server_of_a_killed_run_ends(prefect_home: Path, tmp_path: Path, offline_root: Path) -> None:
     home = Home.create(tmp_path / "home", offline_root)
-    home.variables["PREFECT_HOME"] = str(tmp_path / "prefect")
+    home.variables["PREFECT_HOME"] = str(prefect_home)
     with started(home, tmp_path / "log", "flows", "run", "smoke") as run:
         wait_for(
             lambda: any("create_app" in line and "exit_with_parent" not in line for line in alive_in(home)), 60, run
@@ -181,20 +173,3 @@ def test_the_temporary_server_of_a_killed_run_ends(tmp_path: Path, offline_root:
         run.kill()
         run.wait()
         wait_for(lambda: alive_in(home) == [], SOON)
-
-
-@pytest.mark.slow
-def test_a_server_of_the_users_own_is_left_alone(smoke_copy: Home, tmp_path: Path) -> None:
-    """`prefect server start --background` where PREFECT_LOCAL_STORAGE_PATH is exported: its parent is gone as well."""
-    log = tmp_path / "pid"
-    words = ["prefect.server.api.server:create_app", "--port", smoke_copy.api_url]
-    code = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid)"
-    command = [sys.executable, "-c", code, sys.executable, "-c", "import time; time.sleep(120)", *words]
-    with log.open("w") as sink:
-        subprocess.run(command, env=smoke_copy.environment, stdout=sink, check=True)
-    theirs = int(log.read_text())
-    try:
-        smoke_copy.child("run", "smoke")
-        assert alive(theirs)
-    finally:
-        os.kill(theirs, signal.SIGKILL)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from flows.errors import SpecError
-from flows.run.outcome import RunResult
 from flows.serve.schedule import Timetable, _deployment, _refuse_foreign, serve_specs
 from tests.flows.home import Home, stages_run
 from tests.flows.run.test_compress import mirror_of, spoil
@@ -57,7 +56,7 @@ def test_a_deployment_of_somebody_elses_keeps_its_name(prefect_server: str, monk
 
 @pytest.mark.slow
 def test_a_schedule_fires_and_a_retry_runs_what_failed(
-    smoke_copy: Home, smoke: tuple[Home, RunResult], offline_root: Path, tmp_path: Path
+    smoke_copy: Home, prefect_home: Path, offline_root: Path, tmp_path: Path
 ) -> None:
     home = Home(smoke_copy.folder)  # it has no server: one must be started
     mirror = mirror_of(offline_root, tmp_path / "mirror")
@@ -70,10 +69,9 @@ def test_a_schedule_fires_and_a_retry_runs_what_failed(
     command = ["flows", "serve", SMOKE, *sets, "--interval", "3", "--prefect-port", str(port)]
     records = (home.folder / "prefect-results").rename(tmp_path / "records")
     known = set(records.iterdir())
-    (tmp_path / "prefect").mkdir()
     profile = f"PREFECT_LOCAL_STORAGE_PATH = '{records}'\nPREFECT_SERVER_ALLOW_EPHEMERAL_MODE = true\n"
-    (tmp_path / "prefect/profiles.toml").write_text(f"active = 'own'\n[profiles.own]\n{profile}")
-    own = {"PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_LOCAL_STORAGE_PATH": None}
+    (prefect_home / "profiles.toml").write_text(f"active = 'own'\n[profiles.own]\n{profile}")
+    own = {"PREFECT_HOME": str(prefect_home), "PREFECT_LOCAL_STORAGE_PATH": None}
     with started(home, log, *command, **own) as process:
         wait_for(lambda: "Ctrl-C ends the serving" in log.read_text(), 120, process)
         running = {"deployments": {"name": {"any_": ["smoke"]}}, "flow_runs": {"start_time": {"is_null_": False}}}

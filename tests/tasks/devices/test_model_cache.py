@@ -30,10 +30,12 @@ pytestmark = pytest.mark.slow  # not in `make test-fast`
 _KEEPER = """
 import sys, time
 from pathlib import Path
-from infra.artifacts.store import ArtifactStore
+import torch
+from infra.artifacts.store import ArtifactRef, ArtifactStore
 from tasks.devices.model_cache import cached_replicas
-from tests.tasks.devices.test_model_cache import DENSE, HERE
-with cached_replicas(DENSE, ArtifactStore(Path(sys.argv[1])), HERE, [{"device": "cpu"}]) as replicas:
+from tasks.devices.placement import Placement
+here, dense = Placement(torch.device("cpu")), ArtifactRef(kind="checkpoint", key=sys.argv[3])
+with cached_replicas(dense, ArtifactStore(Path(sys.argv[1])), here, [{"device": "cpu"}]) as replicas:
     print(replicas._processes[0][0].pid, flush=True)
 time.sleep(float(sys.argv[2]))
 """
@@ -164,5 +166,5 @@ def gone(pid: int) -> bool:
 
 
 def test_no_process_of_replicas_is_left_behind(store: ArtifactStore) -> None:
-    assert gone(int(finish(start(_KEEPER, store.root, 0))))
-    assert gone(int(kill_after_line(start(_KEEPER, store.root, 60))))
+    assert gone(int(finish(start(_KEEPER, store.root, 0, DENSE.key))))
+    assert gone(int(kill_after_line(start(_KEEPER, store.root, 60, DENSE.key))))

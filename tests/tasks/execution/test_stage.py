@@ -46,7 +46,7 @@ from infra.settings import load_settings
 from infra.sources.find import Sources
 from tasks.execution.stage import run_stage
 from tasks.execution.context import RunContext
-from tests.tasks.execution.test_stage import REQUEST
+from tasks.requests import CaptureRequest
 
 def fill(request, bench):
     with open(sys.argv[1], "a") as notes:
@@ -54,10 +54,10 @@ def fill(request, bench):
     time.sleep(0.5)
     (bench.folder / "answer.txt").write_text("42")
 
-settings = load_settings()
+settings, request = load_settings(), CaptureRequest.model_validate_json(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()
-run_stage(REQUEST, "child", RunContext(settings, Sources((), None, False, home=settings.home)), fill, devices="none")
+run_stage(request, "child", RunContext(settings, Sources((), None, False, home=settings.home)), fill, devices="none")
 """
 
 
@@ -127,8 +127,8 @@ def test_two_processes_make_it_once(run_context: RunContext, tmp_path: Path) -> 
     notes = tmp_path / "notes"
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", _CHILD, notes], cwd=PROJECT, env=os.environ, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", _CHILD, notes, REQUEST.model_dump_json()], cwd=PROJECT, env=os.environ,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
         for _ in range(2)
     ]  # fmt: skip

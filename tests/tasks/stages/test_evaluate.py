@@ -94,6 +94,7 @@ def test_several_processes_and_batch_sizes_measure_the_same(run_context: RunCont
     assert len(samples[0]) == metric.num_examples
 
 
+@pytest.mark.usefixtures("forked")
 def test_suites_of_one_checkpoint_share_their_processes(
     run_context: RunContext, tmp_path: Path, crews: list[ReplicaProcesses]
 ) -> None:
@@ -107,6 +108,7 @@ def test_suites_of_one_checkpoint_share_their_processes(
     assert [replicas.alive for replicas in crews] == [False, True]
 
 
+@pytest.mark.usefixtures("forked")
 def test_stages_on_all_devices_hand_their_processes_on(
     run_context: RunContext, tmp_path: Path, crews: list[ReplicaProcesses], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,22 +117,26 @@ def test_each_process_has_its_share_and_the_leader_is_heard(size: int, tmp_path:
     assert told == [(0.5, "half"), (1.0, "done")]
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_leaders_error_is_raised_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(PruningError, match="sparsity 2 is too much; lower it"):
         run_walk(context(tmp_path, [], walk_processes=2), Refuse())
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("error", [Unpicklable, NotRebuilt])
 def test_an_error_that_cannot_be_pickled_is_raised_in_words(error: type[Exception], tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=f"{error.__name__}: .*the kernel image is broken"):
         run_walk(context(tmp_path, [], walk_processes=2), Raise(error))
 
 
+@pytest.mark.usefixtures("forked")
 def test_processes_that_end_in_silence_end_the_walk(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ended before the walk was done"):
         run_walk(context(tmp_path, [], walk_processes=2), EndInSilence())
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_killed_process_ends_the_walk_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"died \(exit code -9\).*run again to go on"):
         run_walk(context(tmp_path, [], walk_processes=2), Die())
