@@ -75,7 +75,7 @@ def test_hessians_that_are_not_numbers(
     [
         ("{method: slimgpt, sparsity: 0.999}", "sparsity 0.999 cannot be reached"),
         ("{method: llm_pruner, sparsity: 0.3, protect_first: 3}", "sparsity 0.3 cannot be reached"),
-        ("{method: flap, sparsity: 0.2, protect_first: 2, protect_last: 1}", "at most 0.000 of the decoder-layer"),
+        ("{method: flap, sparsity: 0.2, protect_first: 9}", "at most 0.000 of the decoder-layer"),
         ("{method: shortened, layers: 9}", "layers 9: of this model's"),
         ("{method: shortened, sparsity: 0.01}", "is less than half of the smallest of the layers"),
     ],
