@@ -81,7 +81,8 @@ def fit_stand_ins(
                         num_tokens=moments.num_tokens,
                     ),
                 )
-                if judged and judged.error(new_OI) > judged.error(weight_OI):
+                worse = judged is not None and judged.error(new_OI) > judged.error(weight_OI)
+                if options.process_group.decide(lambda worse=worse: worse):  # type: ignore[misc]
                     log.warning(
                         "no stand-in for layers %d to %d: on the held-out windows it is worse than none; raise ridge "
                         "(now %g) or num_samples",

@@ -6,9 +6,9 @@ them), and one function that ranks.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -169,7 +169,7 @@ class Ranked:
         reached.
         """
         from pruning.layerwise.apply import prune_by_orders
-        from pruning.orders import Orders
+        from pruning.ranking.job import orders_or_made
         from pruning.statistics.hessian import Statistics
 
         if self.needs_statistics(config) != (statistics is not None):
@@ -178,16 +178,13 @@ class Ranked:
                 "needs the folder that capture_statistics wrote, and nothing else takes one"
             )
         self.check_model(config, *_model(decoder))
-        with tempfile.TemporaryDirectory(prefix="slimline-orders-") as folder:
-            if orders is None:
-                orders = Path(folder)
-                self.order(
-                    decoder, self.order_config(config), orders,
-                    calibration=calibration, options=options, progress=progress,
-                )  # fmt: skip
+        make = partial(
+            self.order, decoder, self.order_config(config), calibration=calibration, options=options, progress=progress
+        )
+        with orders_or_made(orders, options.process_group, make) as made:
             return prune_by_orders(
                 decoder,
-                Orders(orders),
+                made,
                 config.application(),
                 statistics=Statistics(statistics) if statistics else None,
                 options=options,

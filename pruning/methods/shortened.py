@@ -6,8 +6,8 @@ layers on, or once for all as in the paper. Its "+" variants are protect_first 4
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -131,18 +131,17 @@ def prune(
     from pruning.families import layer_cost, shapes
     from pruning.layerwise.drop import drop_blocks
     from pruning.layerwise.stand_ins import fit_stand_ins
-    from pruning.orders import Orders
+    from pruning.ranking.job import orders_or_made
 
     if statistics is not None:
         raise PruningError("depth pruning takes no statistics: it looks at whole layers; leave them out")
     widths, cost = shapes(decoder.skeleton), layer_cost(decoder.skeleton)
     check_model(config, widths, cost)
-    with tempfile.TemporaryDirectory(prefix="slimline-orders-") as folder:
-        if orders is None:
-            orders = Path(folder)
-            asked = order_config(config)
-            order(decoder, asked, orders, calibration=calibration, options=options, progress=progress)
-        found = Orders(orders).load(decoder.family.layers_path, config.unit)
+    make = partial(
+        order, decoder, order_config(config), calibration=calibration, options=options, progress=progress
+    )  # fmt: skip
+    with orders_or_made(orders, options.process_group, make) as made:
+        found = made.load(decoder.family.layers_path, config.unit)
     dropped = _dropped(config, widths, cost, dict(zip(found.order, found.scores, strict=True)))
     stand_ins = {}
     if config.merge == "linear":

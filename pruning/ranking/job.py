@@ -5,7 +5,10 @@ Shapes: H query heads, K kv heads, I channels of the MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +22,27 @@ from pruning.orders import Order, Orders
 if TYPE_CHECKING:
     from pruning.calibration import CalibrationSet
     from pruning.checkpoints.decoder import Decoder
+    from pruning.distributed import ProcessGroup
     from pruning.plan import LayerShape
     from pruning.walk.sequential import WalkOptions
+
+
+@contextmanager
+def orders_or_made(orders: Path | None, group: ProcessGroup, make: Callable[[Path], None]) -> Iterator[Orders]:
+    """The orders that are given, or those that `make` writes into a folder that all processes of the group share and
+    that lasts as long as the block."""
+    if orders is not None:
+        yield Orders(orders)
+        return
+    folder = Path(group.decide(lambda: tempfile.mkdtemp(prefix="slimline-orders-")))
+    try:
+        make(folder)
+        group.sum_of(1)  # so that all have written before anyone reads
+        yield Orders(folder)
+        group.sum_of(1)
+    finally:
+        if group.leads:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
+from infra import registry
 from pruning.calibration import CalibrationSet
 from pruning.checkpoints.decoder import ResidentDecoder, StreamedDecoder
 from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
@@ -176,8 +177,34 @@ def _prunings(process_group: ProcessGroup, folder: Path) -> None:
     dist.barrier()
 
 
+RANKINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "flap": ("flap", {"sparsity": 0.3}),
+    "taylor": ("llm_pruner", {"sparsity": 0.3, "protect_first": 1, "protect_last": 0}),
+    "ppl": ("shortened", {"layers": 2}),
+    "influence": ("shortened", {"layers": 2, "criterion": "influence", "unit": "sub_layer"}),
+    "merged": ("shortened", {"layers": 1, "criterion": "taylor", "merge": "linear", "ridge": 0.1}),
+}
+
+
+def ranked(folder: Path, name: str, out: str, process_group: ProcessGroup) -> Pruned:
+    method, config = RANKINGS[name]
+    module = registry.load("pruning.methods", method, "method")
+    options = replace(CPU, process_group=process_group)
+    typed, work = module.Config(**config), folder / f"work-{out}"
+    return prune_checkpoint(
+        folder / "source", folder / out, module, calibration(), typed, options=options, work=work
+    )  # fmt: skip
+
+
+def _rankings(process_group: ProcessGroup, folder: Path) -> None:
+    for name in RANKINGS:
+        pruned = ranked(folder, name, f"two-{name}", process_group)
+        (folder / f"{name}-{process_group.rank}.json").write_text(pruned.model_dump_json())
+
+
 def _everything(process_group: ProcessGroup, folder: Path) -> None:
     _numbers(process_group, folder)
+    _rankings(process_group, folder)
     _walks(process_group, folder)
     _prunings(process_group, folder)
     _errors(process_group, folder)
@@ -205,6 +232,15 @@ def test_two_processes_are_as_one(tmp_path: Path) -> None:
             assert report.measured_error == pytest.approx(other.measured_error, rel=1e-3, abs=1e-6)
             assert (report.heldout_error or 0) == pytest.approx(other.heldout_error or 0, rel=1e-3, abs=1e-6)
         assert_close(tmp_path / f"two-{name}", tmp_path / f"one-{name}")
+    for name in RANKINGS:
+        expected = ranked(tmp_path, name, f"one-{name}", ProcessGroup())
+        for rank in range(2):
+            pruned = Pruned.model_validate_json((tmp_path / f"{name}-{rank}.json").read_bytes())
+            assert pruned.plan == expected.plan
+            scores = [report.score for report in pruned.layers if report.score is not None]
+            others = [report.score for report in expected.layers if report.score is not None]
+            assert scores == pytest.approx(others, rel=1e-3, abs=1e-4)
+        assert_close(tmp_path / f"two-{name}", tmp_path / f"one-{name}", atol=1e-4)
     alone = tmp_path / "statistics-alone"
     alone.mkdir()
     capture_statistics(StreamedDecoder(tmp_path / "source"), calibration(), alone, CPU)

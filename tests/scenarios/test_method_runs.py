@@ -42,7 +42,7 @@ def test_depth_then_width_then_a_second_time(smoke_copy: Home, filled: list[str]
     assert plan.source[0].intermediate_size > plan.shapes[0].intermediate_size
     (rows,) = [
         [row for row in smoke_copy.results.layers(result.run_key) if row.stage_key == key]
-        for key in {stage.stage_key for stage in result.stages if stage.name == "prune:slimgpt-20"}
+        for key in {stage.key for stage in result.stages if stage.name == "prune:slimgpt-20"}
     ]
     assert len(rows) == 2 * (len(plan.source) - 1)
     again = smoke_copy.run("smoke", [steps, *ONLY_PRUNE])

@@ -25,6 +25,7 @@ from pruning.checkpoints.save_load import load_checkpoint, load_plan, save_check
 from pruning.checkpoints.surgery import mask_, shrink_
 from pruning.families import decoder_parameters, layer_cost, shapes
 from pruning.layerwise.capture import capture_statistics
+from pruning.layerwise.streaming import prune_checkpoint
 from pruning.walk.sequential import WalkOptions
 from pruning.walk.state import Pruned
 from tests.pruning.captured import CPU, ON_THREE_LAYERS, in_bfloat16, logits, outputs, prune_copy, same_weights, windows
@@ -158,6 +159,39 @@ def test_generating_with_cache_equals_without(method: str, family: str, outcomes
     with_cache, without = (model.generate(ids, use_cache=use_cache, **options) for use_cache in (True, False))
     assert with_cache.shape == (2, 15)
     assert torch.equal(with_cache, without)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_streamed_and_killed_and_resumed(method: str, outcomes: Any, tmp_path: Path) -> None:
+    result: Outcome = outcomes(method, "llama")
+    save_checkpoint(result.dense, None, tmp_path / "source")
+    module = load(method)
+    config = module.Config(sparsity=SPARSITY, **ON_THREE_LAYERS.get(method, {}))
+    statistics = tmp_path / "statistics" if module.needs_statistics(config) else None
+
+    def prune(work: str, progress: Any = lambda share, message: None) -> Pruned:
+        return prune_checkpoint(
+            tmp_path / "source", tmp_path / f"of-{work}", module, result.calibration, config,
+            statistics=statistics, options=CPU, work=tmp_path / work, progress=progress,
+        )  # fmt: skip
+
+    def killed(share: float, message: str) -> None:
+        if len(list((tmp_path / "killed").rglob("layer-*.json"))) == 2:
+            raise Killed
+
+    whole = prune("whole")
+    assert whole.plan == result.pruned.plan
+    loaded = load_checkpoint(tmp_path / "of-whole")
+    torch.testing.assert_close(probe(loaded), probe(result.shrunk), atol=1e-5, rtol=1e-5)
+    with pytest.raises(Killed):
+        prune("killed", killed)
+    assert not (tmp_path / "of-killed").exists()
+    assert prune("killed").plan == whole.plan
+    assert same_weights(load_checkpoint(tmp_path / "of-killed"), loaded)
 
 
 @pytest.mark.parametrize(("method", "family"), CASES)

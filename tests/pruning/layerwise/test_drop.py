@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,20 +23,23 @@ from pruning.checkpoints.surgery import mask_, shrink_
 from pruning.families import family_of, shapes
 from pruning.layerwise.stand_ins import fit_stand_ins
 from pruning.layerwise.streaming import prune_checkpoint
-from pruning.methods import shortened, slimgpt
+from pruning.methods import flap, shortened, slimgpt
 from pruning.orders import Orders
 from pruning.ranking import depth
 from pruning.walk.state import Pruned
 from tests.pruning.captured import CPU, logits, prune_copy, windows
 from tests.tiny import FAMILIES, random_ids, tiny_model
 
-STOCK = """
+FRESH = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
+ids, trusted = torch.tensor(json.loads(sys.argv[1])), sys.argv[2] == "trusted"
+found = {}
+for folder in sys.argv[3:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusted)
+    found[folder] = [type(model).__name__, model(ids).logits[0, -1].tolist()]
 assert not any(name.startswith("pruning") for name in sys.modules)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-ids = torch.tensor(json.loads(sys.argv[2]))
-print(json.dumps([type(model).__name__, model(ids).logits[0, -1].tolist()]))
+print(json.dumps(found))
 """
 
 
@@ -64,17 +68,43 @@ def test_fewer_layers_are_a_stock_model(family: str, tmp_path: Path) -> None:
     assert all(report.score is not None for report in pruned.layers if report.kept == 0)
 
 
+def fresh(ids: torch.Tensor, word: str, folders: list[Path], elsewhere: Path) -> dict[str, tuple[str, list[float]]]:
+    """Class and logits of checkpoints in a process that does not have this project."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", FRESH, json.dumps(ids.tolist()), word, *map(str, folders)],
+        capture_output=True, text=True, cwd=elsewhere,
+        env=environment | {"HF_HOME": str(elsewhere / "hf"), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
 def test_a_fresh_process_needs_nothing_of_ours(tmp_path: Path) -> None:
     dense = tiny_model("llama", layers=4)
     loaded, _ = streamed(dense, tmp_path, sparsity=0.5)
     ids = random_ids(dense)
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", STOCK, str(tmp_path / "out"), json.dumps(ids.tolist())],
-        capture_output=True, text=True, check=True, cwd=tmp_path,
-    )  # fmt: skip
-    name, found = json.loads(done.stdout)
+    ((name, found),) = fresh(ids, "untrusted", [tmp_path / "out"], tmp_path).values()
     assert name == "LlamaForCausalLM"
     torch.testing.assert_close(torch.tensor(found), logits(loaded, ids)[0, -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_is_no_stock_model_brings_its_class(tmp_path: Path) -> None:
+    """Attentions that are gone, and biases that the stock class does not know."""
+    expected, ids = {}, random_ids(tiny_model("llama"))
+    for family in ("llama", "qwen3", "opt"):
+        streamed(tiny_model(family, layers=4), tmp_path / family, layers=3, unit="sub_layer", criterion="influence")
+        masked, pruned = prune_copy(tiny_model(family), flap.Config(sparsity=0.3), method=flap)
+        shrink_(masked, pruned.plan)
+        save_checkpoint(masked, None, tmp_path / family / "biased")
+        for name in ("out", "biased"):
+            expected[str(tmp_path / family / name)] = logits(load_checkpoint(tmp_path / family / name), ids)[0, -1]
+    found = fresh(ids, "trusted", [Path(folder) for folder in expected], tmp_path)
+    for folder, (name, last) in found.items():
+        assert name.startswith("Slimline")
+        torch.testing.assert_close(torch.tensor(last), expected[folder], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
