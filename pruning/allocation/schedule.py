@@ -17,6 +17,7 @@ from pruning.plan import LayerShape
 
 Curve = Literal["log_increase", "linear_increase", "uniform", "log_decrease", "linear_decrease"]
 HeadUnit = Literal["kv_group", "query_head"]
+HeadRounding = Literal["carry", "down"]
 
 #: attention ratio over FFN ratio in one layer, by the name of the split
 ATTENTION_RATIOS = {"equal": 1.0, "half": 1 / 2, "third": 1 / 3, "ffn": 0.0, "attention": math.inf}
@@ -44,7 +45,8 @@ class Allocation:
     over ratio of FFN in the same layer: 1 is the paper's equal split, 0 leaves attention alone, infinity leaves the
     FFN alone. protect_first, protect_last: layers left whole. head_unit: what goes at once (see head_unit_costs).
     end_points: ratios of the first and the last layer, taken as they are instead of solved from the sparsity, which
-    they must then meet; start_over_end plays no part.
+    they must then meet; start_over_end plays no part. head_rounding: whole units per layer by carrying the rounding
+    error from layer to layer, or down in each layer alone; channels make up for it.
     """
 
     sparsity: float
@@ -55,6 +57,7 @@ class Allocation:
     protect_last: int = 0
     head_unit: HeadUnit = "kv_group"
     end_points: tuple[float, float] | None = None
+    head_rounding: HeadRounding = "carry"
 
 
 def curve_weights(curve: Curve, num_layers: int, start_over_end: float = START_OVER_END) -> tuple[float, ...]:
@@ -108,14 +111,27 @@ def solve_budgets(shapes: Sequence[LayerShape], cost: LayerCost, allocation: All
     check_reach(allocation, shapes, cost)
     scale = _bisect(lambda scale: _removed(scale, weights, shapes, cost, allocation), wanted)
     ratios = [_head_ratio(scale * w * attention, s, allocation.head_unit) for w, s in zip(weights, shapes, strict=True)]
-    heads = _round_heads(shapes, cost, ratios, allocation.head_unit)
+    if allocation.head_rounding == "down":
+        heads = [int(r * num_head_units(s, allocation.head_unit) + 1e-9) for r, s in zip(ratios, shapes, strict=True)]
+    else:
+        heads = _round_heads(shapes, cost, ratios, allocation.head_unit)
     head_parameters = sum(
         count * unit_parameters(shape, cost, allocation.head_unit) for count, shape in zip(heads, shapes, strict=True)
     )
     if ffn == 0:
         return tuple(LayerBudget(count, 0) for count in heads)
     channels = _round_channels(shapes, cost, weights, wanted - head_parameters)
+    if allocation.head_rounding == "down":
+        _check_made_up(head_parameters + sum(channels) * cost.per_channel, wanted, total, allocation)
     return tuple(LayerBudget(h, c) for h, c in zip(heads, channels, strict=True))
+
+
+def _check_made_up(removed: int, wanted: float, total: int, allocation: Allocation) -> None:
+    if removed < wanted - 0.005 * total:
+        raise PruningError(
+            f"sparsity {allocation.sparsity:g} cannot be reached with heads rounded down in each layer: channels make "
+            f"up for it to {removed / total:.3f} only; lower sparsity, or set head_rounding to carry"
+        )
 
 
 def check_head_unit(head_unit: HeadUnit, shapes: Sequence[LayerShape]) -> None:

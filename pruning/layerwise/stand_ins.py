@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from pruning.families.forward import output_name
 from pruning.layerwise.drop import StandIn
@@ -65,23 +66,9 @@ def fit_stand_ins(
             if index in runs.values():
                 moments, judged = fitted.finish(), heldout.finish()
                 assert moments is not None, "calibration has no tokens"
-                new_OI = moments.fit(weight_OI, ridge)
-                stand_in = StandIn(
-                    new_OI,
-                    SubLayerReport(
-                        layer=host,
-                        sub_layer="mlp",
-                        name=output_name(decoder.family, host, "mlp"),
-                        kept=weight_OI.shape[1],
-                        total=weight_OI.shape[1],
-                        predicted_error=None,
-                        measured_error=moments.error(new_OI),
-                        output_energy=moments.energy,
-                        heldout_error=judged.error(new_OI) if judged else None,
-                        num_tokens=moments.num_tokens,
-                    ),
-                )
-                worse = judged is not None and judged.error(new_OI) > judged.error(weight_OI)
+                name = output_name(decoder.family, host, "mlp")
+                stand_in = _stand_in(name, host, weight_OI, moments, judged, ridge)
+                worse = judged is not None and judged.error(stand_in.weight_OI) > judged.error(weight_OI)
                 if options.process_group.decide(lambda worse=worse: worse):  # type: ignore[misc]
                     log.warning(
                         "no stand-in for layers %d to %d: on the held-out windows it is worse than none; raise ridge "
@@ -93,6 +80,26 @@ def fit_stand_ins(
             del layer  # before the next one is there
             progress((index + 1) / (last + 1))
     return stand_ins
+
+
+def _stand_in(
+    name: str, host: int, weight_OI: Tensor, moments: CrossMoments, judged: CrossMoments | None, ridge: float
+) -> StandIn:
+    """The fit, and what it leaves of what the run of layers did (output_energy), on both kinds of windows."""
+    new_OI = moments.fit(weight_OI, ridge)
+    report = SubLayerReport(
+        layer=host,
+        sub_layer="mlp",
+        name=name,
+        kept=weight_OI.shape[1],
+        total=weight_OI.shape[1],
+        predicted_error=None,
+        measured_error=moments.error(new_OI),
+        output_energy=moments.energy,
+        heldout_error=judged.error(new_OI) if judged else None,
+        num_tokens=moments.num_tokens,
+    )
+    return StandIn(new_OI, report)
 
 
 def _runs(dropped: Collection[int]) -> Iterator[tuple[int, int]]:
@@ -112,7 +119,7 @@ def _runs(dropped: Collection[int]) -> Iterator[tuple[int, int]]:
 class _Fit:
     """The dense stream of some samples, and for the run that is being walked what its host had."""
 
-    def __init__(self, decoder: Decoder, options: WalkOptions, store: ActivationStore, ids_NL: torch.Tensor) -> None:
+    def __init__(self, decoder: Decoder, options: WalkOptions, store: ActivationStore, ids_NL: Tensor) -> None:
         self._decoder, self._options, self._store = decoder, options, store
         self._streams = ResidualStreams(decoder, options, store, ids_NL)
         self._num_samples, self._seq_len = ids_NL.shape

@@ -67,7 +67,7 @@ class WidthOptions(BaseModel):
 
     @property
     def over_depth(self) -> dict[str, Any]:
-        """Curve and start_over_end of the allocation."""
+        """What the allocation needs to know of the curve."""
         return {"curve": "uniform"}
 
     def application(self) -> Application:
@@ -102,6 +102,9 @@ class CurveOptions(WidthOptions):
     """Of the ratios over depth (SlimGPT, section 3.4)."""
     start_over_end: Real = Field(default=0.25, gt=0, le=1)
     """First layer's ratio over the last one's, if the curve is not uniform."""
+    head_rounding: Literal["carry", "down"] = "carry"
+    """Along a curve, heads come in whole units: what one layer is rounded by the next ones make up for, or each is
+    rounded down and its channels make up for it."""
 
     @property
     def measure(self) -> Literal["score", "per_parameter", "standardised"] | None:
@@ -111,7 +114,7 @@ class CurveOptions(WidthOptions):
     @property
     def over_depth(self) -> dict[str, Any]:
         """By `curve`."""
-        return {"curve": self.curve, "start_over_end": self.start_over_end}
+        return {"curve": self.curve, "start_over_end": self.start_over_end, "head_rounding": self.head_rounding}
 
 
 Rank = Callable[["RankingJob", Any], None]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
 from pruning.bounds import Amount, Count, Seed
 from pruning.methods._ranked import CurveOptions, OrderOptions, Ranked
 
@@ -43,8 +41,10 @@ class Config(CurveOptions, OrderConfig):
 
     protect_first: Amount = 4
     """Layers at the start that are left whole."""
-    protect_last: Amount = Field(default=2)
+    protect_last: Amount = 2
     """Layers at the end that are left whole."""
+    head_rounding: Literal["carry", "down"] = "down"
+    """The authors round heads down in each layer: of three kv groups a quarter is none."""
 
 
 def rank(job: RankingJob, config: OrderConfig) -> None:

@@ -358,3 +358,18 @@ def test_any_shapes_meet_the_sparsity_or_refuse(
     # within one channel; within one head unit where the channels cannot make up for whole heads
     one_unit = max(removed_parameters([LayerBudget(1, 0)], [shape], cost, unit) for shape in source)
     assert abs(removed - asked) <= max(one_unit, cost.per_channel)
+
+
+def test_heads_rounded_down_in_each_layer_are_made_up_for_by_channels() -> None:
+    """As LLM-Pruner rounds: of three kv groups a quarter is none, and five eighths are one."""
+    shape = LayerShape(num_heads=9, num_kv_heads=3, intermediate_size=1536)
+    cost = LayerCost(per_query_head=2 * 64 * 576, per_kv_head=2 * 64 * 576, per_channel=3 * 576, fixed=2 * 576)
+    shapes = (shape,) * 30
+    for sparsity, heads in ((0.2, 0), (0.5, 1)):
+        allocation = Allocation(sparsity, curve="uniform", protect_first=4, protect_last=2, head_rounding="down")
+        budgets = solve_budgets(shapes, cost, allocation)
+        assert {budget.head_units for budget in budgets[4:28]} == {heads}
+        removed = removed_parameters(budgets, shapes, cost, "kv_group")
+        assert removed / (30 * cost.parameters(shape)) == pytest.approx(sparsity, abs=1e-4)
+    with pytest.raises(PruningError, match=r"cannot be reached with heads rounded down .* set head_rounding to carry"):
+        solve_budgets(shapes, cost, Allocation(0.87, curve="uniform", head_rounding="down"))
