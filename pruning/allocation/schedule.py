@@ -118,9 +118,9 @@ def solve_budgets(shapes: Sequence[LayerShape], cost: LayerCost, allocation: All
     head_parameters = sum(
         count * unit_parameters(shape, cost, allocation.head_unit) for count, shape in zip(heads, shapes, strict=True)
     )
-    if ffn == 0:
-        return tuple(LayerBudget(count, 0) for count in heads)
-    channels = _round_channels(shapes, cost, weights, wanted - head_parameters)
+    channels = [0] * len(heads)
+    if ffn:
+        channels = _round_channels(shapes, cost, weights, wanted - head_parameters)
     if allocation.head_rounding == "down":
         _check_made_up(head_parameters + sum(channels) * cost.per_channel, wanted, total, allocation)
     return tuple(LayerBudget(h, c) for h, c in zip(heads, channels, strict=True))

@@ -47,4 +47,10 @@ def fill(request: CaptureRequest, context: StageContext) -> None:
     run_walk(context, _Job(store.path(request.checkpoint), store.path(request.calibration), context.folder))
 
 
-capture = stage("capture", fill, devices="walk", imports=("pruning.checkpoints.decoder", "pruning.layerwise.capture"))
+capture = stage(
+    "capture",
+    fill,
+    devices="walk",
+    # the last one imports all model classes: transformers' lazy attributes are not safe between threads
+    imports=("pruning.checkpoints.decoder", "pruning.layerwise.capture", "pruning.modeling.modeling_slimline"),
+)

@@ -113,8 +113,13 @@ def _replicas(request: EvaluateRequest, context: StageContext) -> AbstractContex
 
 
 def _imports(request: EvaluateRequest) -> tuple[str, ...]:
-    common = ("datasets", "pruning.checkpoints.save_load", "transformers.models.auto.tokenization_auto")
-    return (*common, *request.module.IMPORTS)
+    return (
+        "datasets",
+        "pruning.checkpoints.save_load",
+        "pruning.modeling.modeling_slimline",
+        "transformers.models.auto.tokenization_auto",
+        *request.module.IMPORTS,
+    )
 
 
 evaluate = stage("evaluate", fill, devices="evaluation", imports=_imports)

@@ -49,6 +49,7 @@ import_model = stage(
     imports=(
         "infra.models.import_model",
         "pruning.checkpoints.clean",
+        "pruning.modeling.modeling_slimline",
         "transformers.models.auto.modeling_auto",
         "transformers.models.auto.tokenization_auto",
     ),

@@ -55,4 +55,10 @@ def fill(request: OrderRequest, context: StageContext) -> None:
         run_walk(context, job)
 
 
-order = stage("order", fill, devices="walk", imports=("pruning.checkpoints.decoder", "pruning.layerwise.orders"))
+order = stage(
+    "order",
+    fill,
+    devices="walk",
+    # the last one imports all model classes: transformers' lazy attributes are not safe between threads
+    imports=("pruning.checkpoints.decoder", "pruning.layerwise.orders", "pruning.modeling.modeling_slimline"),
+)

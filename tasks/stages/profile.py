@@ -43,5 +43,8 @@ def fill(request: ProfileRequest, context: StageContext) -> None:
 
 
 profile = stage(
-    "profile", fill, devices="one", imports=("evaluation.profile.profiler", "pruning.checkpoints.save_load")
+    "profile",
+    fill,
+    devices="one",
+    imports=("evaluation.profile.profiler", "pruning.checkpoints.save_load", "pruning.modeling.modeling_slimline"),
 )
