@@ -116,7 +116,7 @@ def _check_pruning(request: PruneRequest, card: ModelCard) -> None:
 
 def _check_disk(requests: Sequence[Request], run_context: RunContext) -> None:
     """All that the run will keep, and the largest scratch folder on top of it, must have room."""
-    forecast = Forecast(run_context.store, run_context.sources)
+    forecast = Forecast(run_context.store, run_context.sources, run_context.settings)
     needs = [forecast.need(request) for request in requests]
     need = Need(sum(need.artifact for need in needs), max(need.scratch for need in needs))
     what = f"the run ({len(needs)} stages that are still to be made)"

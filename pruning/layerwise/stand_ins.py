@@ -20,7 +20,6 @@ from torch import Tensor
 from pruning.families.forward import output_name
 from pruning.layerwise.drop import StandIn
 from pruning.statistics.cross import CrossMoments, CrossMomentsAccumulator
-from pruning.walk.activations import ActivationStore
 from pruning.walk.state import SubLayerReport
 from pruning.walk.streams import ResidualStreams
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from pruning.calibration import CalibrationSet
     from pruning.checkpoints.decoder import Decoder
+    from pruning.walk.activations import ActivationStore
     from pruning.walk.sequential import WalkOptions
 
 log = logging.getLogger("slimline")
@@ -52,7 +52,7 @@ def fit_stand_ins(
     runs = dict(_runs(dropped))
     stand_ins: dict[int, StandIn] = {}
     last = max(runs.values(), default=-1)
-    with ActivationStore(options.activation_budget_bytes) as store:
+    with options.activation_store() as store:
         fitted, heldout = (
             _Fit(decoder, options, store, options.process_group.share(ids_NL))
             for ids_NL in (calibration.input_ids_NL, calibration.heldout_ids_ML)

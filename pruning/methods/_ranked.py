@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,6 +36,14 @@ class OrderOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def token_streams(self, num_layers: int, num_samples: int, seq_len: int) -> int:
+        """What a ranking keeps of activations at once, in values of the residual stream: tokens x streams."""
+        return 0
+
+
+#: streams before and after a sub-layer, and the inputs of its output linear, which are up to four times as wide
+FORWARD_STREAMS = 6
+
 
 class WidthOptions(BaseModel):
     """How much goes from where, and what happens to the rest."""
@@ -57,8 +65,6 @@ class WidthOptions(BaseModel):
     """least_squares: refit the columns that stay of each output linear from the dense model's Hessians."""
     dampening_frac: Real = Field(default=0.01, gt=0, le=1e6)
     """Of the least-squares repair: added to the diagonal of each Hessian, as a share of its mean."""
-
-    CURVED: ClassVar[bool] = True
 
     @property
     def measure(self) -> Literal["score", "per_parameter", "standardised"] | None:

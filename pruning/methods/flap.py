@@ -6,9 +6,11 @@ the checkpoint's config declares.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pruning.methods._ranked import OrderOptions, Ranked, WidthOptions
+from pydantic import model_validator
+
+from pruning.methods._ranked import FORWARD_STREAMS, OrderOptions, Ranked, WidthOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,15 +32,28 @@ class OrderConfig(OrderOptions):
     squared_heads: bool = True
     """Square the metric of o_proj's columns, as the released code does and the paper does not."""
 
+    def token_streams(self, num_layers: int, num_samples: int, seq_len: int) -> int:
+        """Of one walk forwards."""
+        return FORWARD_STREAMS * num_samples * seq_len
+
 
 class Config(WidthOptions, OrderConfig):
     """The options of FLAP; all of them enter the cache key."""
 
     structure: Literal["AL-AM", "AL-MM", "UL-UM", "UL-MM"] = "AL-AM"
     """AL: one threshold for all layers, UL: the same ratio in every layer. AM: the threshold shares the cut between
-    attention and FFN too, MM: `split` does, UM: both lose the same ratio."""
+    attention and FFN too, UM: both lose the same ratio, MM: `split` says how."""
     repair: Literal["bias", "none", "least_squares"] = "bias"  # type: ignore[assignment]  # one more than the others
     """bias: what the removed columns gave on average is added to the output (section 3.4)."""
+
+    @model_validator(mode="after")
+    def _split_as_structured(self) -> Self:
+        if self.structure.endswith("MM") and self.split is None:
+            raise ValueError(f"structure {self.structure} shares the cut as split says; give split, e.g. equal or half")
+        if not self.structure.endswith("MM") and self.split is not None:
+            other = f"{self.structure[:3]}MM"
+            raise ValueError(f"structure {self.structure} shares the cut by itself; leave split out, or take {other}")
+        return self
 
     @property
     def measure(self) -> Literal["score", "per_parameter", "standardised"] | None:

@@ -30,10 +30,15 @@ class OrderConfig(OrderOptions):
     """Each weight counts by its absolute importance, or each row or column by that of its sum (section 3.2)."""
     aggregation: Literal["sum", "mean", "max", "prod", "first"] = "sum"
     """Over the linears of a coupled structure."""
-    num_samples: Count | None = None
-    """Calibration windows that gradients are taken from (the authors: 10); default: all."""
+    num_samples: Count | None = 10
+    """Calibration windows that gradients are taken from (the authors: 10); null: all."""
     seed: Seed = 0
     """Of the random importance."""
+
+    def token_streams(self, num_layers: int, num_samples: int, seq_len: int) -> int:
+        """Gradients keep the inputs of every layer."""
+        windows = min(num_samples, self.num_samples or num_samples)
+        return (num_layers + 3) * windows * seq_len if self.importance == "taylor" else 0
 
 
 class Config(CurveOptions, OrderConfig):

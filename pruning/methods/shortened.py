@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 VERSION = 1
 #: what `order` reads
 ORDERS_FROM = "calibration"
+#: share of the time that stand-ins take, the rest is reading and writing
+_FITTING = 0.9
 
 
 class OrderConfig(BaseModel):
@@ -50,6 +52,13 @@ class OrderConfig(BaseModel):
     """Layers at the start that are left whole."""
     protect_last: Amount = 0
     """Layers at the end that are left whole."""
+
+    def token_streams(self, num_layers: int, num_samples: int, seq_len: int) -> int:
+        """What a ranking keeps of activations at once, in values of the residual stream: tokens x streams."""
+        tokens = min(num_samples, self.num_samples or num_samples) * min(seq_len, self.seq_len or seq_len)
+        blocks = num_layers if self.unit == "layer" else 2 * num_layers
+        streams = {"ppl": blocks + 1, "taylor": num_layers + 3, "influence": 1, "magnitude": 0}
+        return streams[self.criterion] * tokens
 
 
 class Config(OrderConfig):
@@ -143,13 +152,16 @@ def prune(
     with orders_or_made(orders, options.process_group, make) as made:
         found = made.load(decoder.family.layers_path, config.unit)
     dropped = _dropped(config, widths, cost, dict(zip(found.order, found.scores, strict=True)))
-    stand_ins = {}
-    if config.merge == "linear":
-        whole = {layer for layer, _ in dropped}
-        stand_ins = fit_stand_ins(
-            decoder, calibration, whole, config.ridge, options, progress=lambda share: progress(share, "stand-ins")
-        )
-    return drop_blocks(decoder, dropped, stand_ins, options=options, walk_state=walk_state, progress=progress)
+    if config.merge == "none":
+        return drop_blocks(decoder, dropped, {}, options=options, walk_state=walk_state, progress=progress)
+    stand_ins = fit_stand_ins(
+        decoder, calibration, {layer for layer, _ in dropped}, config.ridge, options,
+        progress=lambda share: progress(_FITTING * share, "fitting stand-ins"),
+    )  # fmt: skip
+    return drop_blocks(
+        decoder, dropped, stand_ins, options=options, walk_state=walk_state,
+        progress=lambda share, message: progress(_FITTING + (1 - _FITTING) * share, message),
+    )  # fmt: skip
 
 
 def check_model(config: Config, layers: Sequence[LayerShape], cost: LayerCost) -> None:

@@ -183,7 +183,7 @@ def check_model(config: Config, layers: Sequence[LayerShape], cost: LayerCost) -
 
 def _candidates(layers: Sequence[LayerShape], config: Config) -> list[Candidate]:
     """The splits to try, by rising share of attention; one if there is nothing to choose."""
-    grouped = all(shape.num_groups > 1 for shape in layers)
+    grouped = all(shape.num_groups > 1 for shape in layers if shape.num_heads)  # some may have lost their attention
     split = config.split or ("auto" if grouped else "equal")
     if split != "auto":
         return [_candidate(config, split, config.head_unit or "kv_group")]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pruning.methods._ranked import CurveOptions, OrderOptions, Ranked
+from pruning.methods._ranked import FORWARD_STREAMS, CurveOptions, OrderOptions, Ranked
 
 if TYPE_CHECKING:
     from pruning.ranking.job import RankingJob
@@ -19,6 +19,10 @@ ORDERS_FROM = "calibration"
 
 class OrderConfig(OrderOptions):
     """What the orders depend on: nothing but model and calibration."""
+
+    def token_streams(self, num_layers: int, num_samples: int, seq_len: int) -> int:
+        """Of one walk forwards."""
+        return FORWARD_STREAMS * num_samples * seq_len
 
 
 class Config(CurveOptions, OrderConfig):

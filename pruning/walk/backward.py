@@ -62,7 +62,7 @@ def walk_backwards(
     if num_tokens < 1:
         raise PruningError("gradients need samples of two tokens at least; raise num_samples or seq_len")
     _check_fits(decoder, options, ids_NL.shape[1])
-    with ActivationStore(options.activation_budget_bytes) as store:
+    with options.activation_store() as store:
         walk = _Backward(decoder, options, store, ids_NL, batches)
         inputs = walk.forwards(layers, present, lambda done: progress(done / (3 * len(layers))))
         gradient = walk.of_loss(inputs.pop(), num_tokens)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,13 +59,19 @@ class WalkOptions:
 
     device: where a layer computes; one layer at a time is there. batch_size: samples per forward.
     activation_budget_bytes: host memory that the activations of all samples may take; what goes beyond it lies in
-    files. None: no limit. process_group: the processes that share the samples.
+    files. None: no limit. activation_folder: where those files are made, if the walk has no durable state of its own
+    (None: the system's temporary folder). process_group: the processes that share the samples.
     """
 
     device: torch.device
     batch_size: int = 8
     activation_budget_bytes: int | None = None
+    activation_folder: Path | None = None
     process_group: ProcessGroup = field(default_factory=ProcessGroup)
+
+    def activation_store(self, folder: Path | None = None) -> ActivationStore:
+        """For the activations of one walk; folder: goes before `activation_folder`."""
+        return ActivationStore(self.activation_budget_bytes, folder or self.activation_folder)
 
 
 #: share of a linear's inputs above which computing with all of them is cheaper than gathering the kept ones
@@ -104,7 +111,7 @@ def walk_layers(
     if statistics is not None:
         calibration_NL = calibration_NL[:0]
     calibration_NL, heldout_ML = options.process_group.share(calibration_NL), options.process_group.share(heldout_ML)
-    with ActivationStore(options.activation_budget_bytes, walk_state.folder if walk_state else None) as activations:
+    with options.activation_store(walk_state.folder if walk_state else None) as activations:
         walk = _Walk(
             decoder,
             options,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.families.forward import KINDS, SubLayerKind
-from pruning.walk.activations import Activations, ActivationStore
+from pruning.walk.activations import Activations
 from pruning.walk.streams import ResidualStreams
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def losses_without(
     layers in turn cost (n + 1) / 2 forwards in all. In memory, or beyond the budget in files: one stream per block.
     """
     ids_NL, group = options.process_group.share(input_ids_NL), options.process_group
-    with ActivationStore(options.activation_budget_bytes) as store:
+    with options.activation_store() as store:
         walk = ResidualStreams(decoder, options, store, ids_NL)
         without: dict[Block, Activations] = {}
         for index in range(decoder.num_layers):
@@ -100,7 +100,7 @@ def influences(
     2403.03853, equation 1), the blocks of `present` being there."""
     ids_NL, group = options.process_group.share(input_ids_NL), options.process_group
     cosines = dict.fromkeys(blocks, 0.0)
-    with ActivationStore(options.activation_budget_bytes) as store:
+    with options.activation_store() as store:
         walk = ResidualStreams(decoder, options, store, ids_NL)
         for index in range(decoder.num_layers):
             kinds = present(index)

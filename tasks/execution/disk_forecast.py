@@ -42,11 +42,13 @@ _REPORT_BYTES = 2**16
 
 @dataclass(frozen=True)
 class Extent:
-    """What the size of a stage's work follows from. bytes: of its artifact; tokens and has_heldout: of a calibration
-    set; the other fields: of a checkpoint."""
+    """What the size of a stage's work follows from. bytes: of its artifact; tokens (held-out ones included), samples,
+    seq_len and has_heldout: of a calibration set; the other fields: of a checkpoint."""
 
     bytes: int = 0
     tokens: int = 0
+    samples: int = 0
+    seq_len: int = 0
     has_heldout: bool = False
     num_layers: int = 0
     hidden_size: int = 0
@@ -83,8 +85,8 @@ class Forecast:
     """Needs of stages whose inputs are in the store, or were asked for before: an input that is still to be made is
     taken to be as large as its own need says."""
 
-    def __init__(self, store: ArtifactStore, sources: Sources) -> None:
-        self._store, self._sources = store, sources
+    def __init__(self, store: ArtifactStore, sources: Sources, settings: Settings) -> None:
+        self._store, self._sources, self._settings = store, sources, settings
         self._extents: dict[str, Extent] = {}
 
     def need(self, request: Request) -> Need:
@@ -98,7 +100,13 @@ class Forecast:
             case CalibrateRequest():
                 tokens = (request.num_samples + request.num_heldout) * request.seq_len
                 size = _REPORT_BYTES + tokens * _TOKEN_BYTES
-                made = Extent(size, tokens=tokens, has_heldout=request.num_heldout > 0)
+                made = Extent(
+                    size,
+                    tokens=tokens,
+                    samples=request.num_samples,
+                    seq_len=request.seq_len,
+                    has_heldout=request.num_heldout > 0,
+                )
             case CaptureRequest():
                 squares = checkpoint.attention_size**2 + checkpoint.intermediate_size**2
                 copies = 2 if calibration.has_heldout else 1  # the held-out samples have Hessians of their own
@@ -106,9 +114,11 @@ class Forecast:
             case OrderRequest():
                 groups = checkpoint.num_layers * (checkpoint.attention_size + checkpoint.intermediate_size)
                 made = Extent(groups * _ORDER_BYTES)
-                # a ranking by gradients keeps the inputs of every layer
-                streams = checkpoint.num_layers + _STREAMS if request.calibration else 0
-                scratch = streams * calibration.tokens * checkpoint.hidden_size * _FLOAT_BYTES
+                if request.calibration:
+                    values = request.typed_config.token_streams(
+                        checkpoint.num_layers, calibration.samples, calibration.seq_len
+                    )
+                    scratch = self._in_files(values * checkpoint.hidden_size * _FLOAT_BYTES)
             case PruneRequest():
                 made = checkpoint
                 # its finished layers lie in the scratch folder first, but are linked into the artifact
@@ -123,6 +133,11 @@ class Forecast:
                 )
         self._extents[request.ref.key] = made
         return Need(made.bytes, scratch)
+
+    def _in_files(self, activations: int) -> int:
+        """Of so many bytes those beyond the budget of host memory."""
+        budget = self._settings.activation_budget_gib
+        return 0 if budget is None else max(0, activations - int(budget * 2**30))
 
     def _imported(self, request: ImportRequest) -> Extent:
         card = describe(self._sources.find(request.model_id, "model", revision=request.revision))
@@ -153,7 +168,8 @@ class Forecast:
             samples, heldout, length = (
                 int(str(manifest.request[name])) for name in ("num_samples", "num_heldout", "seq_len")
             )
-            return Extent(size, tokens=(samples + heldout) * length, has_heldout=heldout > 0)
+            tokens = (samples + heldout) * length
+            return Extent(size, tokens=tokens, samples=samples, seq_len=length, has_heldout=heldout > 0)
         return Extent(size)
 
 

@@ -95,7 +95,7 @@ def run_stage(
                 return _found(ref, store)
             check_room(
                 f"stage {stage_name}",
-                Forecast(store, run_context.sources).need(request),
+                Forecast(store, run_context.sources, run_context.settings).need(request),
                 store,
                 run_context.settings,
                 requests=[request],

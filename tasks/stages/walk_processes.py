@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable
@@ -30,12 +31,19 @@ WalkJob = Callable[["WalkOptions", "Progress"], None]
 
 
 def run_walk(context: StageContext, job: WalkJob) -> None:
-    """Run the job, in as many processes as the settings say; an error of any of them is raised here."""
-    settings = context.run_context.settings
+    """Run the job, in as many processes as the settings say; an error of any of them is raised here.
+
+    Activations beyond the budget lie in the stage's scratch folder, on the disk whose room was checked.
+    """
+    from pruning.walk.activations import FOLDER_PREFIX
+
+    settings, folder = context.run_context.settings, context.store.scratch(context.ref)
+    for left in folder.glob(f"{FOLDER_PREFIX}*"):  # of a killed process
+        shutil.rmtree(left)
     if settings.walk_processes == 1:
-        job(walk_options(settings, context.place.device), context.progress)
+        job(walk_options(settings, context.place.device, activation_folder=folder), context.progress)
         return
-    _run_processes(settings, job, context.progress)
+    _run_processes(settings, job, folder, context.progress)
 
 
 def walk_options(settings: Settings, device: Any, **more: Any) -> WalkOptions:
@@ -51,14 +59,16 @@ def walk_options(settings: Settings, device: Any, **more: Any) -> WalkOptions:
     )
 
 
-def _run_processes(settings: Settings, job: WalkJob, progress: Progress) -> None:
+def _run_processes(settings: Settings, job: WalkJob, scratch: Path, progress: Progress) -> None:
     spawn = multiprocessing.get_context("spawn")
     size = settings.walk_processes
     messages: Any = spawn.Queue()
     with tempfile.TemporaryDirectory(prefix="slimline-walk-") as folder:
         rendezvous = Path(folder) / "rendezvous"
         processes = [
-            spawn.Process(target=_run_process, args=(rank, size, rendezvous, settings, job, messages), daemon=True)
+            spawn.Process(
+                target=_run_process, args=(rank, size, rendezvous, settings, job, scratch, messages), daemon=True
+            )
             for rank in range(size)
         ]
         for process in processes:
@@ -105,7 +115,9 @@ def _refuse_dead(processes: list[Any], cause: Exception | None) -> None:
         ) from cause
 
 
-def _run_process(rank: int, size: int, rendezvous: Path, settings: Settings, job: WalkJob, messages: Any) -> None:
+def _run_process(
+    rank: int, size: int, rendezvous: Path, settings: Settings, job: WalkJob, scratch: Path, messages: Any
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -126,7 +138,7 @@ def _run_process(rank: int, size: int, rendezvous: Path, settings: Settings, job
             if rank == 0:
                 messages.put((share, message))
 
-        job(walk_options(settings, device, process_group=process_group), report)
+        job(walk_options(settings, device, process_group=process_group, activation_folder=scratch), report)
         dist.barrier()
         dist.destroy_process_group()
         messages.put(None)

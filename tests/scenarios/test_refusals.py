@@ -94,6 +94,8 @@ def test_what_cannot_be_pruned_is_known_before_any_work(step: str, words: str, s
         ("{method: shortened}", "give either sparsity or layers"),
         ("{method: shortened, layers: 1, unit: sub_layer, merge: linear}", "merge 'linear' stands in for whole layers"),
         ("{method: wanda_sp, sparsity: 0.2, repair: bias}", "repair"),
+        ("{method: flap, sparsity: 0.2, structure: AL-MM}", "structure AL-MM shares the cut as split says; give split"),
+        ("{method: flap, sparsity: 0.2, split: ffn}", "structure AL-AM shares the cut by itself; leave split out"),
     ],
 )
 def test_options_of_another_method_are_refused(step: str, words: str) -> None:

@@ -23,7 +23,7 @@ from pruning.checkpoints.surgery import mask_, shrink_
 from pruning.families import family_of, shapes
 from pruning.layerwise.stand_ins import fit_stand_ins
 from pruning.layerwise.streaming import prune_checkpoint
-from pruning.methods import flap, shortened, slimgpt
+from pruning.methods import flap, llm_pruner, magnitude, shortened, slimgpt
 from pruning.orders import Orders
 from pruning.ranking import depth
 from pruning.walk.state import Pruned
@@ -140,6 +140,7 @@ def test_depth_then_width(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         tmp_path / "out", tmp_path / "smaller", slimgpt, windows(dense), slimgpt.Config(sparsity=0.3),
         options=CPU, work=tmp_path / "work2",
     )  # fmt: skip
+    assert second.split_kl, "a layer without heads must not make the others look ungrouped"
     plan = load_plan(tmp_path / "smaller")
     assert plan == one.plan.compose(second.plan)
     small = load_checkpoint(tmp_path / "smaller")
@@ -148,6 +149,11 @@ def test_depth_then_width(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     shrink_(cut, second.plan)  # without compensation, but of the same shape
     assert shapes(cut) == shapes(small)
     assert logits(small, random_ids(dense)).isfinite().all()
+    for method, options in ((flap, {}), (llm_pruner, {"protect_first": 0, "protect_last": 0}), (magnitude, {})):
+        masked, pruned = prune_copy(first, method.Config(sparsity=0.3, **options), method=method)
+        shrunk = copy.deepcopy(masked)
+        shrink_(shrunk, pruned.plan)
+        torch.testing.assert_close(logits(shrunk, random_ids(dense)), logits(masked, random_ids(dense)))
 
 
 def brute_force_order(dense: PreTrainedModel, calibration: CalibrationSet) -> list[int]:
@@ -248,8 +254,10 @@ def test_stand_ins_are_merged_and_bad_ones_left_out(tmp_path: Path, caplog: pyte
     with caplog.at_level(logging.WARNING, logger="slimline"):
         few = windows(dense, num_samples=1, seq_len=8)
         found = fit_stand_ins(ResidentDecoder(dense), few, {0, 2}, 1e-6, CPU)
+    assert found == {}
     assert "no stand-in for the dropped layers at the start" in caplog.text
-    assert found or "on the held-out windows it is worse than none; raise ridge (now 1e-06)" in caplog.text
+    assert "no stand-in for layers 2 to 2: on the held-out windows it is worse than none; raise ridge" in caplog.text
+    assert list(fit_stand_ins(ResidentDecoder(dense), few, {0, 2}, 10.0, CPU)) == [1]
 
 
 def test_the_decoder_is_read_layer_by_layer(tmp_path: Path) -> None:

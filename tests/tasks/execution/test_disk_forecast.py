@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def requests(model: Path) -> dict[str, Request]:
 
 
 def test_needs_follow_from_the_inputs_made_or_not(run_context: RunContext, model: Path) -> None:
-    forecast = Forecast(run_context.store, run_context.sources)
+    forecast = Forecast(run_context.store, run_context.sources, run_context.settings)
     needs = {name: forecast.need(request) for name, request in requests(model).items()}
     weights = (model / "model.safetensors").stat().st_size
     assert weights * 0.9 < needs["import"].artifact < weights * 1.1 + 2**17
@@ -102,13 +103,38 @@ def test_a_capture_needs_what_it_writes(
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
     save_file({"model.norm.weight": torch.ones(hidden)}, folder / "model.safetensors")
-    forecast = Forecast(run_context.store, run_context.sources)
+    forecast = Forecast(run_context.store, run_context.sources, run_context.settings)
     asked = requests(folder)
     forecast.need(asked["import"])
     forecast.need(asked["calibrate"].model_copy(update={"num_heldout": num_heldout}))
     calibration = asked["calibrate"].model_copy(update={"num_heldout": num_heldout})
     capture = CaptureRequest(checkpoint=asked["import"].ref, calibration=calibration.ref)
     assert forecast.need(capture).artifact / 2**30 == pytest.approx(gib, rel=0.005)
+
+
+def test_a_ranking_keeps_activations_in_files_beyond_the_budget_only(run_context: RunContext, model: Path) -> None:
+    asked = requests(model)
+
+    def scratch(method: str, budget: float | None, **config: Any) -> int:
+        settings = run_context.settings.model_copy(update={"activation_budget_gib": budget})
+        forecast = Forecast(run_context.store, run_context.sources, settings)
+        for name in ("import", "calibrate"):
+            forecast.need(asked[name])
+        request = OrderRequest(
+            plugin=method, config=config, checkpoint=asked["import"].ref, calibration=asked["calibrate"].ref
+        )
+        return forecast.need(request).scratch
+
+    nearly_none = 2**-30  # one byte
+    values = 32 * 4  # hidden size, bytes
+    for method, config, streams in (
+        ("llm_pruner", {}, (3 + 3) * 6 * 10), ("llm_pruner", {"num_samples": 2}, (3 + 3) * 2 * 10),
+        ("llm_pruner", {"importance": "l1"}, 0), ("flap", {}, 6 * 6 * 10), ("random", {}, 0),
+        ("shortened", {}, (3 + 1) * 6 * 10), ("shortened", {"seq_len": 5, "unit": "sub_layer"}, (6 + 1) * 6 * 5),
+        ("shortened", {"criterion": "magnitude"}, 0),
+    ):  # fmt: skip
+        assert scratch(method, None, **config) == 0
+        assert scratch(method, nearly_none, **config) == max(0, streams * values - 1), (method, config)
 
 
 def test_a_capture_that_was_made_is_as_large_as_was_said(run_context: RunContext, tmp_path: Path) -> None:
@@ -129,12 +155,14 @@ def test_a_float64_checkpoint_is_forecast(run_context: RunContext, tmp_path: Pat
     tiny_model("llama").double().save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     request = ImportRequest(source={"content": "x"}, dtype="auto", model_id=str(folder))
-    need = Forecast(run_context.store, run_context.sources).need(request)
+    need = Forecast(run_context.store, run_context.sources, run_context.settings).need(request)
     assert need.artifact >= (folder / "model.safetensors").stat().st_size * 0.9
 
 
 def test_an_unknown_input_needs_nothing(run_context: RunContext, model: Path) -> None:
-    assert Forecast(run_context.store, run_context.sources).need(requests(model)["prune"]) == Need(0, 0)
+    assert Forecast(run_context.store, run_context.sources, run_context.settings).need(
+        requests(model)["prune"]
+    ) == Need(0, 0)
 
 
 def test_a_stage_is_refused_before_it_starts(run_context: RunContext, model: Path) -> None:
