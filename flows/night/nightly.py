@@ -24,6 +24,7 @@ from flows.night.outcome import CellFailed, CellOutcome, NightFailed, NightResul
 from flows.night.regressions import compare, pass_gates
 from flows.night.summary import headline, summary
 from flows.run.compress import compress, open_run_context, recorded_result, unknown_stage
+from flows.run.leaks import refuse_leaks, trains
 from flows.run.outcome import RunResult, StagesFailed
 from flows.run.stages import Stage, plan_stages
 from flows.runtime.task_runners import RunnerName, create_runner, final_state, interruptible
@@ -63,13 +64,14 @@ def nightly(
 
     spec: name of a shipped night, a path, or the spec itself, parsed or as plain data. A cell that fails leaves the
     others alone. Raises NightFailed after everything is recorded if a cell failed or a gate does not hold; SpecError
-    before any work.
+    before any work, also if a cell would train on what it measures.
     """
     if isinstance(spec, str):
         spec = load_night(spec, overrides)
     night = spec if isinstance(spec, NightSpec) else parse_night(spec, source="spec")
     settings, started_at, clock = load_settings(), datetime.now(UTC), time.monotonic()
     wanted = _refreshed(night, refresh)
+    _refuse_leaks(night)
     outcomes = _run_cells(night, wanted)
     result = _compared(night, outcomes, settings, time.monotonic() - clock)
     text = summary(result, alpha=night.alpha, tolerance=night.tolerance)
@@ -180,6 +182,22 @@ def _refreshed(night: NightSpec, names: Sequence[str]) -> dict[str, tuple[str, .
         if not any(name in each for each in wanted.values()):
             raise unknown_stage(name, [by_name[known] for known in sorted(by_name)])
     return wanted
+
+
+def _refuse_leaks(night: NightSpec) -> None:
+    """Raise SpecError if a cell that still has something to do trains on what it measures."""
+    for cell in night.cells:
+        if not trains(cell.spec):
+            continue
+        try:
+            run_context = open_run_context(cell.spec)
+            missing = [
+                stage for stage in plan_stages(cell.spec, run_context).stages if not run_context.store.has(stage.ref)
+            ]
+        except Exception as error:  # whatever it is, the cell fails by it, and the others do not
+            log.debug("%s: not looked at for leaks: %s", cell.name, error)
+            continue
+        refuse_leaks(cell.spec, missing, run_context.sources)
 
 
 def _night_row(night: NightSpec, result: NightResult, started_at: datetime) -> NightRow:

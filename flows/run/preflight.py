@@ -9,6 +9,7 @@ from evaluation.errors import EvaluationError
 from evaluation.profile.config import ProfileConfig
 from evaluation.suite import ModelFacts, TextNeed
 from flows.errors import SpecError
+from flows.run.leaks import check_leaks
 from flows.run.locate import Identities
 from flows.run.stages import Stage, StageGraph
 from flows.spec.run import RunSpec
@@ -47,7 +48,8 @@ DataProblem = SourceMissing | SourceUnreadable | EvaluationError
 
 def check(graph: StageGraph, run_context: RunContext) -> None:
     """Raise the error of the first thing that cannot work: an unwritable store, a missing device, an unsupported
-    model, windows longer than the model's context, texts without the columns, too little disk."""
+    model, windows longer than the model's context, texts without the columns, too little disk; in a night, training
+    on what is measured, of which a run warns."""
     store, settings = run_context.store, run_context.settings
     store.preflight()
     check_store(settings.tracking_uri)
@@ -77,6 +79,7 @@ def check(graph: StageGraph, run_context: RunContext) -> None:
             request.module.check_model(request.typed_config, card.hidden_size)
     _check_prunings(missing, graph.checkpoints[DENSE], card)
     _check_disk([stage.request for stage in missing], run_context)
+    check_leaks(graph, missing, run_context)
 
 
 def _check_prunings(stages: Sequence[Stage], dense: ArtifactRef, card: ModelCard) -> None:

@@ -164,6 +164,8 @@ class NightSpec(SpecPart):
     matrix: Matrix
     evals: tuple[EvalSpec, ...] = ()
     profile: ProfileSpec | None = None
+    meant_overlaps: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
+    """Data sets (as in a recovery's `data`) that may be trained on although they overlap with what is measured."""
     gates: tuple[Gate, ...] = ()
     alpha: float = Field(default=0.05, gt=0, lt=1)
     """Chance that any of a night's tested differences is called one although there is none (z test, Holm)."""
@@ -190,6 +192,7 @@ class NightSpec(SpecPart):
                 "steps": steps,
                 "evals": self.evals,
                 "profile": self.profile,
+                "meant_overlaps": self.meant_overlaps,
             }
             try:
                 cells.append(Cell(name, RunSpec.model_validate(raw)))

@@ -122,6 +122,8 @@ class RunSpec(SpecPart):
     steps: tuple[Step, ...] = ()
     evals: tuple[EvalSpec, ...] = ()
     profile: ProfileSpec | None = None
+    meant_overlaps: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
+    """Data sets (as in a step's `data`) that may be trained on although they overlap with what is measured."""
 
     @property
     def derivations(self) -> tuple[Derivation, ...]:

@@ -1,4 +1,5 @@
-"""The offline default: a mirror built from installed wheels. May import infra.filesystem and infra.hub's types.
+"""The offline default: a mirror built from installed wheels. May import infra.filesystem,
+infra.overlap and infra.hub's types.
 
 Read default.py first: the recipes by repository id.
 default.py       OfflineDefault: builds a repository when it is first asked for

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from infra.offline.questions import QUESTIONS, arrow_split, request_docs
 from infra.offline.repository import installed, text_table, write_dataset
-from infra.offline.texts import word_grams
+from infra.overlap.words import word_grams
 
 _ABOUT = (
     "Made from SciQ, Social IQa, CommonsenseQA, COPA (validation), TriviaQA (first 2,500 of validation), SQuAD, "

@@ -7,13 +7,13 @@ calibration's domain.
 from __future__ import annotations
 
 import bz2
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 from infra.offline.repository import installed, text_table, write_dataset
 from infra.offline.wikitext import prose
+from infra.overlap.words import word_grams
 
 _NEWS_ABOUT = (
     "Short articles of the Australian Broadcasting Corporation, the corpus of Lee, Pincombe & Welsh (2005), as shipped "
@@ -46,12 +46,6 @@ def build_wikipedia(folder: Path) -> None:
         for split, rows in (("train", train), ("test", test))
     }
     write_dataset(folder, "slimline/wikipedia", _WIKIPEDIA_ABOUT, {"default": tables})
-
-
-def word_grams(text: str, length: int = 13) -> set[str]:
-    """Runs of `length` words, as used to find overlap between data sets (GPT-3, arXiv 2005.14165, appendix C)."""
-    words = re.findall(r"\w+", text.lower())
-    return {" ".join(words[start : start + length]) for start in range(len(words) - length + 1)}
 
 
 def news_texts() -> list[str]:

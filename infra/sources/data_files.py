@@ -62,7 +62,7 @@ class DataFiles:
         seen = _Seen(self, columns or ())
         first: tuple[str, pa.Schema] | None = None
         for name in self.names[:MOST_FILES]:
-            for row, table in self._pieces(name):
+            for row, table in self.pieces(name):
                 seen.add(name, row, table)
                 if columns is None:
                     first = first or (name, table.schema)
@@ -75,7 +75,7 @@ class DataFiles:
         """These columns of all files, in order. Raises as `check` does."""
         seen = _Seen(self, columns, values={column: [] for column in columns})
         for name in self.names:
-            for row, table in self._pieces(name):
+            for row, table in self.pieces(name):
                 seen.add(name, row, table)
         seen.finish()
         assert seen.values is not None
@@ -85,14 +85,14 @@ class DataFiles:
         """The file that has this row of the split, and its number there, in words."""
         left = row
         for name in self.names:
-            length = sum(len(table) for _, table in self._pieces(name))
+            length = sum(len(table) for _, table in self.pieces(name))
             if left < length:
                 return f"row {left} of {self.label(name)}"
             left -= length
         return f"row {row}"
 
-    def _pieces(self, name: str) -> Iterator[tuple[int, pa.Table]]:
-        """Tables with rows, each with the number of its first row in the file."""
+    def pieces(self, name: str) -> Iterator[tuple[int, pa.Table]]:
+        """One file in tables with rows, each with the number of its first row in the file. Raises SourceUnreadable."""
         row = 0
         try:
             if not _is_empty(name):

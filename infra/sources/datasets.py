@@ -82,11 +82,19 @@ def files_of(located: Located, config: str | None, split: str, data_files: str |
 def check_tables(located: Located, excerpt: Path, config: str | None, splits: Sequence[str], *, home: Path) -> None:
     """Raise SourceUnreadable, naming file and reason, if a split cannot be read as one table with all its columns, as
     far as the beginnings of its files tell. excerpt: a folder whose README names files of a located data set."""
+    for files in files_by_split(located, excerpt, config, splits, home=home).values():
+        with explained(located, config, "", home, named=True):
+            files.check(None)
+
+
+def files_by_split(
+    located: Located, excerpt: Path, config: str | None, splits: Sequence[str], *, home: Path
+) -> dict[str, DataFiles]:
+    """The files of these splits of a located data set, as `check_tables` is told of them."""
     _quiet()
     with explained(located, config, "", home, named=True):
         builder = datasets.load_dataset_builder(str(excerpt), config, cache_dir=str(excerpt / "cache"))
-        for split in splits:
-            _data_files(located, builder, builder.config.data_files[split], home).check(None)
+        return {split: _data_files(located, builder, builder.config.data_files[split], home) for split in splits}
 
 
 def _quiet() -> None:

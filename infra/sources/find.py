@@ -22,6 +22,7 @@ from infra.sources.located import LOCAL_PATH, Located, named_by_content
 from infra.sources.safe_names import check_data_files, check_name, check_revision, is_repository_id
 
 if TYPE_CHECKING:
+    from infra.sources.data_files import DataFiles
     from infra.sources.text_columns import TextColumns
 
 __all__ = ["Located", "RepoType", "Sources", "TextData", "fingerprint", "sources_from"]
@@ -114,6 +115,20 @@ class Sources:
         from infra.sources import datasets
 
         datasets.check_tables(self.find(repo_id, "dataset"), excerpt, config, splits, home=self.home)
+
+    def files(self, data: TextData) -> DataFiles:
+        """The files of a split one by one. Raises as `texts` does about data that is not there."""
+        from infra.sources import datasets
+
+        located = self.find(data.dataset, "dataset", revision=data.revision)
+        return datasets.files_of(located, data.config, data.split, data.data_files, home=self.home)
+
+    def named_files(self, repo_id: str, excerpt: Path, config: str | None, split: str) -> DataFiles:
+        """The same of a data set whose files `excerpt` names, as for `check_tables`."""
+        from infra.sources import datasets
+
+        located = self.find(repo_id, "dataset")
+        return datasets.files_by_split(located, excerpt, config, [split], home=self.home)[split]
 
     def folder(self, repo_id: str) -> Path | None:
         """A data set's folder for `datasets.load_dataset`, under a name made of its content; None for the hub.

@@ -13,8 +13,8 @@ from infra.errors import SourceMissing
 from infra.offline.default import RECIPES, OfflineDefault
 from infra.offline.instructions import evaluated_grams
 from infra.offline.repository import installed, text_table, write_dataset
-from infra.offline.texts import word_grams
 from infra.offline.wikitext import prose
+from infra.overlap.words import word_grams
 from infra.sources.find import Sources, TextData, fingerprint
 
 pytestmark = pytest.mark.slow  # not in `make test-fast`
