@@ -96,10 +96,10 @@ def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:
 
 
 def print_result(result: RunResult, settings: Settings, as_json: bool) -> None:
-    """The table, where the checkpoints are, and on request everything as one line of JSON."""
-    from flows.records.tables import aligned, table_rows
+    """The table with its warnings, where the checkpoints are, and on request everything as one line of JSON."""
+    from flows.records.tables import aligned, table_rows, warnings_of
 
-    print(aligned(table_rows(result.metrics)))
+    print("\n".join([aligned(table_rows(result.metrics)), *warnings_of(result.metrics)]))
     print(f"\nrun {result.run_key}")
     for name, folder in result.checkpoints.items():
         print(f"checkpoint {name}: {folder or 'not made'}")

@@ -14,8 +14,9 @@ _HARMLESS = frozenset({"bootstrap_iters"})
 _OF_OTHER_FIGURES = frozenset({"windows", "normalise", "measured"})
 """Options that say which other figures there are: a figure has its window length in its name."""
 
-_NOT_COMPARED = frozenset({"versions", "data_identity"})
-"""Installed versions are reported beside the figures; items are compared by their own hashes, not by their source."""
+_NOT_COMPARED = frozenset({"versions", "data_identity", "leaks"})
+"""Installed versions are reported beside the figures, and so is training on what was measured; items are compared by
+their own hashes, not by their source."""
 
 Versions = Mapping[str, tuple[str | None, str | None]]
 """By library the versions of the two sides, None where none was recorded."""

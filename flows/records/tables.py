@@ -115,21 +115,37 @@ def aligned(rows: Table, width: int = 120) -> str:
 
 def protocol_lines(metrics: Iterable[MetricRow], spec: Mapping[str, Any]) -> list[str]:
     """One line each that says what was pruned, on which calibration text, what variants change, how each suite took its
-    figures, from what data, and with which versions."""
+    figures, from what data, and with which versions; and what `warnings_of` says."""
+    metrics = list(metrics)
     inputs = {name: spec[name] for name in ("model", "calibration") if spec.get(name)}
     variants = {
         f"variant {name}": changes
         for step in spec.get("steps", ())
         for name, changes in step.get("variants", {}).items()
     }
-    suites = {row.suite: json.loads(row.protocol) for row in metrics}
+    suites = {row.suite: _protocol(row) for row in metrics}
     shared = [(protocol.pop("data_identity", []), protocol.pop("versions", {})) for protocol in suites.values()]
     topics = inputs | variants | suites
     lines = [f"{topic}: {_in_one_line(options) or 'changes nothing'}" for topic, options in topics.items()]
     data = dict.fromkeys(_source(identity) for identities, _ in shared for identity in identities)
     libraries = dict.fromkeys(", ".join(f"{name} {number}" for name, number in each.items()) for _, each in shared)
     texts = {"data": "; ".join(data), "versions": " / ".join(filter(None, libraries))}
-    return lines + [f"{topic}: {text}" for topic, text in texts.items() if text]
+    return lines + [f"{topic}: {text}" for topic, text in texts.items() if text] + warnings_of(metrics)
+
+
+def warnings_of(metrics: Iterable[MetricRow]) -> list[str]:
+    """One line for each overlap of what was trained on with what was measured, and the checkpoints whose figures that
+    makes doubtful."""
+    found: dict[str, dict[str, None]] = {}
+    for row in metrics:
+        for sentence in json.loads(row.protocol).get("leaks", ()):
+            found.setdefault(sentence, {})[row.checkpoint] = None
+    return [f"warning: {sentence} [{', '.join(names)}]" for sentence, names in found.items()]
+
+
+def _protocol(row: MetricRow) -> dict[str, Any]:
+    """How the figure was taken."""
+    return {key: value for key, value in json.loads(row.protocol).items() if key != "leaks"}
 
 
 def _source(identity: Mapping[str, str]) -> str:

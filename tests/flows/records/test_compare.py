@@ -179,6 +179,7 @@ ASKED: dict[str, Any] = {"bos": "once", "windows": [128], "normalise": [], "meas
         {"normalise": ["word"], "measured": {"128": {"windows": 60, "words": 900}}},
         {"data_identity": {"wikitext": "sha256:1"}},
         {"data_identity": {"wikitext": "sha256:2"}, "versions": {"torch": "2.9"}},
+        {"leaks": ["lora trains on wikitext, and perplexity measures rows of it"]},
     ],
 )
 def test_what_says_nothing_of_a_figure_refuses_none(records: Records, other: dict[str, Any]) -> None:

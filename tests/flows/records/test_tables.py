@@ -9,7 +9,7 @@ import math
 
 import pytest
 
-from flows.records.tables import aligned, protocol_lines, render, table_rows
+from flows.records.tables import aligned, protocol_lines, render, table_rows, warnings_of
 from infra.results.rows import MetricRow
 
 
@@ -225,6 +225,22 @@ def test_data_and_versions_are_said_once() -> None:
         "data: baber/piqa content 0123456789ab; local data content fedcba987654",
         "versions: torch 2.13.0, transformers 5.23.0 / torch 2.12.0",
     ]
+
+
+def test_training_on_what_is_measured_is_said_under_the_table() -> None:
+    """Once for all figures that it makes doubtful, whichever of them comes last, and not as an option of the suite."""
+    leaks = json.dumps({"bos": "once", "leaks": ["lora trains on x, and ppl measures x"]})
+    rows = [
+        row("tuned", "ppl", "text", "ppl@64", 20.0, protocol=leaks),
+        row("tuned", "ppl", "text", "ppl@128", 20.0, protocol=leaks),
+        row("again", "ppl", "text", "ppl@64", 20.0, protocol=leaks),
+        row("dense", "ppl", "text", "ppl@64", 20.0, protocol='{"bos": "once"}'),
+    ]
+    told = "warning: lora trains on x, and ppl measures x [tuned, again]"
+    assert protocol_lines(rows, {}) == ['ppl: bos "once"', told]
+    assert protocol_lines(rows[::-1], {})[0] == 'ppl: bos "once"'
+    assert warnings_of(rows) == [told]
+    assert warnings_of(rows[-1:]) == []
 
 
 def test_variants_say_what_they_change() -> None:
