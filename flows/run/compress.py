@@ -35,6 +35,7 @@ from infra.sources.find import sources_from
 from infra.tracking.tracker import Tracker
 from tasks.devices.pool import evict_idle_models
 from tasks.execution.context import RunContext, StageResult
+from tasks.execution.curves import InRun
 from tasks.execution.interrupts import refuse_interrupted
 from tasks.execution.progress import settle_bars
 from tasks.execution.retries import retry_options
@@ -134,9 +135,17 @@ def _run_stages(graph: StageGraph, run_context: RunContext, refreshed: set[str])
                 refresh_cache=stage.ref.key in refreshed, on_completion=[log_when_cached(stage.ref)], **retries
             )
             after = [futures[ref.key] for ref in stage.request.inputs]
-            futures[stage.ref.key] = task.submit(stage.request, stage.name, run_context, wait_for=after)
+            context = replace(run_context, in_run=_in_run(stage, graph))
+            futures[stage.ref.key] = task.submit(stage.request, stage.name, context, wait_for=after)
             submitted.append(futures[stage.ref.key])
         return tuple(_outcome(stage, futures[stage.ref.key]) for stage in graph.stages)
+
+
+def _in_run(stage: Stage, graph: StageGraph) -> InRun | None:
+    """Where the curves of a stage are shown, if it makes a checkpoint of a step."""
+    if stage.ref.kind != "checkpoint" or not stage.checkpoint:
+        return None
+    return InRun(graph.run_key, graph.spec.name, stage.checkpoint)
 
 
 def in_order_of_submission(graph: StageGraph) -> list[Stage]:

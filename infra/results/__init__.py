@@ -1,7 +1,7 @@
 """What was measured. May import infra.filesystem and infra.settings; index.py is the only importer of duckdb.
 
 Read rows.py first: the fields of its classes are the columns of the tables.
-rows.py          the rows of runs, stages, metrics, pairs, layers and nights; FORMAT
+rows.py          the rows of runs, stages, metrics, pairs, layers, curves and nights; FORMAT
 store.py         ResultsStore: record a run or a night, read rows back
 files.py         one parquet file per run or night, the only truth
 index.py         the DuckDB file over them, which can be deleted at any time

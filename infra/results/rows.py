@@ -15,7 +15,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict
 
-FORMAT = 4
+FORMAT = 5
 """Version of the rows, in files and in the index. An index of another version is made anew from the files."""
 
 DENSE = "dense"
@@ -145,6 +145,15 @@ class LayerRow(OfRun):
     score: float | None = None
 
 
+class CurveRow(OfRun):
+    """One point of the training that made a checkpoint; `step` counts optimizer steps."""
+
+    stage_key: str
+    metric: str
+    step: int
+    value: float
+
+
 class NightRow(OfNight):
     """One night: all cells of a matrix of runs. `spec` is its full JSON with defaults; a key counts as one stage."""
 
@@ -219,7 +228,16 @@ class Kind:
 
 
 RUN = Kind(
-    "run", "run_key", {"runs": RunRow, "stages": StageRow, "metrics": MetricRow, "layers": LayerRow, "pairs": PairRow}
+    "run",
+    "run_key",
+    {
+        "runs": RunRow,
+        "stages": StageRow,
+        "metrics": MetricRow,
+        "layers": LayerRow,
+        "pairs": PairRow,
+        "curves": CurveRow,
+    },
 )
 NIGHT = Kind("night", "night_id", {"nights": NightRow, "night_cells": NightCellRow, "night_figures": NightFigureRow})
 KINDS = (RUN, NIGHT)

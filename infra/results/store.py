@@ -12,6 +12,7 @@ from infra.results.index import ResultIndex
 from infra.results.rows import (
     NIGHT,
     RUN,
+    CurveRow,
     LayerRow,
     MetricRow,
     NightCellRow,
@@ -52,13 +53,14 @@ class ResultsStore:
         metrics: Sequence[MetricRow] = (),
         layers: Sequence[LayerRow] = (),
         pairs: Sequence[PairRow] = (),
+        curves: Sequence[CurveRow] = (),
     ) -> None:
         """Write everything about a run as a whole; what was recorded under its key before is replaced.
 
         Raises DiskFull or ResultsUnusable, and has changed nothing then.
         """
         rows = {"runs": (run,), "stages": stages, "metrics": metrics, "layers": layers, "pairs": pairs}
-        self._record(Record(RUN, rows))
+        self._record(Record(RUN, {**rows, "curves": curves}))
 
     def record_night(
         self, night: NightRow, cells: Sequence[NightCellRow] = (), figures: Sequence[NightFigureRow] = ()
@@ -85,6 +87,10 @@ class ResultsStore:
     def pairs(self, run_key: str | None = None) -> tuple[PairRow, ...]:
         """Checkpoints of one run, or of all, beside their dense models, in the order given to `record`."""
         return self._rows("pairs", PairRow, run_key=run_key)
+
+    def curves(self, run_key: str | None = None) -> tuple[CurveRow, ...]:
+        """Points of the trainings of one run, or of all, in the order given to `record`."""
+        return self._rows("curves", CurveRow, run_key=run_key)
 
     def nights(self, name: str | None = None) -> tuple[NightRow, ...]:
         """The nights of one name, or all, oldest start first."""

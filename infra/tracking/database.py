@@ -3,11 +3,14 @@ store that mlflow would refuse is refused at once, and not when hours of work ar
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
 import re
 import sqlite3
+import tempfile
+from collections.abc import Mapping
 from contextlib import closing
 from http.client import HTTPException
 from pathlib import Path
@@ -36,6 +39,34 @@ _PATIENCE = 3.0
 def database_of(uri: str) -> Path | None:
     """The sqlite file that a URI names, if it names one."""
     return Path(uri.removeprefix(_SQLITE).split("?")[0]).absolute() if uri.startswith(_SQLITE) else None
+
+
+def lock_file(uri: str) -> Path:
+    """What the processes of this host take turns by, beside the sqlite file, whose folder is made."""
+    database = database_of(uri)
+    if database is not None:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        return database.with_name(f"{database.name}.lock")
+    server = hashlib.sha256(uri.encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"slimline-mlflow-{os.getuid()}-{server}.lock"
+
+
+def tagged_run(database: Path, experiment: str, tags: Mapping[str, str]) -> str | None:
+    """Id of an active run of the experiment that has all these tags; None also whenever the sqlite file cannot tell."""
+    joins = "".join(
+        f" JOIN tags AS t{index} ON t{index}.run_uuid = runs.run_uuid AND t{index}.key = ? AND t{index}.value = ?"
+        for index in range(len(tags))
+    )
+    query = f"""
+        SELECT runs.run_uuid FROM runs JOIN experiments USING (experiment_id){joins}
+        WHERE experiments.name = ? AND runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active'"""
+    values = [part for tag in tags.items() for part in tag]
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as connection:
+            row = connection.execute(query, [*values, experiment]).fetchone()
+    except sqlite3.Error:
+        return None  # perhaps other tables than in mlflow 3.17: mlflow itself will look
+    return None if row is None else str(row[0])
 
 
 def check_store(uri: str) -> None:

@@ -6,29 +6,27 @@ which nothing is new is recognised in the sqlite file itself, without mlflow.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import sqlite3
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Literal
-from urllib.parse import quote
 
 from infra.errors import TrackingUnusable
 from infra.filesystem.locks import flocked
 from infra.secrets import redacted
 from infra.tracking import mlflow_rules as rules
-from infra.tracking.database import check_store, database_of
+from infra.tracking.database import check_store, database_of, lock_file, tagged_run
+from infra.tracking.records import MetricPoint, RunRecord, new_points
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Run
 
 RUN_KEY_TAG = "slimline.run_key"
 CONTENT_TAG = "slimline.recorded"
@@ -36,39 +34,11 @@ CHANGED_PARAMS_TAG = "slimline.changed_params"
 
 _SQLITE = "sqlite:///"
 _MLFLOW_STATUS = {"completed": "FINISHED", "failed": "FAILED"}
+_UNDER_WAY = "RUNNING"
+_RUN_AGAIN = "correct SLIMLINE_MLFLOW_URI or the server and run again: finished stages are not repeated"
+_GOES_ON = "the training goes on, and its curves are recorded with the run"
 
 log = logging.getLogger("slimline")
-
-
-@dataclass(frozen=True, slots=True)
-class MetricPoint:
-    """One value of one metric; `step` counts whatever the metric runs over (training steps, layers)."""
-
-    key: str
-    value: float
-    step: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """The arguments of one `Tracker.record`, whose digest says whether they are recorded already."""
-
-    run_key: str
-    name: str
-    params: Mapping[str, str]
-    metrics: Sequence[MetricPoint]
-    tags: Mapping[str, str]
-    artifacts: Mapping[str, str]
-    checkpoints: Mapping[str, Path]
-    status: str
-
-    def digest(self) -> str:
-        """sha256 (hex) of the content. Not a cache key: here a metric may be NaN and a path means that very folder."""
-        points = [(point.key, point.value, point.step) for point in self.metrics]
-        folders = {word: str(folder.absolute()) for word, folder in self.checkpoints.items()}
-        mappings = [dict(self.params), dict(self.tags), dict(self.artifacts), folders]
-        text = json.dumps([self.run_key, self.name, self.status, points, mappings], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Tracker:
@@ -104,15 +74,15 @@ class Tracker:
         it lies as a version of the model `<name>-<word>`, once. `visit_tags` (whose run it was that recorded this) are
         written when anything else is new, and alone do not make the record new.
         """
-        record = _Record(run_key, name, params, metrics, tags, artifacts, checkpoints, status)
-        with self._errors_named(run_key), flocked(self._lock_file()):
+        record = RunRecord(run_key, name, params, metrics, tags, artifacts, checkpoints, status)
+        with self._turn(run_key):
             return self._recorded(record) or self._write(record, visit_tags or {})
 
     def has(self, run_key: str) -> bool:
         """Whether a whole record of that run is there. Raises TrackingUnusable."""
         if self._database is not None and not self._database.exists():
             return False
-        with self._errors_named(run_key), flocked(self._lock_file()):
+        with self._turn(run_key):
             run = _find(client := self._client(), self._experiment_id(client), run_key)
             return run is not None and CONTENT_TAG in run.data.tags
 
@@ -121,18 +91,18 @@ class Tracker:
         check_store(self.uri)
         if self._database is not None and not self._database.exists():
             return f"{self.uri} will be made by the first run"
-        with self._errors_named("(none yet)"), flocked(self._lock_file()):
+        with self._turn("(none yet)"):
             names = [found.name for found in self._client().search_experiments()]
         return f"{redacted(self.uri)} answers, experiments: {', '.join(names)}"
 
-    def _write(self, record: _Record, visit_tags: Mapping[str, str]) -> str:
+    def _write(self, record: RunRecord, visit_tags: Mapping[str, str]) -> str:
         client = self._client()
-        run = _find_or_create(client, self._experiment_id(client), record)
+        run = _find_or_create(client, self._experiment_id(client), record.run_key, record.name)
         run_id = str(run.info.run_id)
         if run.data.tags.get(CONTENT_TAG) == record.digest():
             return run_id
         _log_params(client, run, record.params)
-        _log_points(client, run, record.metrics)
+        _log_points(client, run, record.metrics, partial(_logged_values, client, run))
         for path, text in record.artifacts.items():
             client.log_text(run_id, text, path)
         for word, folder in record.checkpoints.items():
@@ -143,29 +113,11 @@ class Tracker:
         client.set_tag(run_id, CONTENT_TAG, record.digest())
         return run_id
 
-    def _lock_file(self) -> Path:
-        if self._database is not None:
-            self._database.parent.mkdir(parents=True, exist_ok=True)
-            return self._database.with_name(f"{self._database.name}.lock")
-        server = hashlib.sha256(self.uri.encode()).hexdigest()[:12]
-        return Path(tempfile.gettempdir()) / f"slimline-mlflow-{os.getuid()}-{server}.lock"
-
-    def _recorded(self, record: _Record) -> str | None:
+    def _recorded(self, record: RunRecord) -> str | None:
         """Id of the run, if it already holds exactly this; None also whenever the sqlite file cannot tell."""
-        if self._database is None or not self._database.exists():
+        if self._database is None:
             return None
-        query = """
-            SELECT runs.run_uuid FROM runs JOIN experiments USING (experiment_id)
-            JOIN tags AS k ON k.run_uuid = runs.run_uuid AND k.key = ? AND k.value = ?
-            JOIN tags AS c ON c.run_uuid = runs.run_uuid AND c.key = ? AND c.value = ?
-            WHERE experiments.name = ? AND runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active'"""
-        values = (RUN_KEY_TAG, record.run_key, CONTENT_TAG, record.digest(), self.experiment)
-        try:
-            with closing(sqlite3.connect(f"file:{quote(str(self._database))}?mode=ro", uri=True)) as connection:
-                row = connection.execute(query, values).fetchone()
-        except sqlite3.Error:
-            return None  # perhaps other tables than in mlflow 3.17: mlflow itself will look
-        return None if row is None else str(row[0])
+        return tagged_run(self._database, self.experiment, {RUN_KEY_TAG: record.run_key, CONTENT_TAG: record.digest()})
 
     def _client(self) -> MlflowClient:
         if self._database is not None and not self._database.exists():
@@ -187,17 +139,66 @@ class Tracker:
         return str(found.experiment_id)
 
     @contextmanager
-    def _errors_named(self, run_key: str) -> Iterator[None]:
+    def _turn(self, run_key: str, way_out: str = _RUN_AGAIN) -> Iterator[None]:
+        """The turn of this thread of all threads and processes of the host; what goes wrong in it is named."""
         try:
-            yield
+            with flocked(lock_file(self.uri)):
+                yield
         except Exception as error:
             if not _is_outside(error):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise TrackingUnusable(
-                f"MLflow at {redacted(self.uri)} did not take run {run_key}: {redacted(reason)}; "
-                "correct SLIMLINE_MLFLOW_URI or the server and run again: finished stages are not repeated"
+                f"MLflow at {redacted(self.uri)} did not take run {run_key}: {redacted(reason)}; {way_out}"
             ) from error
+
+
+class LiveRun:
+    """The run of a run key while it is under way: made by the first points, and RUNNING until it is recorded.
+
+    Nobody says that a run was killed: it stays RUNNING until the same command, which goes on with it, records it. A
+    recorded run that is under way again, since a stage of it is refreshed, is not recorded until it is so anew.
+    """
+
+    def __init__(self, tracker: Tracker, run_key: str, name: str) -> None:
+        self._tracker, self._run_key, self._name = tracker, run_key, name
+        self._run: Run | None = None
+        self._logged: dict[str, dict[int, str]] = {}
+
+    def log(self, points: Sequence[MetricPoint], over: Event) -> None:
+        """Log points, by the rule of `Tracker.record`; nothing if `over` is set when the turn of this process comes.
+
+        Raises TrackingUnusable; what was logged before that is not repeated by the next call with the same points.
+        """
+        with self._tracker._turn(self._run_key, _GOES_ON):
+            if over.is_set():
+                return
+            client = self._tracker._client()
+            run, self._run = self._run, None  # looked for again after an error: somebody may have deleted it
+            if run is None:
+                self._logged.clear()
+                run = _begun(client, self._tracker._experiment_id(client), self._run_key, self._name)
+            for point in _log_points(client, run, points, partial(self._logged_values, client, run)):
+                self._logged[point.key][point.step] = rules.stored(point.value)
+            self._run = run
+
+    def _logged_values(self, client: MlflowClient, run: Run, key: str) -> dict[int, str]:
+        """Asked of MLflow once, for which only we log these keys."""
+        if key not in self._logged:
+            self._logged[key] = _logged_values(client, run, key)
+        return self._logged[key]
+
+
+def load() -> type[MlflowClient]:
+    """Import mlflow, which takes seconds; returns its client."""
+    # Before the import, which starts the telemetry. Whoever set these variables keeps what they set.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # MLflow's own 7 retries wait four minutes for a server that is not there; 4 still outlast its restart.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
+    from mlflow import MlflowClient
+
+    return MlflowClient  # type: ignore[no-any-return]
 
 
 def _is_outside(error: Exception) -> bool:
@@ -211,23 +212,26 @@ def _is_outside(error: Exception) -> bool:
 
 
 def _connect(uri: str) -> MlflowClient:
-    # Before the import, which starts the telemetry. Whoever set these variables keeps what they set.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    # MLflow's own 7 retries wait four minutes for a server that is not there; 4 still outlast its restart.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    return load()(tracking_uri=uri, registry_uri=uri)
 
 
-def _find_or_create(client: MlflowClient, experiment_id: str, record: _Record) -> Run:
-    found = _find(client, experiment_id, record.run_key)
+def _find_or_create(client: MlflowClient, experiment_id: str, run_key: str, name: str) -> Run:
+    found = _find(client, experiment_id, run_key)
     if found is None:
-        return client.create_run(experiment_id, tags={RUN_KEY_TAG: record.run_key}, run_name=record.name)
-    if found.info.run_name != record.name:
-        client.update_run(found.info.run_id, name=record.name)
+        return client.create_run(experiment_id, tags={RUN_KEY_TAG: run_key}, run_name=name)
+    if found.info.run_name != name:
+        client.update_run(found.info.run_id, name=name)
     return found
+
+
+def _begun(client: MlflowClient, experiment_id: str, run_key: str, name: str) -> Run:
+    """The run, under way and not recorded, whatever it was before."""
+    run = _find_or_create(client, experiment_id, run_key, name)
+    if CONTENT_TAG in run.data.tags:
+        client.delete_tag(run.info.run_id, CONTENT_TAG)
+    if run.info.status != _UNDER_WAY:
+        client.update_run(run.info.run_id, status=_UNDER_WAY)
+    return run
 
 
 def _find(client: MlflowClient, experiment_id: str, run_key: str) -> Run | None:
@@ -261,20 +265,18 @@ def _log_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> Non
         client.log_batch(run_id, tags=chunk)
 
 
-def _log_points(client: MlflowClient, run: Run, points: Sequence[MetricPoint]) -> None:
+def _log_points(
+    client: MlflowClient, run: Run, points: Sequence[MetricPoint], logged: Callable[[str], Mapping[int, str]]
+) -> list[MetricPoint]:
+    """Log what is not `logged` yet; returns that, with the keys in MLflow."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    wanted: dict[str, dict[int, float]] = {}
-    for point in points:
-        wanted.setdefault(point.key, {})[point.step] = float(point.value)
-    new: list[Metric] = []
-    for key, steps in rules.accepted_keys(wanted).items():
-        logged = _logged_values(client, run, key)
-        fresh = {step: value for step, value in steps.items() if logged.get(step) != rules.stored(value)}
-        new += [Metric(key, value, now, step) for step, value in fresh.items()]
-    for chunk in rules.chunks(new, rules.MAX_METRICS_PER_BATCH):
+    new = new_points(points, logged)
+    metrics = [Metric(point.key, float(point.value), point.at_ms or now, point.step) for point in new]
+    for chunk in rules.chunks(metrics, rules.MAX_METRICS_PER_BATCH):
         client.log_batch(run.info.run_id, metrics=chunk)
+    return new
 
 
 def _logged_values(client: MlflowClient, run: Run, key: str) -> dict[int, str]:

@@ -6,4 +6,5 @@
 * `interrupts`      a signal ends what can go on later, and starts nothing new
 * `disk_forecast`   what a stage will write, and whether there is room
 * `progress`        a bar in a terminal, an artifact in Prefect's pages
+* `curves`          what a training measures at each step, in MLflow while it trains
 """

@@ -14,6 +14,7 @@ from infra.artifacts.store import ArtifactRef, ArtifactStore
 from infra.settings import Settings, load_settings
 from infra.sources.find import Sources
 from tasks.devices.placement import Placement
+from tasks.execution.curves import Curves, InRun, no_curves
 from tasks.execution.progress import Progress
 
 
@@ -27,6 +28,8 @@ class RunContext:
     """A stage that is to be refreshed and was made after this moment has been refreshed."""
     part_of: UUID | None = None
     """The night's flow run, if it is one of its cells: when that is interrupted, the cell starts no further stage."""
+    in_run: InRun | None = None
+    """Where the curves of a training are shown while it trains."""
 
     @property
     def store(self) -> ArtifactStore:
@@ -36,13 +39,15 @@ class RunContext:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a running stage is given: a folder to fill, a device if it asked for one, and a way to report progress."""
+    """What a running stage is given: a folder to fill, a device if it asked for one, and ways to report progress and
+    the curves of a training."""
 
     run_context: RunContext
     folder: Path
     ref: ArtifactRef
     given_place: Placement | None
     progress: Progress
+    curves: Curves = no_curves
 
     @property
     def store(self) -> ArtifactStore:

@@ -25,6 +25,7 @@ from infra.settings import Settings, load_settings
 from tasks.devices.placement import Placement
 from tasks.devices.pool import pool
 from tasks.execution.context import RunContext, StageContext, StageResult
+from tasks.execution.curves import live_curves
 from tasks.execution.disk_forecast import Forecast, check_room
 from tasks.execution.interrupts import Interrupted, ended_by_marks, refuse_elsewhere, refuse_interrupted
 from tasks.execution.progress import stage_progress
@@ -114,7 +115,7 @@ def _found(ref: ArtifactRef, store: ArtifactStore) -> StageResult:
 def _make(request: Request, stage_name: str, run_context: RunContext, fill: Fill, devices: Devices) -> float:
     """Make the artifact when there is a device for it; returns the seconds that it took. Raises Interrupted."""
     store, ref, settings = run_context.store, request.ref, run_context.settings
-    with _placed(settings, devices, request) as place:
+    with live_curves(settings, run_context.in_run, importing) as curves, _placed(settings, devices, request) as place:
         refuse_interrupted(settings, run_context.part_of)  # the wait for a device may have been long
         log.info("%s: running, %s is %s", stage_name, ref.key, "refreshed" if _refreshing() else "not in the store")
         started = time.monotonic()
@@ -125,7 +126,7 @@ def _make(request: Request, stage_name: str, run_context: RunContext, fill: Fill
                     ref, request=request.model_dump(mode="json"), versions=versions(), replace=_refreshing()
                 ) as folder,
             ):
-                fill(request, StageContext(run_context, folder, ref, place, progress))
+                fill(request, StageContext(run_context, folder, ref, place, progress, curves))
                 run_context.sources.require_unchanged(request.origins)
         except BaseException as error:
             if isinstance(error, Interrupted):

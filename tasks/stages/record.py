@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,10 +20,11 @@ from infra.artifacts.manifest import Manifest
 from infra.artifacts.store import ArtifactRef
 from infra.errors import TrackingUnusable
 from infra.provenance import git_revision, versions
-from infra.results.rows import LayerRow, MetricRow, PairRow, RunRow, StageRow
+from infra.results.rows import CurveRow, LayerRow, MetricRow, PairRow, RunRow, StageRow
 from infra.results.store import ResultsStore
 from infra.secrets import secrets_kept
-from infra.tracking.tracker import MetricPoint, Tracker
+from infra.tracking.records import MetricPoint
+from infra.tracking.tracker import Tracker
 from tasks.execution.context import RunContext
 from tasks.stages.pairs import as_json, beside_dense
 
@@ -71,8 +73,9 @@ def record(outcome: RunOutcome, run_context: RunContext) -> tuple[MetricRow, ...
 def _record(outcome: RunOutcome, run_context: RunContext) -> tuple[MetricRow, ...]:
     metrics = tuple(_metric_rows(outcome, run_context))
     layers = tuple(_layer_rows(outcome, run_context))
+    curves = tuple(_curve_rows(outcome, run_context))
     pairs = beside_dense(metrics, run_context.store)
-    mlflow_run_id, problem = tracked(lambda: _track(outcome, run_context, metrics, layers, pairs))
+    mlflow_run_id, problem = tracked(lambda: _track(outcome, run_context, metrics, layers, pairs, curves))
     run = RunRow(
         run_key=outcome.run_key,
         name=outcome.name,
@@ -86,7 +89,7 @@ def _record(outcome: RunOutcome, run_context: RunContext) -> tuple[MetricRow, ..
         git_revision=git_revision(),
         message=outcome.message,
     )
-    ResultsStore.of(run_context.settings).record(run, outcome.stages, metrics, layers, pairs)
+    ResultsStore.of(run_context.settings).record(run, outcome.stages, metrics, layers, pairs, curves)
     if problem:
         raise problem
     return metrics
@@ -156,6 +159,18 @@ def _layer_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[LayerR
             )
 
 
+def _curve_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[CurveRow]:
+    for ref in dict.fromkeys(outcome.checkpoints.values()):
+        folder = run_context.store.path(ref)
+        for path in filter(Path.exists, (folder / "pruning.json", folder / "recovery.json")):
+            curves = json.loads(path.read_text(encoding="utf-8")).get("curves") or {}
+            for metric, points in curves.items():
+                for step, value in points:
+                    # NaN and infinity are words in JSON, or null
+                    number = math.nan if value is None else float(value)
+                    yield CurveRow(run_key=outcome.run_key, stage_key=ref.key, metric=metric, step=step, value=number)
+
+
 def _relative(error: float | None, energy: float) -> float | None:
     return None if error is None else error / energy
 
@@ -166,6 +181,7 @@ def _track(
     metrics: tuple[MetricRow, ...],
     layers: tuple[LayerRow, ...],
     pairs: tuple[PairRow, ...],
+    curves: tuple[CurveRow, ...],
 ) -> str:
     folders = {name: run_context.store.path(ref) for name, ref in outcome.checkpoints.items()}
     points = [MetricPoint(f"{row.checkpoint}/{row.suite}/{row.task}/{row.metric}", row.value) for row in metrics]
@@ -175,11 +191,13 @@ def _track(
                 points.append(MetricPoint(f"{name}/{row.sub_layer}_error", row.measured_error, row.layer))
             if row.stage_key == ref.key and row.score is not None:
                 points.append(MetricPoint(f"{name}/{row.sub_layer}_score", row.score, row.layer))
+        points += [
+            MetricPoint(f"{name}/{row.metric}", row.value, row.step) for row in curves if row.stage_key == ref.key
+        ]
     artifacts = {"spec.json": json.dumps(outcome.spec, indent=1)}
     if pairs:
         artifacts["paired.json"] = as_json(pairs)
     for name, folder in folders.items():
-        points += [MetricPoint(f"{name}/train_loss", loss, step) for step, loss in _losses(folder)]
         for file in ("plan.json", "pruning.json", "recovery.json"):
             if (folder / file).exists():
                 artifacts[f"{name}/{file}"] = (folder / file).read_text(encoding="utf-8")
@@ -207,11 +225,6 @@ def _versions(outcome: RunOutcome, run_context: RunContext) -> dict[str, str]:
     found = [run_context.store.manifest(measured.report).versions for measured in outcome.measured] or [versions()]
     names = dict.fromkeys(name for each in found for name in each)
     return {name: ", ".join(dict.fromkeys(each[name] for each in found if name in each)) for name in names}
-
-
-def _losses(folder: Path) -> list[tuple[int, float]]:
-    path = folder / "recovery.json"
-    return json.loads(path.read_text(encoding="utf-8"))["losses"] if path.exists() else []
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, str]:

@@ -13,7 +13,8 @@ from infra.results.rows import NightCellRow, NightFigureRow, NightRow
 from infra.results.store import ResultsStore
 from infra.secrets import secrets_kept
 from infra.settings import Settings
-from infra.tracking.tracker import MetricPoint, Tracker
+from infra.tracking.records import MetricPoint
+from infra.tracking.tracker import Tracker
 from tasks.stages.record import flat, tracked
 
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from infra.results.rows import LayerRow, MetricRow, NightCellRow, NightFigureRow, NightRow, PairRow, RunRow, StageRow
+from infra.results.rows import (
+    CurveRow,
+    LayerRow,
+    MetricRow,
+    NightCellRow,
+    NightFigureRow,
+    NightRow,
+    PairRow,
+    RunRow,
+    StageRow,
+)
 
 NOON = datetime(2025, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
 
@@ -33,6 +43,10 @@ def metric_row(key: str = "r1", task: str = "piqa", value: float = 0.5) -> Metri
 
 def layer_row(key: str = "r1", layer: int = 0) -> LayerRow:
     return LayerRow(run_key=key, stage_key="s", layer=layer, sub_layer="mlp", kept=3, total=4, sparsity=0.25)
+
+
+def curve_row(key: str = "r1", step: int = 1, value: float = 2.5) -> CurveRow:
+    return CurveRow(run_key=key, stage_key="s", metric="train_loss", step=step, value=value)
 
 
 def pair_row(key: str = "r1", task: str = "piqa") -> PairRow:

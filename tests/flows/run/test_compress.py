@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
 from uuid import UUID
@@ -23,6 +24,7 @@ from infra.artifacts.store import MANIFEST, ArtifactRef
 from infra.provenance import versions
 from infra.sources.fingerprints import stamp
 from tasks.devices import model_cache
+from tasks.execution.curves import InRun
 from tests.flows.home import Home
 
 QUICK = ("profile=null",)
@@ -128,6 +130,8 @@ def test_duckdb_has_the_run(smoke: tuple[Home, RunResult]) -> None:
     assert {row.stage_key for row in layers} == {result.stages[2].key}
     assert all(0 <= row.sparsity < 1 and row.kept <= row.total for row in layers)
     assert any(row.sparsity > 0 for row in layers)
+    curves = [(row.stage_key, row.step) for row in home.results.curves(result.run_key) if row.metric == "train_loss"]
+    assert curves == [(result.stages[3].key, step) for step in (1, 2, 3, 4)]
 
 
 def test_mlflow_has_the_run(smoke: tuple[Home, RunResult]) -> None:
@@ -180,6 +184,25 @@ def test_every_checkpoint_is_paired_with_the_dense_one(smoke: tuple[Home, RunRes
         assert row.value == figures[row.checkpoint, row.task, row.metric]
         assert row.reference_value == figures["dense", row.task, row.metric]
         assert row.low <= row.difference <= row.high
+
+
+def test_curves_were_in_mlflow_while_the_stage_ran(smoke: tuple[Home, RunResult]) -> None:
+    home, result = smoke
+    client, run_id = mlflow_client(home), mlflow_run_id(home, result)
+    loss = client.get_metric_history(run_id, "slimgpt-20_lora/train_loss")
+    (figure,) = client.get_metric_history(run_id, "dense/perplexity/wikipedia/ppl_64")
+    seconds = sum(stage.seconds or 0.0 for stage in result.stages if stage.name.startswith("evaluate"))
+    assert (figure.timestamp - max(point.timestamp for point in loss)) / 1000 > seconds / 2
+    assert client.get_run(run_id).info.start_time < figure.timestamp - 500 * seconds
+
+
+def test_who_makes_a_checkpoint_knows_where_its_curves_are_shown(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[InRun | None] = []
+    note = "tasks.execution.stage.live_curves"
+    monkeypatch.setattr(note, lambda settings, in_run, turn: told.append(in_run) or nullcontext())
+    result = home.run("smoke", ["steps=[{method: magnitude, sparsity: 0.2, name: small}]", "evals=[]", *QUICK])
+    assert list(statuses(result)) == ["import-model", "calibrate", "order:dense", "prune:small"]
+    assert told == [None, None, None, InRun(result.run_key, "smoke", "small")]
 
 
 def test_checkpoints_are_registered_by_reference(smoke: tuple[Home, RunResult]) -> None:

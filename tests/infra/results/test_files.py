@@ -70,7 +70,7 @@ def test_files_can_be_asked_without_slimline(store: ResultsStore) -> None:
 def test_the_format_is_counted_up_when_rows_change() -> None:
     """Who changes a row gives the new field a default, counts FORMAT up and puts the new digest here."""
     schemas = "\n".join(str(result_files._file_schema(kind)) for kind in KINDS)
-    digests = {2: "820032811472793e", 3: "22196f915068467f", 4: "7258ff0c94b06786"}
+    digests = {2: "820032811472793e", 3: "22196f915068467f", 4: "7258ff0c94b06786", 5: "91a27d36860d93a4"}
     assert hashlib.sha256(schemas.encode()).hexdigest()[:16] == digests[FORMAT]
 
 
@@ -80,15 +80,17 @@ def test_a_file_of_the_format_before_is_read(store: ResultsStore) -> None:
     for path in store.files.folder.glob("*/*.parquet"):
         as_of_format_2(path)
     store.path.unlink()
-    assert (store.runs(), store.metrics(), store.pairs()) == ((run_row(),), (metric_row(),), ())
+    assert (store.runs(), store.metrics()) == ((run_row(),), (metric_row(),))
+    assert store.pairs() == store.curves() == ()
     assert store.night_figures("n1") == (figure_row(),)
 
 
 def as_of_format_2(path: Path) -> None:
-    """There were no pairs, and figures of nights had no test."""
+    """There were neither pairs nor curves, and figures of nights had no test."""
     (values,) = pq.read_table(path).drop_columns(["digest"]).to_pylist()
     values["format"] = 2
-    values.pop("pairs", None)
+    for table in ("pairs", "curves"):
+        values.pop(table, None)
     for figure in values.get("night_figures", ()):
         del figure["test"]
     table = pa.Table.from_pylist([values])
@@ -223,6 +225,8 @@ def test_a_file_that_is_written_over_with_its_date_kept_is_read_anew(
         each.record(run_row(), metrics=[metric_row(value=value)])
     file, state = store.export_file("r1"), store.export_file("r1").stat()
     assert store.metrics() == (metric_row(value=0.25),)
+    while other.export_file("r1").stat().st_size != state.st_size:  # of a hundred digests one is compressed better
+        other.record(run_row(), metrics=[metric_row(value=0.75)])
     file.write_bytes(other.export_file("r1").read_bytes())  # as rsync --inplace does
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert (file.stat().st_size, file.stat().st_ino) == (state.st_size, state.st_ino)

@@ -18,6 +18,7 @@ from tests.infra.processes import finish, start
 from tests.infra.result_examples import (
     NOON,
     cell_row,
+    curve_row,
     figure_row,
     layer_row,
     metric_row,
@@ -41,14 +42,16 @@ def test_rows_come_back_as_they_were(store: ResultsStore) -> None:
     metrics = [metric_row(task=f"task{index}", value=index / 3) for index in range(300)]
     layers = [layer_row(layer=layer) for layer in (2, 0, 1)]
     pairs = [pair_row(task=task) for task in ("piqa", "arc")]
-    store.record(run, stages, metrics, layers, pairs)
+    curves = [curve_row(step=step, value=step / 3) for step in (3, 1, 2)]
+    store.record(run, stages, metrics, layers, pairs, curves)
     assert store.runs() == (run,)
     assert store.stages("r1") == tuple(stages)
     assert store.stages() == tuple(stages)
     assert store.metrics("r1") == tuple(metrics)
     assert store.layers("r1") == tuple(layers)
     assert store.pairs("r1") == tuple(pairs)
-    assert store.metrics("other") == store.pairs("other") == ()
+    assert store.curves("r1") == store.curves() == tuple(curves)
+    assert store.metrics("other") == store.pairs("other") == store.curves("other") == ()
 
 
 def test_nights_come_back_by_their_start(store: ResultsStore) -> None:
@@ -76,10 +79,15 @@ def test_before_the_first_record_there_is_nothing(store: ResultsStore) -> None:
 
 
 def test_odd_numbers_survive(store: ResultsStore) -> None:
-    store.record(run_row(), metrics=[metric_row(value=math.nan), metric_row(value=math.inf)])
+    store.record(
+        run_row(),
+        metrics=[metric_row(value=math.nan), metric_row(value=math.inf)],
+        curves=[curve_row(value=math.nan), curve_row(step=2, value=-math.inf)],
+    )
     first, second = store.metrics()
     assert math.isnan(first.value)
     assert second.value == math.inf
+    assert [str(point.value) for point in store.curves()] == ["nan", "-inf"]
 
 
 def test_times_are_kept_as_moments(store: ResultsStore) -> None:
@@ -101,12 +109,13 @@ def test_json_columns_hold_json(store: ResultsStore) -> None:
 
 def test_recording_again_replaces(store: ResultsStore) -> None:
     store.record(run_row("other"), [stage_row("other")], [metric_row("other")], [layer_row("other")])
-    store.record(run_row(status="failed"), [stage_row()], [metric_row(), metric_row(task="boolq")], [layer_row()])
+    more = [metric_row(), metric_row(task="boolq")]
+    store.record(run_row(status="failed"), [stage_row()], more, [layer_row()], curves=[curve_row()])
     for value in (0.25, 0.75):
         store.record(run_row(), [stage_row()], [metric_row(value=value)])
     assert [(run.run_key, run.status) for run in store.runs()] == [("other", "completed"), ("r1", "completed")]
     assert store.metrics("r1") == (metric_row(value=0.75),)
-    assert store.layers("r1") == ()
+    assert store.layers("r1") == store.curves("r1") == ()
     assert len(store.metrics("other")) == len(store.layers("other")) == len(store.stages("other")) == 1
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from infra.errors import TrackingUnusable
 from infra.tracking.mlflow_rules import accepted_keys, accepted_model_name, stored
-from infra.tracking.tracker import CHANGED_PARAMS_TAG, RUN_KEY_TAG, MetricPoint, Tracker
+from infra.tracking.records import MetricPoint
+from infra.tracking.tracker import CHANGED_PARAMS_TAG, RUN_KEY_TAG, Tracker
 from tests.infra.processes import finish, kill_after_line, start
 
 pytestmark = pytest.mark.slow  # not in `make test-fast`
@@ -208,7 +209,8 @@ def test_nothing_new_is_recognised_quickly_and_without_mlflow(tracker: Tracker) 
     run_id = record(tracker, metrics=metrics)
     code = """
 import sys, time
-from infra.tracking.tracker import Tracker, MetricPoint
+from infra.tracking.records import MetricPoint
+from infra.tracking.tracker import Tracker
 from tests.infra.tracking.test_tracker import CURVE, record
 metrics = [*CURVE, *(MetricPoint(f"m{index}", index) for index in range(600))]
 started = time.process_time()

@@ -1,0 +1,60 @@
+"""Curves of a running stage: they grow in the MLflow run that will be its run's record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from threading import Event
+from typing import Any, Protocol
+
+from infra.settings import Settings
+from infra.tracking.live import LiveCurves
+from infra.tracking.records import MetricPoint
+from infra.tracking.tracker import LiveRun, Tracker, load
+
+
+class Curves(Protocol):
+    """Called at every step of a training with what was measured there, by metric."""
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        """Take note; returns at once and raises nothing because of who listens."""
+        ...
+
+
+def no_curves(step: int, values: Mapping[str, float]) -> None:
+    """Nobody listens: the stage does not belong to a run."""
+
+
+@dataclass(frozen=True)
+class InRun:
+    """The run that a stage is made for, and how its checkpoint is named there."""
+
+    run_key: str
+    run_name: str
+    checkpoint: str
+
+
+@contextmanager
+def live_curves(settings: Settings, in_run: InRun | None, importing: AbstractContextManager[Any]) -> Iterator[Curves]:
+    """The Curves of one running stage; what they gathered is sent when the block ends.
+
+    importing: held while mlflow is imported, when there is a first point.
+    """
+    if in_run is None:
+        yield no_curves
+        return
+    run = LiveRun(Tracker(settings.tracking_uri), in_run.run_key, in_run.run_name)
+
+    @cache
+    def load_in_turn() -> None:
+        with importing:
+            load()
+
+    def send(points: Sequence[MetricPoint], over: Event) -> None:
+        load_in_turn()
+        run.log(points, over)
+
+    with LiveCurves(send, in_run.checkpoint) as curves:
+        yield curves

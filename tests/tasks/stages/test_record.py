@@ -1,0 +1,146 @@
+"""What is recorded of trainings: every point in DuckDB and in MLflow, once, whoever logged it first."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from mlflow import MlflowClient
+
+from infra.artifacts.store import ArtifactRef
+from infra.results.store import ResultsStore
+from infra.settings import Settings
+from infra.sources.find import Sources
+from infra.tracking.tracker import Tracker
+from tasks.execution.context import RunContext
+from tasks.execution.curves import InRun, live_curves
+from tasks.execution.stage import importing
+from tasks.stages.record import RunOutcome, _record
+
+pytestmark = pytest.mark.slow  # not in `make test-fast`
+
+KEY = "run-demo-v1-0123456789abcdef"
+CURVES = {
+    "train_loss": [[1, 2.5], [2, 2.25], [3, 2.0]],
+    "heldout_loss": [[0, 3.0], [3, 2.75]],
+    "learning_rate": [[1, 1e-4], [2, 1e-4], [3, 0.0]],
+}
+
+
+@pytest.fixture
+def run_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blank_mlflow: Path) -> RunContext:
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copyfile(blank_mlflow, home / "mlflow.db")
+    monkeypatch.setenv("SLIMLINE_HOME", str(home))
+    settings = Settings(device="cpu")
+    return RunContext(settings, Sources((), None, False, home=home))
+
+
+def checkpoint(run_context: RunContext, key: str, files: Mapping[str, Any]) -> ArtifactRef:
+    ref = ArtifactRef(kind="checkpoint", key=key)
+    with run_context.store.writing(ref, request={}, versions={}) as folder:
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    return ref
+
+
+def outcome(checkpoints: Mapping[str, ArtifactRef], **changes: Any) -> RunOutcome:
+    fields: dict[str, Any] = {
+        "run_key": KEY,
+        "name": "demo",
+        "spec": {},
+        "started_at": datetime(2025, 6, 1, tzinfo=UTC),
+        "stages": (),
+        "checkpoints": dict(checkpoints),
+        "measured": (),
+        "failed": False,
+        "message": None,
+    }
+    return RunOutcome(**fields | changes)
+
+
+def histories(run_context: RunContext) -> dict[str, list[tuple[int, float]]]:
+    """All metrics of the only MLflow run."""
+    client = MlflowClient(run_context.settings.tracking_uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (run,) = client.search_runs(experiments)
+    return {
+        key: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, key))
+        for key in run.data.metrics
+    }
+
+
+def pairs(points: Any) -> list[tuple[int, float]]:
+    return [(step, value) for step, value in points]
+
+
+def test_curves_of_trainings_are_recorded(run_context: RunContext) -> None:
+    """Of a recovery, and of a pruning that trained; of one that did not there are none."""
+    lora = checkpoint(run_context, "recover-lora-v2-0", {"recovery.json": {"curves": CURVES, "num_steps": 3}})
+    learned = checkpoint(
+        run_context, "prune-learned-v1-0", {"pruning.json": {"layers": [], "curves": {"train_loss": [[1, 0.5]]}}}
+    )
+    null = checkpoint(run_context, "prune-null-v1-0", {"pruning.json": {"layers": [], "curves": None}})
+    plain = checkpoint(run_context, "prune-plain-v1-0", {"pruning.json": {"layers": []}})
+    names = {"lora": lora, "again": lora, "learned": learned, "null": null, "plain": plain}
+    for _ in range(2):
+        _record(outcome(names), run_context)
+    results = ResultsStore.of(run_context.settings)
+    assert [(row.run_key, row.stage_key, row.metric, row.step, row.value) for row in results.curves(KEY)] == [
+        *((KEY, lora.key, metric, step, value) for metric, points in CURVES.items() for step, value in points),
+        (KEY, learned.key, "train_loss", 1, 0.5),
+    ]
+    expected = {f"{name}/{metric}": pairs(points) for name in ("lora", "again") for metric, points in CURVES.items()}
+    assert histories(run_context) == expected | {"learned/train_loss": [(1, 0.5)]}
+    with duckdb.connect(str(results.path), read_only=True) as connection:
+        question = "SELECT step FROM curves WHERE metric = 'heldout_loss' ORDER BY value LIMIT 1"
+        assert connection.execute(question).fetchall() == [(3,)]
+
+
+def test_what_was_shown_live_is_not_doubled(run_context: RunContext) -> None:
+    """Of a training that was killed after step 2, went on from step 1, and sent all but the last point."""
+    in_run = InRun(KEY, "demo", "slimgpt-20+lora")
+    losses = dict(pairs(CURVES["train_loss"]))
+    for steps in ((1, 2), (2,)):
+        with live_curves(run_context.settings, in_run, importing) as curves:
+            for step in steps:
+                curves(step, {"train_loss": losses[step], "learning_rate": 1e-4})
+    assert not Tracker(run_context.settings.tracking_uri).has(KEY)
+    before = histories(run_context)
+    assert before["slimgpt-20_lora/train_loss"] == pairs(CURVES["train_loss"][:2])
+    lora = checkpoint(run_context, "recover-lora-v2-0", {"recovery.json": {"curves": CURVES}})
+    _record(outcome({"slimgpt-20+lora": lora}), run_context)
+    assert histories(run_context) == {f"slimgpt-20_lora/{metric}": pairs(points) for metric, points in CURVES.items()}
+    assert Tracker(run_context.settings.tracking_uri).has(KEY)
+    (run,) = ResultsStore.of(run_context.settings).runs()
+    found = MlflowClient(run_context.settings.tracking_uri).get_run(run.mlflow_run_id)
+    assert (found.info.status, found.info.run_name) == ("FINISHED", "demo")
+
+
+def test_a_run_whose_training_failed_gets_its_status(run_context: RunContext) -> None:
+    with live_curves(run_context.settings, InRun(KEY, "demo", "lora"), importing) as curves:
+        curves(1, {"train_loss": 2.5})
+    _record(outcome({}, failed=True, message="diverged"), run_context)
+    (run,) = ResultsStore.of(run_context.settings).runs()
+    assert ResultsStore.of(run_context.settings).curves() == ()
+    assert histories(run_context) == {"lora/train_loss": [(1, 2.5)]}
+    assert MlflowClient(run_context.settings.tracking_uri).get_run(run.mlflow_run_id).info.status == "FAILED"
+
+
+def test_odd_losses_are_recorded_as_what_they_are(run_context: RunContext) -> None:
+    """JSON has no NaN: pydantic writes null or a word, Python its constants."""
+    losses = [[1, None], [2, "NaN"], [3, "Infinity"], [4, "-Infinity"], [5, math.nan], [6, math.inf]]
+    lora = checkpoint(run_context, "recover-lora-v2-0", {"recovery.json": {"curves": {"train_loss": losses}}})
+    for name in ("demo", "other"):
+        _record(outcome({"lora": lora}, name=name), run_context)
+    values = [str(row.value) for row in ResultsStore.of(run_context.settings).curves()]
+    assert values == ["nan", "nan", "inf", "-inf", "nan", "inf"]
+    assert [step for step, _ in histories(run_context)["lora/train_loss"]] == [1, 2, 3, 4, 5, 6]
