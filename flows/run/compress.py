@@ -17,6 +17,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.errors import SpecError
 from flows.records.tables import table_rows
+from flows.run.leaks import Leak, find_leaks
 from flows.run.outcome import RunResult, StageOutcome, StagesFailed
 from flows.run.preflight import check
 from flows.run.stages import Stage, StageGraph, plan_stages
@@ -172,7 +173,7 @@ def _finish(
     graph: StageGraph, outcomes: Sequence[StageOutcome], run_context: RunContext, started_at: datetime
 ) -> RunResult:
     """Record the run, show its table in Prefect, and raise StagesFailed if a stage failed."""
-    done = _done(outcomes)
+    done, leaks = _done(outcomes), find_leaks(graph.spec, run_context.sources, look=False)
     problems = [f"{stage.name}: {stage.message}" for stage in outcomes if stage.status == "failed"]
     message = "; ".join(problems) or None
     metrics = record(
@@ -186,7 +187,7 @@ def _finish(
                 for outcome in outcomes
             ),
             checkpoints={name: ref for name, ref in graph.checkpoints.items() if ref.key in done},
-            measured=tuple(_measured(stage) for stage in graph.reports if stage.ref.key in done),
+            measured=tuple(_measured(stage, leaks) for stage in graph.reports if stage.ref.key in done),
             failed=bool(problems),
             message=message,
         ),
@@ -237,7 +238,7 @@ def _outcome(stage: Stage, future: PrefectFuture[StageResult]) -> StageOutcome:
     return StageOutcome(**common, status="failed", seconds=None, message=message, by_user=sentence is not None)
 
 
-def _measured(stage: Stage) -> Measured:
+def _measured(stage: Stage, leaks: Sequence[Leak]) -> Measured:
     request = stage.request
     assert isinstance(request, EvaluateRequest | ProfileRequest)
     suite = request.plugin if isinstance(request, EvaluateRequest) else stage.action
@@ -247,6 +248,7 @@ def _measured(stage: Stage) -> Measured:
         label=stage.label or suite,
         checkpoint_name=stage.checkpoint,
         checkpoint=request.checkpoint,
+        leaks=tuple(leak.sentence for leak in leaks if leak.touches(stage)),
     )
 
 

@@ -45,6 +45,10 @@ class Leak(BaseModel):
     checkpoints: tuple[str, ...]
     overlap: Overlap
 
+    def touches(self, stage: Stage) -> bool:
+        """Whether the figures of an evaluation are in doubt."""
+        return stage.label == self.evaluation and stage.checkpoint in self.checkpoints
+
     @property
     def sentence(self) -> str:
         """What leaks where."""

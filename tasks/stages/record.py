@@ -33,7 +33,8 @@ _MEASURING = frozenset({"python", "torch", "transformers", "lm-eval", "datasets"
 
 
 class Measured(BaseModel):
-    """A finished report stage: what it measured (`suite`) about which checkpoint."""
+    """A finished report stage: what it measured (`suite`) about which checkpoint. leaks: a sentence for each training
+    of the checkpoint on what is measured."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -42,6 +43,7 @@ class Measured(BaseModel):
     label: str
     checkpoint_name: str
     checkpoint: ArtifactRef
+    leaks: tuple[str, ...] = ()
 
 
 class RunOutcome(BaseModel):
@@ -107,6 +109,7 @@ def _metric_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[Metri
     for measured in outcome.measured:
         metrics, protocol = _read_report(run_context.store.path(measured.report), measured.suite)
         protocol |= _made_with(run_context.store.manifest(measured.report))
+        protocol |= {"leaks": measured.leaks} if measured.leaks else {}
         for metric in metrics:
             values = metric.model_dump(include=set(MetricRow.model_fields) & set(Metric.model_fields))
             yield MetricRow(
@@ -197,6 +200,8 @@ def _track(
     artifacts = {"spec.json": json.dumps(outcome.spec, indent=1)}
     if pairs:
         artifacts["paired.json"] = as_json(pairs)
+    if leaks := {f"{each.checkpoint_name}/{each.label}": each.leaks for each in outcome.measured if each.leaks}:
+        artifacts["leaks.json"] = json.dumps(leaks, indent=1)
     for name, folder in folders.items():
         for file in ("plan.json", "pruning.json", "recovery.json"):
             if (folder / file).exists():

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from mlflow import MlflowClient
 
 import pruning.methods.slimgpt
 from evaluation.suite import DataNeed
@@ -26,6 +27,7 @@ from infra.sources.find import Sources, sources_from
 from pruning.training.data import PlainText
 from tasks.execution.context import RunContext
 from tests.evaluation.local_data import arc_rows, mmlu_rows, piqa_rows, write_data
+from tests.flows.home import Home
 
 PRUNE = {"method": "slimgpt", "sparsity": 0.2}
 LORA = {"recovery": "lora", "data": {"dataset": "owner/records"}}
@@ -244,3 +246,26 @@ def test_a_night_hands_what_is_meant_to_its_cells() -> None:
     night = NightSpec.model_validate(raw | {"meant_overlaps": ["owner/wiki"]})
     assert night.cells[0].spec.meant_overlaps == ("owner/wiki",)
     assert "meant_overlaps" not in NightSpec.model_validate(raw).model_dump()
+
+
+@pytest.mark.slow
+def test_a_leak_is_recorded_with_the_figures_that_it_makes_doubtful(smoke_copy: Home) -> None:
+    """In their protocol, under every table and in MLflow; and again when all is cached and nothing is read."""
+    articles = "{dataset: slimline/wikipedia, split: test, instruction: title, input: null, output: text}"
+    trained = [f"steps.1.data={articles}", "steps.1.num_examples=4", "steps.1.max_steps=1"]
+    leaky = [part for override in ["profile=null", *trained] for part in ("--set", override)]
+    sentence = "lora trains on slimline/wikipedia (test), and perplexity measures rows of it: slimline/wikipedia (test)"
+    told = f"\nwarning: {sentence} [slimgpt-20+lora]\n"
+    for _ in range(2):
+        ran = smoke_copy.slimline("run", "smoke", *leaky)
+        assert told in ran.stdout
+        assert told in smoke_copy.slimline("results").stdout
+        (run,) = [row for row in smoke_copy.results.runs() if row.run_key in ran.stdout]
+        leaks = {
+            (row.checkpoint, row.suite): json.loads(row.protocol).get("leaks")
+            for row in smoke_copy.results.metrics(run.run_key)
+        }
+        assert {place for place, said in leaks.items() if said} == {("slimgpt-20+lora", "perplexity")}
+        assert leaks["slimgpt-20+lora", "perplexity"] == [sentence]
+        saved = MlflowClient(smoke_copy.settings.tracking_uri).download_artifacts(str(run.mlflow_run_id), "leaks.json")
+        assert json.loads(Path(saved).read_text()) == {"slimgpt-20+lora/perplexity": [sentence]}
