@@ -50,6 +50,8 @@ class Settings(BaseSettings):
     """Calibration windows per forward pass."""
     walk_processes: int = Field(default=1, ge=1, le=_MOST_PROCESSES)
     """Processes that share the calibration windows of one pruning or capture; on CUDA each has a device of its own."""
+    train_processes: int | None = Field(default=None, ge=1, le=_MOST_PROCESSES)
+    """Processes that share the batches of one training (default: one per CUDA device)."""
     activation_budget_gib: float | None = Field(default=None, gt=0, le=_LARGEST, allow_inf_nan=False)
     """Host memory for activations of the calibration windows; beyond it they lie in files. Default: unbounded."""
     disk_budget_gib: float | None = Field(default=None, gt=0, le=_LARGEST, allow_inf_nan=False)

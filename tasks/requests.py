@@ -184,7 +184,8 @@ class OrderRequest(_PluginRequest):
 
 
 class RecoverRequest(_PluginRequest):
-    """A checkpoint repaired by training."""
+    """A checkpoint repaired by training. teacher: the dense model, calibration: the windows that it was pruned with, if
+    the recovery needs them."""
 
     kind: ClassVar[Kind] = "checkpoint"
     package: ClassVar[str] = "pruning.recovery"
@@ -192,12 +193,15 @@ class RecoverRequest(_PluginRequest):
     verb: ClassVar[str] = "recover"
 
     checkpoint: ArtifactRef
-    source: dict[str, str]
+    teacher: ArtifactRef | None = Field(default=None, exclude_if=lambda teacher: teacher is None)
+    calibration: ArtifactRef | None = Field(default=None, exclude_if=lambda calibration: calibration is None)
+    sources: tuple[dict[str, str], ...]
+    """Identities of the data sets it trains on, in the order in which the recovery names them."""
 
     @property
     def origins(self) -> tuple[dict[str, str], ...]:
-        """The records."""
-        return (self.source,)
+        """Its data sets."""
+        return self.sources
 
 
 class EvaluateRequest(_PluginRequest):

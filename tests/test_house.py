@@ -33,7 +33,7 @@ ONLY_IMPORTER = {
     "mlflow": "infra/tracking/tracker.py",
     "duckdb": "infra/results/index.py",
     "lm_eval": "evaluation/harness/run_tasks.py",
-    "peft": "pruning/recovery/lora.py",
+    "peft": "pruning/training/adapters.py",
     "datasets": "infra/sources/datasets.py",
 }
 #: files of a folder, without `__init__.py`
@@ -41,7 +41,7 @@ MOST_FILES = 12
 HEAVY = ("torch", "transformers", "datasets", "mlflow", "lm_eval", "peft", "duckdb")
 PLUGINS = {
     "pruning.methods": ("needs_statistics", "order_config", "prune"),
-    "pruning.recovery": ("check_model", "recover", "scratch_bytes"),
+    "pruning.recovery": ("check_model", "needs_calibration", "needs_teacher", "reads", "recover", "scratch_bytes"),
     "evaluation.suites": ("needs", "check", "check_model", "evaluate"),
 }
 FILES = [path for room in ROOMS for path in sorted((PROJECT / room).rglob("*.py"))]

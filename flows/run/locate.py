@@ -20,12 +20,14 @@ class Identities:
     """The identity of all that a spec reads from outside the store.
 
     datasets: of calibrations and recoveries, by id and revision. evaluations: by label, one for each of the suite's
-    needs, in its order. missing: by id, why a data set that only a task of lm-eval reads was not found.
+    needs, in its order. teachers: of recoveries, by id. missing: by id, why a data set that only a task of lm-eval
+    reads was not found.
     """
 
     model: Identity
     datasets: Mapping[tuple[str, str | None], Identity]
     evaluations: Mapping[str, tuple[Identity, ...]]
+    teachers: Mapping[str, Identity]
     missing: Mapping[str, SourceMissing]
 
 
@@ -34,15 +36,22 @@ def locate(spec: RunSpec, sources: Sources) -> Identities:
     EvaluationError for a suite's options that contradict each other."""
     model = sources.find(spec.model.id, "model", revision=spec.model.revision)
     datasets: dict[tuple[str, str | None], Identity] = {}
+    teachers: dict[str, Identity] = {}
     for derivation in spec.derivations:
         step = derivation.step
-        reader = spec.calibration_of(derivation) if isinstance(step, PruneStep) else step.config
-        assert reader is not None, "RunSpec refuses to prune without calibration"
-        located = sources.find(reader.data.dataset, "dataset", revision=reader.data.revision)
-        datasets[reader.data.dataset, reader.data.revision] = located.identity
+        read = [] if isinstance(step, PruneStep) else list(step.module.reads(step.config))
+        if spec.reads_calibration(derivation):
+            calibration = spec.calibration_of(derivation)
+            assert calibration is not None, "RunSpec refuses a step that reads calibration windows where there are none"
+            read.append(calibration.data)
+        for data in read:
+            located = sources.find(data.dataset, "dataset", revision=data.revision)
+            datasets[data.dataset, data.revision] = located.identity
+        if teacher := getattr(step.config, "teacher", None):
+            teachers[teacher] = sources.find(teacher, "model").identity
     missing: dict[str, SourceMissing] = {}
     evaluations = {entry.label: _read_by(entry, sources, missing) for entry in spec.evals}
-    return Identities(model.identity, datasets, evaluations, missing)
+    return Identities(model.identity, datasets, evaluations, teachers, missing)
 
 
 def _read_by(entry: EvalSpec, sources: Sources, missing: dict[str, SourceMissing]) -> tuple[Identity, ...]:

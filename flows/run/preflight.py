@@ -11,6 +11,7 @@ from evaluation.suite import ModelFacts, TextNeed
 from flows.errors import SpecError
 from flows.run.leaks import check_leaks
 from flows.run.locate import Identities
+from flows.run.recoveries import check_recovery
 from flows.run.stages import Stage, StageGraph
 from flows.spec.run import RunSpec
 from infra.artifacts.store import ArtifactRef
@@ -39,7 +40,6 @@ from tasks.requests import (
     Request,
 )
 from tasks.stages.evaluate import MISSING, check_local_data
-from tasks.stages.recover import record_data
 
 log = logging.getLogger("slimline")
 
@@ -75,8 +75,7 @@ def check(graph: StageGraph, run_context: RunContext) -> None:
         if isinstance(request, CalibrateRequest):
             _check_columns(request.data, request.data.columns, run_context.sources)
         elif isinstance(request, RecoverRequest):
-            _check_columns(*record_data(request), run_context.sources)
-            request.module.check_model(request.typed_config, card.hidden_size)
+            check_recovery(request, card, model, run_context)
     _check_prunings(missing, graph.checkpoints[DENSE], card)
     _check_disk([stage.request for stage in missing], run_context)
     check_leaks(graph, missing, run_context)

@@ -141,7 +141,7 @@ def build_stages(spec: RunSpec, identities: Identities, device: str) -> StageGra
         if isinstance(derivation.step, PruneStep):
             added = _prune(derivation, source, _calibrate(derivation, spec, dense.ref, identities))
         else:
-            added = [_recover(derivation, source, identities)]
+            added = _recover(derivation, spec, source, dense.ref, identities)
         stages += added
         checkpoints[derivation.name] = added[-1].ref
     reports = [
@@ -224,11 +224,31 @@ def _prune(derivation: Derivation, source: ArtifactRef, calibration: Stage) -> l
     return [*needed, Stage(prune, request, checkpoint=derivation.name)]
 
 
-def _recover(derivation: Derivation, source: ArtifactRef, identities: Identities) -> Stage:
-    config = derivation.step.config
-    identity = identities.datasets[config.data.dataset, config.data.revision]
-    request = RecoverRequest(plugin=derivation.step.plugin, config=_plain(config), checkpoint=source, source=identity)
-    return Stage(recover, request, checkpoint=derivation.name)
+def _recover(
+    derivation: Derivation, spec: RunSpec, source: ArtifactRef, dense: ArtifactRef, identities: Identities
+) -> list[Stage]:
+    """The training, with the calibration windows and the import of a teacher that it needs."""
+    module, config = derivation.step.module, derivation.step.config
+    needed: list[Stage] = []
+    teacher = calibration = None
+    if module.needs_teacher(config):
+        teacher, other = dense, getattr(config, "teacher", None)
+        if other is not None:
+            importing = ImportRequest(source=identities.teachers[other], dtype=spec.model.dtype, model_id=other)
+            needed.append(Stage(import_model, importing, checkpoint="teacher"))
+            teacher = importing.ref
+    if module.needs_calibration(config):
+        needed.append(_calibrate(derivation, spec, dense, identities))
+        calibration = needed[-1].ref
+    request = RecoverRequest(
+        plugin=derivation.step.plugin,
+        config=_plain(config),
+        checkpoint=source,
+        teacher=teacher,
+        calibration=calibration,
+        sources=tuple(identities.datasets[data.dataset, data.revision] for data in module.reads(config)),
+    )
+    return [*needed, Stage(recover, request, checkpoint=derivation.name)]
 
 
 def _evaluate(entry: EvalSpec, name: str, checkpoints: dict[str, ArtifactRef], identities: Identities) -> Stage:

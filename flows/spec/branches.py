@@ -27,7 +27,7 @@ class Derivation:
 
 def derive(steps: Sequence[PruneStep | RecoverStep]) -> tuple[Derivation, ...]:
     """All checkpoints but the dense one, branch after branch, each after the one that it is made from."""
-    return tuple(_grow(steps, DENSE, ()))
+    return tuple(_grow(steps, DENSE, (), None))
 
 
 def ends(derivations: Sequence[Derivation]) -> tuple[str, ...]:
@@ -36,21 +36,25 @@ def ends(derivations: Sequence[Derivation]) -> tuple[str, ...]:
     return tuple(each.name for each in derivations if each.name not in sources) or (DENSE,)
 
 
-def _grow(steps: Sequence[PruneStep | RecoverStep], source: str, branch: tuple[str, ...]) -> Iterator[Derivation]:
-    """branch: the labels of all choices that led to `source`."""
+def _grow(
+    steps: Sequence[PruneStep | RecoverStep], source: str, branch: tuple[str, ...], pruned: Choice | None
+) -> Iterator[Derivation]:
+    """branch: the labels of all choices that led to `source`. pruned: the last of them, whose calibration windows a
+    recovery may train on."""
     if not steps:
         return
     step, *later = steps
     if isinstance(step, RecoverStep):
         name = "-".join([step.name, *branch]) if step.name else f"{source}+{step.recovery}"
-        yield Derivation(name, source, step)
-        yield from _grow(later, name, branch)
+        changes = Variant(calibration=pruned.changes.calibration) if pruned else Variant()
+        yield Derivation(name, source, step, pruned.variant if pruned else "", changes)
+        yield from _grow(later, name, branch, pruned)
         return
     for choice in step.choices:
         labels = branch + choice.labels
         name = "-".join([step.name, *labels]) if step.name else _default_name(choice, source, branch)
         yield Derivation(name, source, choice.step, choice.variant, choice.changes)
-        yield from _grow(later, name, labels)
+        yield from _grow(later, name, labels, choice)
 
 
 def _default_name(choice: Choice, source: str, branch: tuple[str, ...]) -> str:

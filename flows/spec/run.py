@@ -12,7 +12,7 @@ from evaluation.profile.config import ProfileConfig
 from flows.spec.branches import Derivation, derive
 from flows.spec.parts import NAME, NAME_OR_DEFAULT, PluginEntry, SpecPart
 from flows.spec.start_folder import StartFolder
-from flows.spec.steps import PruneStep, Step
+from flows.spec.steps import PruneStep, RecoverStep, Step
 from flows.spec.validation import first_problem, refuse_unsafe
 from infra import registry
 from infra.results.rows import DENSE
@@ -143,6 +143,11 @@ class RunSpec(SpecPart):
         """The checkpoints that an evaluation measures: the dense one is not compared with itself."""
         return tuple(name for name in self.measured(entry.on) if name != DENSE or not entry.compares)
 
+    def reads_calibration(self, derivation: Derivation) -> bool:
+        """Whether a step takes statistics of calibration windows, or trains on them."""
+        step = derivation.step
+        return isinstance(step, PruneStep) or step.module.needs_calibration(step.config)
+
     def calibration_of(self, derivation: Derivation) -> CalibrationSpec | None:
         """The run's calibration with what the branch changes in it. Raises ValidationError."""
         if not derivation.changes.calibration:
@@ -182,6 +187,13 @@ class RunSpec(SpecPart):
             raise ValueError(f"variants.{derivation.variant}.calibration: {problem}") from error
         if calibration is None and isinstance(derivation.step, PruneStep):
             raise ValueError("steps prune but there is no `calibration`; add one (data, num_samples, seq_len)")
+        if calibration is None and self.reads_calibration(derivation):
+            raise ValueError(
+                f"{derivation.step.plugin} trains on the calibration windows and there is no `calibration`; add one "
+                "(data, num_samples, seq_len, num_heldout)"
+            )
+        if calibration is not None and isinstance(derivation.step, RecoverStep) and self.reads_calibration(derivation):
+            derivation.step.module.check_calibration(derivation.step.config, calibration.num_heldout)
 
 
 def _refuse_duplicates(what: str, names: Iterable[str], way_out: str) -> None:

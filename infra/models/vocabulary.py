@@ -17,10 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infra import hub
 from infra.errors import SourceInvalid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from infra.sources.located import Located
 
 log = logging.getLogger("slimline")
 
@@ -57,6 +60,22 @@ def fit_to_embedding_(folder: Path, repo_id: str, load: Callable[[Path], PreTrai
         _some(beyond),
         ", which its chat template writes (left out too)" if template else "",
     )
+
+
+def tokens_of(located: Located) -> dict[str, int] | None:
+    """What a tokenizer's tokens are called and their ids, without loading it; None where no tokenizer.json says."""
+    if located.folder is None:
+        file = hub.download_file(located.repo_id, "tokenizer.json", located.revision)
+    else:
+        file = located.folder / "tokenizer.json"
+    if file is None or not file.is_file():
+        return None
+    content = _read(file)
+    vocabulary = (content.get("model") or {}).get("vocab")
+    if isinstance(vocabulary, list):  # of a unigram model: pairs of token and score
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    added = {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
+    return None if vocabulary is None else {**vocabulary, **added}
 
 
 def writes(template: Any, tokens: Mapping[str, int]) -> bool:

@@ -28,6 +28,8 @@ from infra.sources.located import Located, named_by_content
 #: how much of a file is read at once: the option of its format, and its value for up to _FEW files
 _PIECES = {"json": ("chunksize", 10 * 2**20), "csv": ("chunksize", 10_000), "parquet": ("batch_size", 10_000)}
 _FEW = 8
+#: rows of a stream that are mixed with each other
+_SHUFFLED_ROWS = 10_000
 _FAILURES = (
     ValueError,
     TypeError,
@@ -61,6 +63,18 @@ def load(located: Located, config: str | None, split: str, data_files: str | Non
             )
             checks = VerificationMode.NO_CHECKS
             return cast(Dataset, datasets.load_dataset(**where, split=split, verification_mode=checks))
+
+
+def stream(
+    located: Located, config: str | None, split: str, data_files: str | None, *, seed: int, home: Path
+) -> Iterator[Mapping[str, Any]]:
+    """The rows of one split, read as they are asked for: shards in an order that the seed decides, rows mixed within a
+    buffer. Raises as `load` does."""
+    check_single_file(located, config, split, data_files)
+    where = _where(located, config, split, data_files, home)
+    with explained(located, config, split, home, named=data_files is not None):
+        rows = datasets.load_dataset(**where, split=split, streaming=True)
+        return iter(rows.shuffle(seed=seed, buffer_size=_SHUFFLED_ROWS))
 
 
 def files_of(located: Located, config: str | None, split: str, data_files: str | None, *, home: Path) -> DataFiles:

@@ -6,7 +6,7 @@ Nothing else, and never silently another one.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,6 +98,14 @@ class Sources:
     def texts(self, data: TextData) -> list[str]:
         """The texts of one column, in order; raises SourceMissing, or SourceInvalid naming what exists."""
         return self._columns(data, (data.text_field,)).read()[data.text_field]
+
+    def shuffled_texts(self, data: TextData, seed: int) -> Iterator[str]:
+        """The texts of one column that are not empty, in an order that the seed decides, one after the other.
+
+        What lies on the hub, or is larger than memory should hold, is streamed: shards in random order, rows mixed
+        within a buffer. Raises as `texts` does.
+        """
+        return self._columns(data, (data.text_field,)).shuffled(seed)
 
     def records(self, data: TextData, columns: Sequence[str]) -> list[dict[str, str]]:
         """Rows with just those text columns (None becomes ""); `text_field` plays no part. Raises as `texts` does."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,14 @@ from infra.log_once import warn_once
 from infra.sources import datasets
 from infra.sources.data_files import check_text, missing_column
 from infra.sources.located import Located
+
+#: of a folder's files: more is streamed
+_STREAMED_FROM = 2 * 2**30
+
+
+def _bytes_below(folder: Path) -> int:
+    files = folder.rglob("*") if folder.is_dir() else [folder]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,23 @@ class TextColumns:
             names = ", ".join(self.columns)
             raise SourceUnreadable(f"{self.located.repo_id}: there is no text in {names}; name another data set")
         return {column: [text or "" for text in texts] for column, texts in values.items()}
+
+    def shuffled(self, seed: int) -> Iterator[str]:
+        """The texts of the only column that are not empty, in a seeded order; see Sources.shuffled_texts."""
+        (column,) = self.columns
+        if self.located.folder is not None and _bytes_below(self.located.folder) <= _STREAMED_FROM:
+            texts = self.read()[column]
+            random.Random(seed).shuffle(texts)
+            yield from (text for text in texts if text)
+            return
+        rows = datasets.stream(self.located, self.config, self.split, self.data_files, seed=seed, home=self.home)
+        with datasets.explained(self.located, self.config, self.split, self.home):
+            for number, row in enumerate(rows):
+                if column not in row:
+                    raise missing_column(self.located.repo_id, column, list(row))
+                check_text(self.located.repo_id, column, number, row[column])
+                if row[column]:
+                    yield row[column]
 
     def check(self) -> None:
         """Raise what `read` would raise, as far as the first pieces of the files tell (of the hub's only the first

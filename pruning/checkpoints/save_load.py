@@ -49,7 +49,7 @@ def save_checkpoint(
     assert promised == actual, f"config says {describe_shapes(promised)}, weights {describe_shapes(actual)}"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _no_progress_bars():
+    with no_progress_bars():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -120,7 +120,7 @@ def _weights_on_disk(stored: StoredTensors) -> dict[str, str]:
 
 def _from_pretrained(stored: StoredTensors, **options: Any) -> PreTrainedModel:
     try:
-        with _no_progress_bars():
+        with no_progress_bars():
             loaded: tuple[PreTrainedModel, dict[str, Any]] = stored.model_class.from_pretrained(
                 stored.folder,
                 config=stored.config,
@@ -145,7 +145,7 @@ def load_plan(folder: Path | str) -> PruningPlan | None:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Libraries do not draw bars; the switch of transformers is global, so it is put back."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -1,40 +1,66 @@
 """Training a pruned model back to health: one file per way, and its name is what a spec asks for.
 
-* `lora`         adapters on instruction records, merged at the end; start here
-* `_records`     records as token ids and labels
-* `_resumable`   a training loop that a killed run goes on with
+* `lora`          adapters on instruction records, merged at the end; start here
+* `cpt`           continued pretraining of all parameters on running text
+* `distill`       the divergence from the dense model minimised, on text or records
+* `reconstruct`   the same on the calibration windows alone, block by block, end to end, or both
 
-Each way has VERSION, Config, check_model, scratch_bytes and recover; what they share is here. The files are found by
-`infra.registry`, those with an underscore are no ways. Importing one imports neither torch nor peft.
+Each way has VERSION, Config, reads, needs_teacher, needs_calibration, check_model, scratch_bytes and recover; the
+contract is in `RecoveryInputs` and `RecoveryReport`. The files are found by `infra.registry`. Importing one imports
+neither torch nor peft.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel, ConfigDict
 
-from pruning.instructions import InstructionColumns
+from pruning.training.options import Curves
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pruning.calibration import CalibrationSet
+    from pruning.plan import PruningPlan
 
 
-class RecordData(InstructionColumns):
-    """Where instruction records come from and what their columns are called."""
+@dataclass(frozen=True)
+class RecoveryInputs:
+    """What a recovery reads besides the model; what it does not need is not looked at.
 
-    dataset: str = "yahma/alpaca-cleaned"
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
+    texts: documents of its data set in a seeded order, each call from the first on. records: instruction records with
+    the text columns that its data names. identity: of that data, in a word. teacher: loads the dense model on the CPU.
+    calibration: the windows that the model was pruned with. plan: which layers of the teacher the model still has,
+    None for all.
+    """
+
+    texts: Callable[[], Iterator[str]] | None = None
+    records: Sequence[Mapping[str, str]] | None = None
+    identity: str = ""
+    teacher: Callable[[], PreTrainedModel] | None = None
+    teacher_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
+    calibration: CalibrationSet | None = None
+    plan: PruningPlan | None = None
 
 
 class RecoveryReport(BaseModel):
     """What a training run did.
 
-    losses: (optimizer step, mean loss per response token of that step's batch). num_examples: examples trained on, not
-    counting those without a response left after truncation. num_tokens: tokens of these examples, prompts included.
+    curves: by metric, (optimizer step, value): train_loss (nats per predicted token of that step's batch),
+    heldout_loss, learning_rate, grad_norm, tokens_per_second. num_examples: windows or records trained on. num_tokens:
+    tokens in one pass over them, prompts included. kept_step: whose weights were kept. adapter: whether adapter/ in the
+    checkpoint's folder holds what was merged into it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
-    losses: tuple[tuple[int, float], ...]
+    curves: Curves
     num_steps: int
     num_examples: int
     num_tokens: int
+    kept_step: int
     final_loss: float
+    adapter: bool = False

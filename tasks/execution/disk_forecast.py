@@ -128,8 +128,9 @@ class Forecast:
             case RecoverRequest():
                 made = checkpoint
                 widest = max(checkpoint.hidden_size, checkpoint.attention_size)
+                parameters = checkpoint.bytes // 2  # of a float32 checkpoint twice as many as there are
                 scratch = request.module.scratch_bytes(
-                    request.typed_config, checkpoint.num_layers, widest, checkpoint.intermediate_size
+                    request.typed_config, parameters, checkpoint.num_layers, widest, checkpoint.intermediate_size
                 )
         self._extents[request.ref.key] = made
         return Need(made.bytes, scratch)

@@ -3,44 +3,146 @@ at that very step."""
 
 from __future__ import annotations
 
-from infra.sources.find import TextData
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.sources.find import Sources, TextData
+from pruning.training.data import RecordData, TrainingData
+from tasks.devices.placement import device_names
 from tasks.execution.context import StageContext
 from tasks.execution.interrupts import something_to_save
+from tasks.execution.processes import Send, run_processes
 from tasks.execution.stage import stage
 from tasks.requests import RecoverRequest
 
+if TYPE_CHECKING:
+    import torch
 
-def record_data(request: RecoverRequest) -> tuple[TextData, tuple[str, ...]]:
-    """The data set of the training records, and the columns that are read."""
-    where = request.typed_config.data
-    data = TextData(dataset=where.dataset, config=where.config, split=where.split, revision=where.revision)
-    return data, where.columns
+    from infra.settings import Settings
+    from pruning.distributed import ProcessGroup
+    from pruning.recovery import RecoveryInputs
+
+
+def text_data(data: TrainingData) -> TextData:
+    """A data set that is trained on, as it is read."""
+    values = data.model_dump(include=set(TextData.model_fields))
+    return TextData(**values)
+
+
+def training_processes(settings: Settings) -> int:
+    """How many processes share the batches of one training: by default one per CUDA device."""
+    if settings.train_processes is not None:
+        return settings.train_processes
+    return len(device_names(settings.device))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What each process of a training does; the leader writes."""
+
+    request: RecoverRequest
+    source: Path
+    teacher: Path | None
+    calibration: Path | None
+    sources: Sources
+    scratch: Path
+    out: Path
+
+    def alone(self, device: torch.device, context: StageContext) -> None:
+        """In this process."""
+        self._train(device, context.progress, context.curves, 0, 1)
+
+    def __call__(self, process_group: ProcessGroup, device: torch.device, send: Send) -> None:
+        """In one of a group."""
+
+        def progress(share: float, message: str) -> None:
+            send("progress", share, message)
+
+        def curves(step: int, values: Mapping[str, float]) -> None:
+            send("curves", step, dict(values))
+
+        self._train(device, progress, curves, process_group.rank, process_group.size)
+
+    def _train(
+        self,
+        device: torch.device,
+        progress: Callable[[float, str], None],
+        curves: Callable[[int, Mapping[str, float]], None],
+        rank: int,
+        size: int,
+    ) -> None:
+        from infra.models.import_model import load_tokenizer
+        from pruning.checkpoints.load_check import check_saved
+        from pruning.checkpoints.save_load import load_checkpoint, load_plan, save_checkpoint
+        from pruning.training.options import TrainingRun
+
+        model, tokenizer = load_checkpoint(self.source), load_tokenizer(self.source)
+        report = self.request.module.recover(
+            model,
+            tokenizer,
+            self._inputs(),
+            self.request.typed_config,
+            TrainingRun(self.scratch, device, progress, curves, self.out, rank, size),
+        )
+        if rank == 0:
+            save_checkpoint(model.cpu(), None, self.out, load_plan(self.source))
+            check_saved(self.out, model)
+            (self.out / "recovery.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
+
+    def _inputs(self) -> RecoveryInputs:
+        from infra.models.import_model import load_tokenizer
+        from pruning.calibration import CalibrationSet
+        from pruning.checkpoints.save_load import load_checkpoint, load_plan
+        from pruning.recovery import RecoveryInputs
+
+        read: dict[str, Any] = {}
+        for data in self.request.module.reads(self.request.typed_config):
+            if isinstance(data, RecordData):
+                read["records"] = self.sources.records(text_data(data), data.columns)
+            else:
+                read["texts"] = _Texts(self.sources, text_data(data), self.request.typed_config.seed)
+        if (teacher := self.teacher) is not None:
+            read["teacher"] = lambda: load_checkpoint(teacher)
+            read["teacher_tokenizer"] = lambda: load_tokenizer(teacher)
+        if self.calibration is not None:
+            read["calibration"] = CalibrationSet.load(self.calibration)
+        return RecoveryInputs(identity=repr(self.request.sources), plan=load_plan(self.source), **read)
+
+
+@dataclass(frozen=True)
+class _Texts:
+    sources: Sources
+    data: TextData
+    seed: int
+
+    def __call__(self) -> Iterator[str]:
+        return self.sources.shuffled_texts(self.data, self.seed)
 
 
 def fill(request: RecoverRequest, context: StageContext) -> None:
-    """Write the repaired checkpoint and recovery.json (the loss curve)."""
-    from infra.models.import_model import hand_on_tokenizer, load_tokenizer
-    from pruning.checkpoints.load_check import check_saved
-    from pruning.checkpoints.save_load import load_checkpoint, load_plan, save_checkpoint
+    """Write the repaired checkpoint and recovery.json (its curves), with the adapters if it was made with some."""
+    from infra.models.import_model import hand_on_tokenizer
 
-    source = context.store.path(request.checkpoint)
-    config = request.typed_config
-    records = context.run_context.sources.records(*record_data(request))
-    model, tokenizer = load_checkpoint(source), load_tokenizer(source)
+    store, settings = context.store, context.run_context.settings
+    source = store.path(request.checkpoint)
+    teacher, calibration = (store.path(ref) if ref else None for ref in (request.teacher, request.calibration))
+    scratch = store.scratch(context.ref)
+    job = _Job(request, source, teacher, calibration, context.run_context.sources, scratch, context.folder)
+    size = training_processes(settings)
     with something_to_save():
-        report = request.module.recover(
-            model,
-            tokenizer,
-            records,
-            config,
-            scratch=context.store.scratch(context.ref),
-            device=context.place.device.type,
-            progress=context.progress,
-        )
-        save_checkpoint(model.cpu(), None, context.folder, load_plan(source))
-    check_saved(context.folder, model)
+        if size == 1:
+            job.alone(context.place.device, context)
+        else:
+            parts = {"progress": context.progress, "curves": context.curves}
+
+            def receive(kind: str, *message: Any) -> None:
+                parts[kind](*message)  # type: ignore[operator]
+
+            kept = "its last training checkpoint is kept"
+            run_processes(size, job, settings, receive, what="training", kept=kept)
     hand_on_tokenizer(source, context.folder)
-    (context.folder / "recovery.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
 
 
 recover = stage(

@@ -154,7 +154,7 @@ def ended(home: Home, reached: Callable[[], bool], *numbers: signal.Signals, mor
         wait_for(reached, 120)
         for number in numbers:
             child.send_signal(number)
-            time.sleep(0.3)
+            time.sleep(0.1)  # longer, and what the first one ends could be over before the second
         errors = child.communicate(timeout=10 if numbers[1:] else 60)[1]
     finally:
         child.kill()

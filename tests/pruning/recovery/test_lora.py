@@ -1,18 +1,17 @@
-"""LoRA: what is trained on, what is left behind, and that a killed run ends with the same bits."""
+"""LoRA: what is adapted, what is left behind, and what is kept beside it."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,12 +19,11 @@ from transformers import PreTrainedModel
 from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
 from pruning.checkpoints.surgery import shrink_
 from pruning.errors import PruningError
-from pruning.instructions import prompt_of
 from pruning.plan import PruningPlan
-from pruning.recovery import RecordData, RecoveryReport
-from pruning.recovery._records import IGNORED, choose, collate, encode
-from pruning.recovery._resumable import MARKER
-from pruning.recovery.lora import Config, _merged_adapters, recover
+from pruning.recovery import RecoveryInputs, RecoveryReport
+from pruning.recovery.lora import Config, recover
+from pruning.training.adapters import merged_adapters
+from pruning.training.options import TrainingRun
 from tests.pruning.checkpoints.test_surgery import logits, plan_for
 from tests.tiny import FAMILIES, add_noise_, tiny_model, tiny_tokenizer
 
@@ -45,8 +43,8 @@ def pruned(name: str = "qwen2") -> PreTrainedModel:
     return model
 
 
-def run(model: PreTrainedModel, scratch: Path, config: Config = CONFIG, **options: object) -> RecoveryReport:
-    return recover(model, tiny_tokenizer(), RECORDS, config, scratch=scratch, **options)
+def run(model: PreTrainedModel, scratch: Path, config: Config = CONFIG, **options: Any) -> RecoveryReport:
+    return recover(model, tiny_tokenizer(), RecoveryInputs(records=RECORDS), config, TrainingRun(scratch, **options))
 
 
 def same(a: PreTrainedModel, b: PreTrainedModel) -> bool:
@@ -54,87 +52,21 @@ def same(a: PreTrainedModel, b: PreTrainedModel) -> bool:
     return all(name_a == name_b and torch.equal(x, y) for (name_a, x), (name_b, y) in pairs)
 
 
-def test_prompts_are_the_alpaca_ones() -> None:
-    with_input = prompt_of(RECORDS[0], RecordData())
-    assert with_input.startswith("Below is an instruction that describes a task, paired with an input that provides")
-    assert with_input.endswith("### Instruction:\nWhat is 0 and 0?\n\n### Input:\nAdd them.\n\n### Response:\n")
-    without = prompt_of(RECORDS[1], RecordData())
-    assert "Input" not in without
-    assert without == prompt_of(RECORDS[1], RecordData(input=None))
-
-
-def test_only_the_response_and_eos_carry_loss() -> None:
-    tokenizer = tiny_tokenizer()
-    examples = encode(tokenizer, RECORDS[:2], RecordData(), 512)
-    batch = collate(0)(examples)
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
-    for row, record in enumerate(RECORDS[:2]):
-        labels = batch["labels"][row]
-        learned = labels[labels != IGNORED]
-        assert tokenizer.decode(learned) == record["output"] + "</s>"
-        whole = batch["input_ids"][row][batch["attention_mask"][row] == 1]
-        assert tokenizer.decode(whole) == "<s>" + prompt_of(record, RecordData()) + record["output"] + "</s>"
-        assert torch.equal(labels[labels != IGNORED], batch["input_ids"][row][labels != IGNORED])
-
-
 def test_a_pad_token_without_an_embedding_is_not_fed(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     config = CONFIG.model_copy(update={"max_steps": 1})
     model, other = pruned(), pruned()
-    recover(model, tokenizer, RECORDS, config, scratch=tmp_path / "a")
+    recover(model, tokenizer, RecoveryInputs(records=RECORDS), config, TrainingRun(tmp_path / "a"))
     run(other, tmp_path / "b", config)
     assert same(model, other)
-
-
-def test_truncation_drops_examples_without_response() -> None:
-    tokenizer = tiny_tokenizer()
-    whole = encode(tokenizer, RECORDS[:2], RecordData(), 512)
-    shorter = min(whole, key=lambda example: example.num_prompt)
-    cut = encode(tokenizer, RECORDS[:2], RecordData(), shorter.num_prompt + 1)
-    assert [example.ids for example in cut] == [shorter.ids[: shorter.num_prompt + 1]]
-    with pytest.raises(PruningError, match="none of the 2 training records has a response within max_length=20"):
-        encode(tokenizer, RECORDS[:2], RecordData(), 20)
-
-
-def test_a_tokenizer_that_adds_eos_itself_gets_one_only() -> None:
-    class WithEos:
-        eos_token_id = 1
-
-        def __call__(self, texts: list[str], **options: object) -> dict[str, list[list[int]]]:
-            return {"input_ids": [[*ids, 1] for ids in tiny_tokenizer()(texts)["input_ids"]]}
-
-    assert encode(WithEos(), RECORDS, RecordData(), 512) == encode(tiny_tokenizer(), RECORDS, RecordData(), 512)  # type: ignore[arg-type]
-
-
-def test_subsets_are_seeded() -> None:
-    assert choose(RECORDS, None, 0) == RECORDS
-    assert choose(RECORDS, 5, 0) == choose(RECORDS, 5, 0) != choose(RECORDS, 5, 1)
-    assert len({record["output"] for record in choose(RECORDS, 5, 0)}) == 5
-
-
-def test_unusable_records_are_refused() -> None:
-    tokenizer = tiny_tokenizer()
-    with pytest.raises(PruningError, match="no training records"):
-        choose([], None, 0)
-    with pytest.raises(PruningError, match="num_examples is 17, but the data set has 16"):
-        choose(RECORDS, 17, 0)
-    with pytest.raises(
-        PruningError, match=r"record 0 has no text in column 'output'; it has \['input', 'instruction'\]"
-    ):
-        encode(tokenizer, [{"instruction": "a", "input": "b"}], RecordData(), 512)
-    with pytest.raises(PruningError, match="column 'question'"):
-        encode(tokenizer, RECORDS, RecordData(instruction="question"), 512)
-    tokenizer.eos_token = None
-    with pytest.raises(PruningError, match="no EOS"):
-        encode(tokenizer, RECORDS, RecordData(), 512)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_merged_weights_equal_the_adapters(name: str) -> None:
     model = pruned(name)
     before, keys = logits(model), list(model.state_dict())
-    with _merged_adapters(model, CONFIG) as adapted:
+    with merged_adapters(model, CONFIG) as adapted:
         add_noise_(nn.ModuleList(m for n, m in adapted.named_modules() if n.endswith(("lora_A", "lora_B"))), 0)
         adapted.eval()
         with_adapters = logits(adapted)
@@ -153,8 +85,9 @@ def test_training_lowers_the_loss_and_leaves_a_plain_model(
     reported: list[tuple[float, str]] = []
     config = CONFIG.model_copy(update={"dtype": dtype, "max_steps": None, "epochs": 5.0})
     report = run(model, tmp_path / "run", config, progress=lambda share, message: reported.append((share, message)))
-    assert report.final_loss < report.losses[0][1] - 0.5
-    assert [step for step, _ in report.losses] == list(range(1, 21))
+    losses = report.curves["train_loss"]
+    assert report.final_loss < losses[0][1] - 0.5
+    assert [step for step, _ in losses] == list(range(1, 21))
     assert report.num_steps == 20
     assert report.num_examples == 16
     assert report.num_tokens > 16 * 50
@@ -194,79 +127,6 @@ def test_targets_and_layers_without_channels(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.pruning.recovery.test_lora import pruned, run
-
-def kill(share, message):
-    if message.startswith("step 5/"):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-run(pruned(), Path(sys.argv[1]), progress=kill)
-"""
-
-
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    whole, scratch = pruned(), tmp_path / "scratch"
-    expected = run(whole, tmp_path / "whole")
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(scratch)], cwd=ROOT, env=dict(os.environ), check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert sorted(path.name for path in scratch.iterdir()) == ["checkpoint-2", "checkpoint-4"]
-    (scratch / "checkpoint-6").mkdir()  # as if killed while the next one was being written
-    damaged = scratch / "checkpoint-4" / "optimizer.pt"
-    twin = tmp_path / "twin"
-    subprocess.run(["cp", "-r", str(scratch), str(twin)], check=True)
-    damaged.write_bytes(damaged.read_bytes()[:-100])
-    for folder, first_step in ((twin, 5), (scratch, 3)):
-        reported: list[str] = []
-        resumed = pruned()
-        report = run(resumed, folder, progress=lambda share, message, reported=reported: reported.append(message))
-        assert reported[0].startswith(f"step {first_step}/6")
-        assert report == expected
-        assert same(resumed, whole)
-
-
-class _Told(Exception):
-    pass
-
-
-@pytest.mark.parametrize("step", [1, 3, 5])
-def test_what_the_progress_raises_ends_the_training_with_a_checkpoint(step: int, tmp_path: Path) -> None:
-    """An epoch has four steps, and a checkpoint is due after every other one: neither matters."""
-    whole, model, scratch = pruned(), pruned(), tmp_path / "scratch"
-    before = copy.deepcopy(model)
-    expected = run(whole, tmp_path / "whole")
-
-    def tell(share: float, message: str) -> None:
-        if message.startswith(f"step {step}/"):
-            raise _Told(message)
-
-    with pytest.raises(_Told, match=f"step {step}/6"):
-        run(model, scratch, progress=tell)
-    assert same(model, before), "the model is as it was"
-    assert (scratch / f"checkpoint-{step}" / MARKER).exists()
-    reported: list[str] = []
-    resumed = pruned()
-    assert run(resumed, scratch, progress=lambda share, message: reported.append(message)) == expected
-    assert reported[0].startswith(f"step {step + 1}/6")
-    assert same(resumed, whole)
-
-
-def test_scratch_of_another_run_is_not_taken(tmp_path: Path) -> None:
-    run(pruned(), tmp_path, CONFIG.model_copy(update={"seed": 1}))
-    fresh, after_other = pruned(), pruned()
-    assert run(after_other, tmp_path) == run(fresh, tmp_path / "fresh")
-    assert same(after_other, fresh)
-    reported: list[str] = []
-    again = pruned()
-    run(again, tmp_path, progress=lambda share, message: reported.append(message))
-    assert not reported
-    assert same(again, fresh)
-    marker = json.loads((tmp_path / "checkpoint-6" / "complete.json").read_text())
-    assert "adapter_model.safetensors" in marker["files"]
-
-
 def test_a_loss_that_is_not_finite_is_told_and_leaves_the_model(tmp_path: Path) -> None:
     model = pruned()
     with torch.no_grad():
@@ -293,3 +153,35 @@ def test_configs_that_cannot_work_are_refused(tmp_path: Path) -> None:
 def test_the_module_is_light() -> None:
     code = "import sys, pruning.recovery.lora; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_presets_are_settings_in_which_options_may_be_replaced() -> None:
+    paper = Config.model_validate({"preset": "shortened-llama", "epochs": 1})
+    assert (paper.epochs, paper.warmup_steps, paper.rank, paper.batch_size) == (1, 100, 8, 64)
+    assert Config.model_validate({"preset": "slimgpt"}) == Config()
+    assert "preset" not in paper.model_dump()
+    with pytest.raises(ValidationError, match="unknown preset 'slim'; available: slimgpt, shortened-llama"):
+        Config.model_validate({"preset": "slim"})
+    with pytest.raises(
+        ValidationError, match="unknown data 'alpacca'; available: alpaca, gpt4-alpaca, stanford-alpaca"
+    ):
+        Config.model_validate({"data": "alpacca"})
+
+
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
+def test_the_adapter_beside_the_model_gives_the_same_model(options: dict[str, Any], tmp_path: Path) -> None:
+    model, base = pruned(), pruned()
+    config = CONFIG.model_copy(update={"dtype": "float32", **options})
+    beside = tmp_path / "beside"
+    assert run(model, tmp_path / "run", config, beside=beside).adapter
+    adapted = PeftModel.from_pretrained(base, str(beside / "adapter"))
+    assert not torch.equal(logits(model), logits(pruned()))
+    torch.testing.assert_close(logits(adapted.eval()), logits(model), atol=1e-4, rtol=0)
+
+
+def test_variants_of_lora_learn_otherwise(tmp_path: Path) -> None:
+    finals = {}
+    for name, options in {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}}.items():
+        config = CONFIG.model_copy(update={"dtype": "float32", **options})
+        finals[name] = run(pruned(), tmp_path / name, config).final_loss
+    assert len(set(finals.values())) == 3

@@ -62,7 +62,7 @@ def requests(model: Path) -> dict[str, Request]:
     capture = CaptureRequest(**walked)
     order = OrderRequest(plugin="slimgpt", config={}, checkpoint=imported.ref, statistics=capture.ref)
     prune = PruneRequest(plugin="slimgpt", config={"sparsity": 0.5}, **walked)
-    recover = RecoverRequest(plugin="lora", config={"rank": 4}, checkpoint=prune.ref, source={})
+    recover = RecoverRequest(plugin="lora", config={"rank": 4}, checkpoint=prune.ref, sources=())
     evaluate = EvaluateRequest(plugin="perplexity", config={}, checkpoint=recover.ref, sources=())
     return {
         "import": imported, "calibrate": calibration, "capture": capture, "order": order, "prune": prune,

@@ -1,0 +1,52 @@
+"""What can be known to fail of a recovery before anything is pruned: its data, its batches, its teacher."""
+
+from __future__ import annotations
+
+from flows.spec.run import ModelSpec
+from infra.models.card import ModelCard
+from infra.models.vocabulary import tokens_of
+from infra.sources.find import Sources
+from pruning.errors import PruningError
+from pruning.training.data import RecordData, TrainingData
+from tasks.execution.context import RunContext
+from tasks.execution.stage import importing
+from tasks.requests import RecoverRequest
+from tasks.stages.recover import text_data, training_processes
+
+
+def check_recovery(request: RecoverRequest, card: ModelCard, model: ModelSpec, run_context: RunContext) -> None:
+    """Raise what the training would raise about the columns of its data, its batches or its teacher's tokenizer."""
+    config, sources = request.typed_config, run_context.sources
+    for data in request.module.reads(config):
+        _check_data(data, sources)
+    request.module.check_model(config, card.hidden_size, card.max_position_embeddings)
+    processes = training_processes(run_context.settings)
+    if config.batch_size % (at_once := config.micro_batch_size * processes):
+        raise PruningError(
+            f"{request.plugin}: batch_size {config.batch_size} is not a multiple of the {at_once} examples that "
+            f"{processes} processes take at once: change batch_size, micro_batch_size ({config.micro_batch_size}) or "
+            "SLIMLINE_TRAIN_PROCESSES"
+        )
+    if teacher := getattr(config, "teacher", None):
+        _check_teacher(teacher, model, sources)
+
+
+def _check_data(data: TrainingData, sources: Sources) -> None:
+    wanted = [data.columns]
+    if isinstance(data, RecordData):
+        wanted.append((data.output,))  # without an answer there is nothing to learn from a record
+    for columns in wanted:
+        with importing:  # `datasets` fails while a stage of another cell of the night imports transformers
+            sources.check_columns(text_data(data), columns)
+
+
+def _check_teacher(teacher: str, model: ModelSpec, sources: Sources) -> None:
+    own = tokens_of(sources.find(model.id, "model", revision=model.revision))
+    theirs = tokens_of(sources.find(teacher, "model"))
+    if own is None or theirs is None or own == theirs:
+        return  # where it cannot be read without an import, the training itself compares
+    token = min(token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token))
+    raise PruningError(
+        f"the teacher {teacher} has another tokenizer than {model.id}: {token!r} is token {theirs.get(token)} there "
+        f"and {own.get(token)} here; distil from a model of the same family"
+    )

@@ -1,0 +1,127 @@
+"""Low-rank adapters on a model's linears, merged into them afterwards (LoRA: arXiv 2106.09685; rsLoRA: 2312.03732;
+DoRA: 2402.09353). The only importer of peft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pruning.bounds import Count, Real
+from pruning.errors import PruningError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+ADAPTER_FOLDER = "adapter"
+
+
+class AdapterConfig(BaseModel):
+    """What is adapted. alpha: the adapters' output is scaled by alpha / rank, or with rslora by alpha / sqrt(rank).
+    dora: magnitude and direction of each weight are learned apart."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    targets: tuple[Target, ...] = Field(("q", "k", "v", "o", "gate", "up", "down"), min_length=1)
+    rank: Count = 8
+    alpha: Real = Field(16.0, gt=0)
+    dropout: Real = Field(0.05, ge=0, lt=1)
+    rslora: bool = False
+    dora: bool = False
+
+
+def check_rank(config: AdapterConfig, hidden_size: int) -> None:
+    """Raise PruningError for adapters that are larger than what they adapt."""
+    if config.rank > hidden_size:
+        raise PruningError(
+            f"rank {config.rank} is more than the {hidden_size} that the model's layers are wide, where nothing is "
+            "left to learn; lower it"
+        )
+
+
+def num_parameters(config: AdapterConfig, num_layers: int, hidden_size: int, intermediate_size: int) -> int:
+    """Of all adapters of a model of these widths, at most."""
+    sides = {"q": 2 * hidden_size, "k": 2 * hidden_size, "v": 2 * hidden_size, "o": 2 * hidden_size}
+    widths = (sides.get(target, hidden_size + intermediate_size) for target in config.targets)
+    return num_layers * config.rank * sum(widths)
+
+
+@contextmanager
+def merged_adapters(model: PreTrainedModel, config: AdapterConfig, beside: Path | None = None) -> Iterator[nn.Module]:
+    """Adapters on the model: merged into it at the end, or taken off again if the training fails.
+
+    beside: a folder in which the adapters are kept, as peft writes them. Raises PruningError for weights that are not
+    finite, or targets that the model does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    with training_state(model):
+        lora = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            use_rslora=config.rslora,
+            use_dora=config.dora,
+            target_modules=target_names(model, config),
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        adapted: Any = get_peft_model(model, lora)
+        # with a name (or None, which is replaced by one) peft asks the hub for that model's config at every checkpoint
+        adapted.peft_config["default"].base_model_name_or_path = ""
+        try:
+            yield adapted
+            check_finite(adapted)
+            if beside is not None:
+                adapted.save_pretrained(beside / ADAPTER_FOLDER)
+        except BaseException:
+            adapted.unload()
+            raise
+        adapted.merge_and_unload()
+
+
+@contextmanager
+def training_state(model: PreTrainedModel) -> Iterator[None]:
+    """What training switches on a model (frozen weights, mode, KV cache, checkpointing) is put back."""
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    training, use_cache, attributes = model.training, model.config.use_cache, set(vars(model))
+    try:
+        yield
+    finally:
+        if model.is_activation_checkpointing:
+            model.activation_checkpointing_disable()
+        for name in vars(model).keys() - attributes:  # accelerate's own forward above all
+            delattr(model, name)
+        model.train(training)
+        model.config.use_cache = use_cache
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise PruningError naming a trained weight that is not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise PruningError(f"after training, {name} is not finite: lower learning_rate or train in float32")
+
+
+def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
+    """Dotted names of the linears to adapt; a family may have no gate, a pruned MLP no channels."""
+    from pruning.families import family_of
+
+    family = family_of(model)
+    names = family.linear_names()
+    wanted = {names[target] for target in config.targets if target in names}
+    found = [
+        f"{family.layers_path}.{name}"
+        for name, module in family.layers(model).named_modules()
+        if name.rpartition(".")[2] in wanted and next(module.parameters()).numel()
+    ]
+    if not found:
+        raise PruningError(f"the targets {config.targets} have no weights left in this model: name others")
+    return found

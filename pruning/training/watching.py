@@ -1,0 +1,233 @@
+"""What looks on while the Trainer trains: whole checkpoints, held-out loss, the best weights, divergence, progress."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pruning.errors import PruningError
+from pruning.training.durable import is_complete, mark_complete
+from pruning.training.options import Curves, TrainingRun
+
+#: the Trainer's words for what is logged, and ours
+_METRICS = {
+    "loss": "train_loss",
+    "heldout_loss": "heldout_loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "tokens_per_second": "tokens_per_second",
+}
+#: a loss has diverged if its mean over so many steps is above its lowest such mean, or the held-out one above that
+#: before training, by this factor and so many nats
+_STEPS, _FACTOR, _NATS = 10, 1.5, 0.5
+
+
+def curves_of(log_history: Sequence[dict[str, Any]]) -> Curves:
+    """What was logged, by metric."""
+    return {
+        name: points
+        for word, name in _METRICS.items()
+        if (points := tuple((entry["step"], float(entry[word])) for entry in log_history if word in entry))
+    }
+
+
+def _has_risen(loss: float, lowest: float) -> bool:
+    return not math.isfinite(loss) or loss > max(_FACTOR * lowest, lowest + _NATS)
+
+
+class Best:
+    """The weights of the best held-out loss so far, kept beside the Trainer's checkpoints."""
+
+    def __init__(self, model: nn.Module, run: TrainingRun, identity: str, *, enabled: bool) -> None:
+        self._model, self._run, self._identity, self.enabled = model, run, identity, enabled
+
+    def keep(self, step: int) -> None:
+        """Write the weights of this step, which are the best."""
+        if not self.enabled or not self._run.leads:
+            return
+        folder = self._folder(step)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        save_file(self._trained(), folder / "weights.safetensors")
+        mark_complete(folder, self._identity)
+
+    def drop_others(self, step: int) -> None:
+        """Called when a checkpoint is whole that comes after `step`, the best: no run will go on before it."""
+        if self._run.leads:
+            for path in self._run.scratch.glob("best-*"):
+                if path != self._folder(step):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def load_(self, curves: Curves) -> int:
+        """Put the best weights into the model; returns their step. Raises PruningError if their file is not whole."""
+        step = best_step(curves["heldout_loss"])
+        if self._run.num_processes > 1:
+            dist.barrier()
+        folder = self._folder(step)
+        if not is_complete(folder, self._identity):
+            raise PruningError(
+                f"the weights of step {step}, the best by held-out loss, are no longer whole in {folder}: run again"
+            )
+        tensors = load_file(folder / "weights.safetensors")
+        for name, parameter in self._trained().items():
+            parameter.copy_(tensors[name])
+        return step
+
+    def _trained(self) -> dict[str, Any]:
+        return {name: parameter.data for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+
+    def _folder(self, step: int) -> Path:
+        return self._run.scratch / f"best-{step}"
+
+
+def best_step(heldout_loss: Sequence[tuple[int, float]]) -> int:
+    """The first step with the lowest loss."""
+    return min(heldout_loss, key=lambda point: (point[1], point[0]))[0]
+
+
+class Checkpoints(TrainerCallback):  # type: ignore[misc]
+    """Marks a checkpoint complete once the Trainer has written all of it."""
+
+    def __init__(self, identity: str, best: Best) -> None:
+        self._identity, self._best = identity, best
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Mark it."""
+        if not state.is_world_process_zero:
+            return
+        mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._identity)
+        heldout = curves_of(state.log_history).get("heldout_loss")
+        if self._best.enabled and heldout:
+            self._best.drop_others(best_step(heldout))
+
+
+class Heldout(TrainerCallback):  # type: ignore[misc]
+    """Measures held-out loss before the first step, now and then, and at the end; ends what no longer learns."""
+
+    def __init__(
+        self, trainer: Trainer, mean_loss: Callable[[], float], every: int, patience: int | None, best: Best
+    ) -> None:
+        self._trainer, self._mean_loss = trainer, mean_loss
+        self._every, self._patience, self._best = every, patience, best
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where it stands before it learns."""
+        if state.global_step == 0:
+            self._look(state, control)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Where it stands now, if it is time."""
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            self._look(state, control)
+
+    def _look(self, state: TrainerState, control: TrainerControl) -> None:
+        loss = self._mean_loss()
+        before = curves_of(state.log_history).get("heldout_loss", ())
+        points = [*before, (state.global_step, loss)]
+        best = best_step(points)
+        if best == state.global_step:
+            self._best.keep(best)
+        since = len(points) - 1 - [step for step, _ in points].index(best)
+        lost = self._patience is not None and since >= self._patience
+        should_log = control.should_log
+        self._trainer.log({"heldout_loss": loss} | ({"patience_lost": 1.0} if lost else {}))
+        control.should_log = should_log  # which logging anything switches off
+        if lost:
+            control.should_training_stop = control.should_save = True
+
+
+class StopDiverging(TrainerCallback):  # type: ignore[misc]
+    """Stops a run that has diverged. Runs before a checkpoint of that step would be written."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Raise PruningError for a loss that is not finite or keeps rising."""
+        curves, loss = curves_of(state.log_history), (logs or {}).get("loss")
+        if loss is None:
+            heldout = [value for _, value in curves.get("heldout_loss", ())]
+            if heldout and _has_risen(heldout[-1], heldout[0]):
+                self._refuse(
+                    f"the held-out loss rose from {heldout[0]:.3f} to {heldout[-1]:.3f} at step {state.global_step}",
+                    args,
+                )
+            return
+        if not math.isfinite(loss):
+            self._refuse(f"the training loss became {loss} at step {state.global_step}", args)
+        losses = [value for _, value in curves["train_loss"]]
+        means = [sum(losses[end - _STEPS : end]) / _STEPS for end in range(_STEPS, len(losses) + 1)]
+        if means and _has_risen(means[-1], min(means)):
+            self._refuse(
+                f"the training loss (mean of {_STEPS} steps) rose from {min(means):.3f} to {means[-1]:.3f} at step "
+                f"{state.global_step}",
+                args,
+            )
+
+    def _refuse(self, what: str, args: TrainingArguments) -> None:
+        kept = [path for pattern in ("best-*", "checkpoint-*") for path in self._run.scratch.glob(pattern)]
+        newest = max(kept, key=lambda path: path.stat().st_mtime, default=None)
+        where = f"; the last good weights are kept in {newest}" if newest else ""
+        raise PruningError(
+            f"{what}: lower learning_rate (now {args.learning_rate:g}), raise warmup_steps or train in float32{where}"
+        )
+
+
+class Reporter(TrainerCallback):  # type: ignore[misc]
+    """Reports to the caller; what its progress raises ends the training, with a checkpoint, and is passed on."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        self.raised: Exception | None = None
+        self._heldout = ""
+        self._began: tuple[float, int] | None = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Hand on what was measured."""
+        values = {_METRICS[word]: float(value) for word, value in (logs or {}).items() if word in _METRICS}
+        if self._run.leads:
+            self._run.curves(state.global_step, values)
+        if "heldout_loss" in values:
+            self._heldout = f", held-out {values['heldout_loss']:.3f}"
+        if "train_loss" not in values:
+            return
+        words = f"step {state.global_step}/{state.max_steps}, loss {values['train_loss']:.3f}{self._heldout}"
+        try:
+            self._run.progress(state.global_step / state.max_steps, words + self._to_go(state))
+        except Exception as error:
+            self.raised = error
+            control.should_save = control.should_training_stop = True
+
+    def _to_go(self, state: TrainerState) -> str:
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (now, state.global_step)
+            return ""
+        began, step = self._began
+        left = (now - began) / (state.global_step - step) * (state.max_steps - state.global_step)
+        return f", {left / 60:.0f} min to go" if left >= 90 else f", {left:.0f} s to go"
