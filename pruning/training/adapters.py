@@ -3,6 +3,7 @@ DoRA: 2402.09353). The only importer of peft."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,11 +79,21 @@ def merged_adapters(model: PreTrainedModel, config: AdapterConfig, beside: Path 
             yield adapted
             check_finite(adapted)
             if beside is not None:
-                adapted.save_pretrained(beside / ADAPTER_FOLDER)
+                _save(adapted, beside / ADAPTER_FOLDER)
         except BaseException:
             adapted.unload()
             raise
         adapted.merge_and_unload()
+
+
+def _save(adapted: Any, folder: Path) -> None:
+    """As peft writes them, but the same bytes every time, and without its model card, which says nothing."""
+    adapted.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    config = folder / "adapter_config.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values["target_modules"] = sorted(values["target_modules"])  # a set
+    config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 @contextmanager
