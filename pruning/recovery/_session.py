@@ -18,12 +18,15 @@ from pruning.training.batches import pad_id_of
 from pruning.training.durable import identity_of
 from pruning.training.example_sets import Data
 from pruning.training.memory import check_memory
-from pruning.training.objectives import CrossEntropy, Distillation, Objective, fill_cache, in_memory
-from pruning.training.options import TrainingConfig, TrainingRun
+from pruning.training.objectives import CrossEntropy, Distillation, Objective, fill_cache, forward, in_memory
+from pruning.training.options import TextConfig, TrainingConfig, TrainingRun
 from pruning.training.trainer import Outcome, check_device, seeded, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: of the largest logit: what rounding may change, in bfloat16 too
+_SAME = 0.05
 
 
 def fit_adapters(
@@ -105,6 +108,25 @@ def _report(outcome: Outcome, data: Data, *, adapter: bool = False) -> RecoveryR
         final_loss=outcome.final_loss,
         adapter=adapter,
     )
+
+
+@torch.no_grad()
+def check_documents_apart(model: PreTrainedModel, config: TextConfig) -> None:
+    """Raise PruningError if this model would let packed documents see each other, and the config does not want it.
+
+    Asked of the model itself, since it depends on how its family makes its masks.
+    """
+    if config.cross_document_attention:
+        return
+    ids_1L = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    batch = {"input_ids": ids_1L, "position_ids": torch.arange(4, device=model.device).repeat(2)[None]}
+    together_4V = forward(model, batch).logits[0, 4:]
+    alone_4V = forward(model, {"input_ids": ids_1L[:, 4:]}).logits[0]
+    if (together_4V - alone_4V).abs().max() > _SAME * alone_4V.abs().max():
+        raise PruningError(
+            f"a {model.config.model_type} model does not keep packed documents apart: set "
+            "cross_document_attention: true"
+        )
 
 
 def check_tokenizers(own: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase) -> None:

@@ -71,9 +71,10 @@ def recover(
     The model is left on run.device. Raises PruningError for too little text, a device that cannot be used, too little
     memory, or a loss that is not finite.
     """
-    from pruning.recovery._session import fit_all
+    from pruning.recovery._session import check_documents_apart, fit_all
     from pruning.training.example_sets import text_examples
 
     assert inputs.texts is not None, "it reads texts"
+    check_documents_apart(model, config)
     examples = text_examples(tokenizer, inputs.texts, inputs.identity, config, run)
     return fit_all(model, tokenizer, None, examples, config, run)

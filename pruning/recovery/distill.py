@@ -104,7 +104,7 @@ def recover(
     The model is left on run.device. Raises PruningError for a teacher with another tokenizer, unusable data, a device
     that cannot be used, too little memory, or a loss that is not finite.
     """
-    from pruning.recovery._session import distillation, fit_adapters, fit_all
+    from pruning.recovery._session import check_documents_apart, distillation, fit_adapters, fit_all
     from pruning.training.example_sets import record_examples, text_examples
 
     if isinstance(config.data, RecordData):
@@ -114,6 +114,7 @@ def recover(
         )
     else:
         assert inputs.texts is not None, "it reads texts"
+        check_documents_apart(model, config)
         examples = text_examples(tokenizer, inputs.texts, inputs.identity, config, run)
     with distillation(model, tokenizer, inputs, examples, config, run) as objective:
         if config.adapters:

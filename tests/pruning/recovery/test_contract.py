@@ -106,7 +106,7 @@ def inputs() -> RecoveryInputs:
 def run(case: str, model: PreTrainedModel, scratch: Path, **options: Any) -> RecoveryReport:
     name, changes = CASES[case]
     module = load("pruning.recovery", name, "recovery")
-    more = {key: options.pop(key) for key in list(options) if key in module.Config.model_fields}
+    more = {key: options.pop(key) for key in list(options) if key in module.Config.model_fields and key != "rank"}
     config = module.Config.model_validate({**COMMON, **changes, **more})
     report: RecoveryReport = module.recover(model, tiny_tokenizer(), inputs(), config, TrainingRun(scratch, **options))
     return report
