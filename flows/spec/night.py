@@ -52,21 +52,31 @@ def _pair(noun: str, entry: Any) -> tuple[str, Any]:
 
 def _options(noun: str, name: str, entry: Any) -> Any:
     """Options without the plug-in's name belong to the plug-in that the entry is called after."""
+    if isinstance(entry, list | tuple) and noun == "recovery":
+        if not entry:
+            raise ValueError(f"{name}: an empty list trains nothing; name a recovery, or write {NONE}: {{}}")
+        for step in entry:
+            if not isinstance(step, dict) or noun not in step:
+                raise ValueError(f"{name}: {step!r} is no step; write a mapping with the key `{noun}`")
+        return tuple(entry)
     if not isinstance(entry, dict | None) or (noun == "recovery" and name == NONE):
         return entry or {}
     return entry if entry and noun in entry else {noun: name} | (entry or {})
 
 
-Entries = dict[Annotated[str, Field(pattern=NAME)], dict[str, JsonValue]]
+Name = Annotated[str, Field(pattern=NAME)]
+Entries = dict[Name, dict[str, JsonValue]]
+Sequences = dict[Name, dict[str, JsonValue] | tuple[dict[str, JsonValue], ...]]
 
 
 class Matrix(SpecPart):
     """Every combination of these is a cell, but for those that `exclude` names."""
 
-    models: Annotated[dict[Annotated[str, Field(pattern=NAME)], ModelSpec], _named_by("id")] = Field(min_length=1)
+    models: Annotated[dict[Name, ModelSpec], _named_by("id")] = Field(min_length=1)
     methods: Annotated[Entries, _named_by("method")] = Field(min_length=1)
     sparsities: tuple[float, ...] = Field(min_length=1)
-    recoveries: Annotated[Entries, _named_by("recovery")] = Field(default={NONE: {}}, min_length=1)
+    recoveries: Annotated[Sequences, _named_by("recovery")] = Field(default={NONE: {}}, min_length=1)
+    """Each may be a list of recoveries, one after the other."""
     exclude: tuple[dict[str, JsonValue], ...] = ()
     """Combinations left out: {model: a, recovery: b} leaves out every cell with both."""
 
@@ -181,8 +191,8 @@ class NightSpec(SpecPart):
             steps: list[Any] = [
                 {**self.matrix.methods[method], "sparsity": sparsity, "name": f"{method}-{percent(sparsity)}"}
             ]
-            if self.matrix.recoveries[recovery]:
-                steps.append(self.matrix.recoveries[recovery])
+            entry = self.matrix.recoveries[recovery]
+            steps += entry if isinstance(entry, tuple) else [entry] if entry else []
             raw = {
                 "name": f"{self.name}-{name}",
                 "model": self.matrix.models[model],

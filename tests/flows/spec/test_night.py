@@ -114,3 +114,20 @@ def test_a_night_is_no_run_and_a_run_no_night(tmp_path: Path) -> None:
         load_spec(str(path))
     with pytest.raises(SpecError, match="no `matrix`, so it is no night"):
         load_night(str(shipped_specs()["demo"]))
+
+
+def test_a_recovery_may_be_a_list_of_steps() -> None:
+    both = [{"recovery": "cpt", "data": "redpajama"}, {"recovery": "lora", "data": "alpaca"}]
+    asked = night({"methods": ["slimgpt"], "sparsities": [0.2], "recoveries": {"none": {}, "both": both}})
+    assert [cell.spec.checkpoints[1:] for cell in asked.cells] == [
+        ("slimgpt-20",),
+        ("slimgpt-20", "slimgpt-20+cpt", "slimgpt-20+cpt+lora"),
+    ]
+    assert parse_night(asked.model_dump(mode="json"), source="again") == asked
+    for entry, problem in (
+        ([], "both: an empty list trains nothing"),
+        (["lora"], "both: 'lora' is no step; write a mapping with the key `recovery`"),
+        ([{"recovery": "lara"}], "unknown recovery 'lara'; did you mean 'lora'"),
+    ):
+        with pytest.raises(SpecError, match=problem):
+            night({"recoveries": {"both": entry}})
