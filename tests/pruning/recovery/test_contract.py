@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "distill-cache": ("distill", {**TEXT, "teacher_logits": "cache", "top_k": 20}),
     "distill-adapters": ("distill", {"data": {"dataset": "r", "template": "alpaca"}, "adapters": {"rank": 4}}),
     "reconstruct": ("reconstruct", {}),
+    "reconstruct-both": ("reconstruct", {"mode": "both", "blocks": {"passes": 2}}),
 }
 
 
