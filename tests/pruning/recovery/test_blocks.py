@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from pruning.calibration import CalibrationSet
 from pruning.checkpoints.surgery import shrink_
+from pruning.distributed import ProcessGroup
 from pruning.errors import PruningError
 from pruning.families import family_of, shapes
 from pruning.plan import LayerPlan, PruningPlan
@@ -28,6 +29,7 @@ from pruning.training.options import TrainingRun
 from pruning.walk.activations import FOLDER_PREFIX
 from tests.pruning.checkpoints.test_surgery import plan_for
 from tests.pruning.recovery.test_lora import same
+from tests.pruning.test_distributed import together
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -382,3 +384,23 @@ def test_a_loss_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     dense, pruned, plan = pair()
     with pytest.raises(PruningError, match=r"the loss of block 1 became .* lower blocks.learning_rate \(now 1e\+30\)"):
         fit(dense, pruned, plan, tmp_path, learning_rate=1e30)
+
+
+def in_a_group(process_group: ProcessGroup, folder: Path) -> None:
+    dense, pruned, plan = pair()
+    told: list[str] = []
+    run = {
+        "rank": process_group.rank,
+        "num_processes": process_group.size,
+        "progress": lambda share, words: told.append(words),
+    }
+    report = fit(dense, pruned, plan, folder / "together", run=run)
+    assert bool(told) is process_group.leads, "the leading process fits, the others wait"
+    alone = pair()[1]
+    assert fit(dense, alone, plan, folder / f"alone-{process_group.rank}") == report
+    assert same(pruned, alone)
+
+
+@pytest.mark.slow
+def test_several_processes_end_with_the_same_model(tmp_path: Path) -> None:
+    together(in_a_group, tmp_path)
