@@ -179,7 +179,7 @@ def distillation(
         teacher = inputs.teacher().to(device).eval().requires_grad_(False)
         if config.hidden_weight:
             layers = layer_pairs(inputs, model.config.num_hidden_layers, teacher.config.num_hidden_layers)
-        look = in_memory(teacher, config.temperature, autocast=autocast)
+        look = in_memory(teacher, autocast=autocast)
     yield Distillation(
         look, getattr(config, "hard_weight", 0.0), config.hidden_weight, config.temperature, layers, teacher
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,7 @@ from pruning.bounds import Count, Real
 from pruning.errors import PruningError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -84,6 +85,25 @@ def merged_adapters(model: PreTrainedModel, config: AdapterConfig, beside: Path 
             adapted.unload()
             raise
         adapted.merge_and_unload()
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An adapter as it is now: the linear is weight_OI + scaling * b_OR @ a_RI."""
+
+    weight_OI: Tensor
+    a_RI: nn.Parameter
+    b_OR: nn.Parameter
+    scaling: float
+
+
+def low_rank(linear: nn.Module) -> LowRank | None:
+    """The adapter of a linear while `merged_adapters` lasts, None if it has none."""
+    peft: Any = linear
+    if not hasattr(peft, "lora_A"):
+        return None
+    a_RI, b_OR = (getattr(peft, side)["default"].weight for side in ("lora_A", "lora_B"))
+    return LowRank(peft.base_layer.weight, a_RI, b_OR, float(peft.scaling["default"]))
 
 
 def _save(adapted: Any, folder: Path) -> None:

@@ -76,3 +76,26 @@ def batches(examples: Examples, indices: Sequence[int], size: int, pad_id: int) 
 def pad_id_of(tokenizer_pad: int | None, eos: int, num_embeddings: int) -> int:
     """What is masked but embedded all the same: a tokenizer may have a pad token without an embedding."""
     return eos if tokenizer_pad is None or tokenizer_pad >= num_embeddings else tokenizer_pad
+
+
+def rows_of(batch: Batch) -> Tensor:
+    """Where in (B * L, X) a label is predicted from: (P,)."""
+    wanted_BL = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    wanted_BL[:, :-1] = batch["labels"][:, 1:] != IGNORED
+    return wanted_BL.flatten().nonzero().flatten()
+
+
+def predicted(values_BLX: Tensor, batch: Batch) -> Tensor:
+    """Rows of (B, L, X) from which a label is predicted: (P, X)."""
+    return values_BLX[:, :-1][batch["labels"][:, 1:] != IGNORED]
+
+
+def targets(batch: Batch) -> Tensor:
+    """Their labels: (P,)."""
+    labels = batch["labels"][:, 1:]
+    return labels[labels != IGNORED]
+
+
+def count_predicted(batch: Batch) -> int:
+    """P."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())

@@ -21,19 +21,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruning.training.batches import IGNORED, Batch, Examples, batches
+from pruning.training.batches import (
+    Batch,
+    Examples,
+    batches,
+    count_predicted,
+    predicted,
+    rows_of,
+    targets,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: positions whose logits are compared at once: bounds what float32 copies of them take
-_POSITIONS_AT_ONCE = 512
+#: positions whose logits are in float32 at once: few, so that they stay near the processor
+_POSITIONS_AT_ONCE = 128
 #: batches of a teacher between two saves
 _SAVED_EVERY = 64
-
+#: what is left beside the likeliest tokens is at least that probable
+_LEAST = 1e-6
 
 Look = Callable[[Batch, bool], "tuple[TeacherLogits | TopLogits, Sequence[Tensor]]"]
 """Of a batch, what the teacher says, and its residual streams if they are asked for."""
+
+Part = Callable[[Tensor, slice], "tuple[Tensor, Tensor]"]
+"""From the float32 logits of some predicted positions, and which they are, to the sum of a loss and its gradient."""
 
 
 class Objective(Protocol):
@@ -44,21 +56,12 @@ class Objective(Protocol):
         ...
 
 
-class Teacher(Protocol):
-    """What a dense model says about a batch."""
-
-    def divergence(self, student_PV: Tensor, positions: Tensor) -> Tensor:
-        """Sum over those rows of KL(teacher || student); positions: their numbers among the batch's predicted ones."""
-        ...
-
-
 class CrossEntropy:
     """Minus the log-likelihood of the labels, in nats."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sum over the predicted tokens."""
-        logits_PV = predicted(forward(model, batch).logits, batch)
-        return F.cross_entropy(logits_PV.float(), targets(batch), reduction="sum")
+        return sum_over(forward(model, batch).logits, batch, _cross_entropy(targets(batch)))
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class Distillation:
 
     Per token: (1 - hard_weight) * T^2 * KL(teacher || model), both softened by the temperature T, plus hard_weight
     times the cross entropy, plus hidden_weight times the mean over pairs of layers of the squared distance of their
-    residual streams, relative to the teacher's mean square (as in MiniLLM-style pruning, NVIDIA Minitron arXiv
-    2407.14679, section 3). look: gives the Teacher of a batch. layers: pairs (of the model, of the teacher) of indices
-    into `hidden_states`. teacher: if it lies in memory.
+    residual streams, relative to the teacher's mean square (intermediate states as in Minitron, arXiv 2407.14679,
+    section 3). look: what the teacher says of a batch. layers: pairs (of the model, of the teacher) of indices into
+    `hidden_states`. teacher: if it lies in memory.
     """
 
     look: Look
@@ -84,15 +87,17 @@ class Distillation:
         wants_hidden = self.hidden_weight > 0
         teacher, teachers_streams = self.look(batch, wants_hidden)
         outputs = forward(model, batch, output_hidden_states=wants_hidden)
-        student_PV, target_P = predicted(outputs.logits, batch), targets(batch)
-        loss = student_PV.new_zeros((), dtype=torch.float32)
-        for rows in torch.split(torch.arange(len(target_P), device=target_P.device), _POSITIONS_AT_ONCE):
-            logits = student_PV[rows].float()
-            if self.hard_weight < 1:
-                soft = teacher.divergence(logits / self.temperature, rows)
-                loss = loss + (1 - self.hard_weight) * self.temperature**2 * soft
-            if self.hard_weight > 0:
-                loss = loss + self.hard_weight * F.cross_entropy(logits, target_P[rows], reduction="sum")
+        hard, soft = _cross_entropy(targets(batch)), teacher.divergence(self.temperature)
+
+        def both(logits_PV: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            loss, gradient_PV = logits_PV.new_zeros(()), torch.zeros_like(logits_PV)
+            for weight, term in ((self.hard_weight, hard), ((1 - self.hard_weight) * self.temperature**2, soft)):
+                if weight:
+                    value, slope_PV = term(logits_PV, part)
+                    loss, gradient_PV = loss + weight * value, gradient_PV.add_(slope_PV, alpha=weight)
+            return loss, gradient_PV
+
+        loss = sum_over(outputs.logits, batch, both if self.hard_weight or self.temperature != 1 else soft)
         if wants_hidden:
             loss = loss + self.hidden_weight * self._stream_distance(outputs.hidden_states, teachers_streams, batch)
         return loss
@@ -107,40 +112,98 @@ class Distillation:
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """A teacher's whole distributions, already divided by the temperature: (P, V)."""
+    """A teacher's whole distributions. rows_P: where in them the predicted positions are."""
 
-    logits_PV: Tensor
+    logits_RV: Tensor
+    rows_P: Tensor
 
-    def divergence(self, student_PV: Tensor, positions: Tensor) -> Tensor:
-        """Exact."""
-        theirs = F.log_softmax(self.logits_PV[positions].float(), -1)
-        return F.kl_div(F.log_softmax(student_PV, -1), theirs, log_target=True, reduction="sum")
+    def divergence(self, temperature: float) -> Part:
+        """KL(teacher || model), both softened."""
+
+        def part(logits_PV: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            theirs_PV = F.log_softmax(self.logits_RV[self.rows_P[part]].float() / temperature, -1)
+            mine_PV = F.log_softmax(logits_PV / temperature, -1)
+            probability_PV = theirs_PV.exp()
+            loss = torch.sum(probability_PV * theirs_PV.sub_(mine_PV))
+            return loss, mine_PV.exp_().sub_(probability_PV).div_(temperature)
+
+        return part
 
 
 @dataclass(frozen=True)
 class TopLogits:
-    """A teacher's K most likely tokens, and all others as one outcome.
+    """A teacher's K most likely tokens at its temperature, and all others as one outcome.
 
-    ids_PK; log_probs_PK: their log-probabilities at the temperature. The divergence between the two grouped
-    distributions is a lower bound of the exact one, and equal to it where K is the vocabulary.
+    The divergence between the two grouped distributions is a lower bound of the exact one, and equal to it where K is
+    the vocabulary.
     """
 
     ids_PK: Tensor
     log_probs_PK: Tensor
 
-    def divergence(self, student_PV: Tensor, positions: Tensor) -> Tensor:
-        """Of K + 1 outcomes."""
-        theirs_PK = self.log_probs_PK[positions].float()
-        mine_PK = F.log_softmax(student_PV, -1).gather(-1, self.ids_PK[positions].long())
-        kept = (theirs_PK.exp() * (theirs_PK - mine_PK)).sum()
-        rest, my_rest = _rest(theirs_PK), _rest(mine_PK)
-        return kept + (rest.exp() * (rest - my_rest)).sum()
+    def divergence(self, temperature: float) -> Part:
+        """KL(teacher || model) of K + 1 outcomes, both softened."""
+
+        def part(logits_PV: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            theirs_PK, ids_PK = self.log_probs_PK[part].float(), self.ids_PK[part].long()
+            mine_PV = F.log_softmax(logits_PV / temperature, -1)
+            mine_PK, rest_P, my_rest_P = mine_PV.gather(-1, ids_PK), _rest(theirs_PK), _rest(mine_PV.gather(-1, ids_PK))
+            left_P = rest_P.exp()
+            loss = torch.sum(theirs_PK.exp() * (theirs_PK - mine_PK)) + torch.sum(left_P * (rest_P - my_rest_P))
+            # of the model's own probabilities q: those kept have q - p, all others q times what is too much of them
+            probability_PV = mine_PV.exp_()
+            kept_PK = probability_PV.gather(-1, ids_PK) - theirs_PK.exp()
+            gradient_PV = probability_PV.mul_((1 - left_P / my_rest_P.exp())[:, None])
+            return loss, gradient_PV.scatter_(-1, ids_PK, kept_PK).div_(temperature)
+
+        return part
 
 
 def _rest(log_probs_PK: Tensor) -> Tensor:
-    """Log of the probability that is left to all other tokens."""
-    left = -torch.expm1(torch.logsumexp(log_probs_PK, -1))
-    return left.clamp_min(1e-6).log()
+    """Log of the probability that is left to all other tokens: (P,)."""
+    return (-torch.expm1(torch.logsumexp(log_probs_PK, -1))).clamp_min(_LEAST).log()
+
+
+def _cross_entropy(target_P: Tensor) -> Part:
+    def part(logits_PV: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        labels_P1 = target_P[part, None]
+        log_probs_PV = F.log_softmax(logits_PV, -1)
+        loss = -log_probs_PV.gather(-1, labels_P1).sum()
+        ones_P1 = torch.ones_like(labels_P1, dtype=logits_PV.dtype)
+        return loss, log_probs_PV.exp_().scatter_add_(-1, labels_P1, -ones_P1)
+
+    return part
+
+
+class _Summed(torch.autograd.Function):
+    """A loss over some rows of logits, part by part: beside the logits only their gradient is kept, in their dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_RV: Tensor, rows_P: Tensor, part_of: Part, wants_gradient: bool) -> Tensor:
+        """The sum."""
+        total = logits_RV.new_zeros((), dtype=torch.float32)
+        gradient_RV = torch.zeros_like(logits_RV) if wants_gradient else None
+        for start in range(0, len(rows_P), _POSITIONS_AT_ONCE):
+            part = slice(start, start + _POSITIONS_AT_ONCE)
+            loss, slope_PV = part_of(logits_RV[rows_P[part]].float(), part)
+            total += loss
+            if gradient_RV is not None:
+                gradient_RV[rows_P[part]] = slope_PV.to(gradient_RV.dtype)
+        ctx.gradient_RV = gradient_RV
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, None, None, None]:
+        """Of the logits; it can be asked for once."""
+        gradient_RV, ctx.gradient_RV = ctx.gradient_RV, None
+        return gradient_RV.mul_(outer[0]), None, None, None
+
+
+def sum_over(logits_BLV: Tensor, batch: Batch, part_of: Part) -> Tensor:
+    """A loss summed over the predicted positions of a batch."""
+    wants_gradient = torch.is_grad_enabled() and logits_BLV.requires_grad
+    total: Tensor = _Summed.apply(logits_BLV.flatten(0, 1), rows_of(batch), part_of, wants_gradient)  # type: ignore[no-untyped-call]
+    return total
 
 
 def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
@@ -149,29 +212,13 @@ def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
     return model(**inputs, use_cache=False, **options)
 
 
-def predicted(values_BLX: Tensor, batch: Batch) -> Tensor:
-    """Rows of (B, L, X) from which a label is predicted: (P, X)."""
-    return values_BLX[:, :-1][batch["labels"][:, 1:] != IGNORED]
-
-
-def targets(batch: Batch) -> Tensor:
-    """Their labels: (P,)."""
-    labels = batch["labels"][:, 1:]
-    return labels[labels != IGNORED]
-
-
-def count_predicted(batch: Batch) -> int:
-    """P."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
-
-
-def in_memory(teacher: PreTrainedModel, temperature: float, *, autocast: bool) -> Look:
+def in_memory(teacher: PreTrainedModel, *, autocast: bool) -> Look:
     """Ask the teacher, which lies on the batch's device, for every batch."""
 
     def look(batch: Batch, hidden: bool) -> tuple[TeacherLogits, Sequence[Tensor]]:
         with torch.no_grad(), precision(teacher.device, autocast):
             outputs = forward(teacher, batch, output_hidden_states=hidden)
-        return TeacherLogits(predicted(outputs.logits, batch) / temperature), outputs.hidden_states or ()
+        return TeacherLogits(outputs.logits.flatten(0, 1), rows_of(batch)), outputs.hidden_states or ()
 
     return look
 

@@ -18,11 +18,21 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from pruning.checkpoints.save_load import no_progress_bars
 from pruning.errors import PruningError
-from pruning.training.batches import Batch, Examples, batches, collate
+from pruning.training.batches import Batch, Examples, batches, collate, count_predicted
 from pruning.training.durable import newest_complete_
-from pruning.training.objectives import Objective, count_predicted, precision
+from pruning.training.objectives import Objective, precision
 from pruning.training.options import CHECKPOINTS_AT_ONCE, Curves, TrainingConfig, TrainingRun
-from pruning.training.watching import Best, Checkpoints, Heldout, Reporter, StopDiverging, curves_of
+from pruning.training.watching import (
+    Along,
+    BeforeSteps,
+    Best,
+    Checkpoints,
+    Heldout,
+    Reporter,
+    StopDiverging,
+    curves_of,
+    load_along_,
+)
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "adafactor": "adafactor"}
 
@@ -62,12 +72,14 @@ def train(
     *,
     pad_id: int,
     identity: str,
+    along: Along | None = None,
 ) -> Outcome:
     """Train in place what requires gradients; the loss of a step is the objective's mean over its predicted tokens.
 
     identity: names this very run; checkpoints of another identity or half-written ones in run.scratch are removed, and
-    from the newest good one it goes on. Call it within `seeded`. Raises PruningError if the loss is not finite or keeps
-    rising, a device the Trainer cannot use, or a batch that cannot be split over the processes.
+    from the newest good one it goes on. along: what prunes the model meanwhile, so that the loss may rise. Call it
+    within `seeded`. Raises PruningError if the loss is not finite or keeps rising, a device the Trainer cannot use, or
+    a batch that cannot be split over the processes.
     """
     arguments = training_arguments(config, len(examples), run)
     at_once = config.micro_batch_size * run.num_processes
@@ -84,15 +96,19 @@ def train(
         args=arguments,
         train_dataset=examples,
         data_collator=collate(pad_id),
-        callbacks=[Checkpoints(identity, best), StopDiverging(run), reporter],
+        callbacks=[Checkpoints(identity, best, along), StopDiverging(run, rises=along is not None), reporter],
     )
-    trainer.objective = objective
+    trainer.objective, trainer.along = objective, along
     trainer.remove_callback(PrinterCallback)
     if heldout is not None and len(heldout):
         mean_loss = _HeldoutLoss(model, objective, heldout, config, run, pad_id)
         every = config.heldout_steps or max(1, arguments.max_steps // 10)
         trainer.add_callback(Heldout(trainer, mean_loss, every, config.patience, best))
+    if along is not None:
+        trainer.add_callback(BeforeSteps(along))
     checkpoint = newest_complete_(run.scratch, identity)
+    if along is not None and checkpoint:
+        load_along_(along, checkpoint)
     state = checkpoint and TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if checkpoint and state and (state.global_step >= state.max_steps or _ended_early(state)):
         # resumed at its very end, Trainer.train would take one step too many
@@ -166,6 +182,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
     """The Trainer with an objective of ours, normalised over the whole accumulated batch of all processes."""
 
     objective: Objective
+    along: Along | None
     loss_is_scaled_for_ga = True
 
     def __init__(self, **options: Any) -> None:
@@ -193,6 +210,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
             now = time.monotonic()
             logs["tokens_per_second"] = self._tokens / max(1e-9, now - self._clock)
             self._clock, self._tokens = now, 0
+            logs |= self.along.figures() if self.along else {}
         super().log(logs, start_time)
 
 

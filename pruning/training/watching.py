@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pruning.errors import PruningError
@@ -25,7 +25,11 @@ _METRICS = {
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",
     "tokens_per_second": "tokens_per_second",
+    "sparsity": "sparsity",
+    "expected_sparsity": "expected_sparsity",
+    "multiplier": "multiplier",
 }
+_ALONG_FILE = "along.safetensors"
 #: a loss has diverged if its mean over so many steps is above its lowest such mean, or the held-out one above that
 #: before training, by this factor and so many nats
 _STEPS, _FACTOR, _NATS = 10, 1.5, 0.5
@@ -38,10 +42,6 @@ def curves_of(log_history: Sequence[dict[str, Any]]) -> Curves:
         for word, name in _METRICS.items()
         if (points := tuple((entry["step"], float(entry[word])) for entry in log_history if word in entry))
     }
-
-
-def _has_risen(loss: float, lowest: float) -> bool:
-    return not math.isfinite(loss) or loss > max(_FACTOR * lowest, lowest + _NATS)
 
 
 class Best:
@@ -94,17 +94,60 @@ def best_step(heldout_loss: Sequence[tuple[int, float]]) -> int:
     return min(heldout_loss, key=lambda point: (point[1], point[0]))[0]
 
 
-class Checkpoints(TrainerCallback):  # type: ignore[misc]
-    """Marks a checkpoint complete once the Trainer has written all of it."""
+class Along(Protocol):
+    """What changes along with the trained weights, by rules of its own, and is kept and resumed with them."""
 
-    def __init__(self, identity: str, best: Best) -> None:
-        self._identity, self._best = identity, best
+    def before_step(self, step: int) -> None:
+        """Before the optimizer's step of that number, from 1 on: trained weights have the (clipped) gradients of the
+        whole batch."""
+        ...
+
+    def figures(self) -> Mapping[str, float]:
+        """What is to be seen of it after a step, by metric."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """All that its future depends on."""
+        ...
+
+    def load_(self, state: Mapping[str, Tensor]) -> None:
+        """Be again what it was."""
+        ...
+
+
+class BeforeSteps(TrainerCallback):  # type: ignore[misc]
+    """Lets an Along see the gradients of every optimizer step."""
+
+    def __init__(self, along: Along) -> None:
+        self._along = along
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """They are whole, and not yet zeroed."""
+        self._along.before_step(state.global_step + 1)
+
+
+def load_along_(along: Along, checkpoint: Path) -> None:
+    """Give it the state that lies in a whole checkpoint."""
+    along.load_(load_file(checkpoint / _ALONG_FILE))
+
+
+class Checkpoints(TrainerCallback):  # type: ignore[misc]
+    """Marks a checkpoint complete once the Trainer has written all of it, and what goes along lies beside it."""
+
+    def __init__(self, identity: str, best: Best, along: Along | None = None) -> None:
+        self._identity, self._best, self._along = identity, best, along
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mark it."""
         if not state.is_world_process_zero:
             return
-        mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._identity)
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if self._along is not None:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._along.state().items()}
+            save_file(tensors, folder / _ALONG_FILE)
+        mark_complete(folder, self._identity)
         heldout = curves_of(state.log_history).get("heldout_loss")
         if self._best.enabled and heldout:
             self._best.drop_others(best_step(heldout))
@@ -148,10 +191,11 @@ class Heldout(TrainerCallback):  # type: ignore[misc]
 
 
 class StopDiverging(TrainerCallback):  # type: ignore[misc]
-    """Stops a run that has diverged. Runs before a checkpoint of that step would be written."""
+    """Stops a run that has diverged. Runs before a checkpoint of that step would be written. rises: the loss may do so,
+    as while a model is pruned; then it only has to be finite."""
 
-    def __init__(self, run: TrainingRun) -> None:
-        self._run = run
+    def __init__(self, run: TrainingRun, *, rises: bool = False) -> None:
+        self._run, self._rises = run, rises
 
     def on_log(
         self,
@@ -165,7 +209,7 @@ class StopDiverging(TrainerCallback):  # type: ignore[misc]
         curves, loss = curves_of(state.log_history), (logs or {}).get("loss")
         if loss is None:
             heldout = [value for _, value in curves.get("heldout_loss", ())]
-            if heldout and _has_risen(heldout[-1], heldout[0]):
+            if heldout and self._has_risen(heldout[-1], heldout[0]):
                 self._refuse(
                     f"the held-out loss rose from {heldout[0]:.3f} to {heldout[-1]:.3f} at step {state.global_step}",
                     args,
@@ -175,12 +219,15 @@ class StopDiverging(TrainerCallback):  # type: ignore[misc]
             self._refuse(f"the training loss became {loss} at step {state.global_step}", args)
         losses = [value for _, value in curves["train_loss"]]
         means = [sum(losses[end - _STEPS : end]) / _STEPS for end in range(_STEPS, len(losses) + 1)]
-        if means and _has_risen(means[-1], min(means)):
+        if means and self._has_risen(means[-1], min(means)):
             self._refuse(
                 f"the training loss (mean of {_STEPS} steps) rose from {min(means):.3f} to {means[-1]:.3f} at step "
                 f"{state.global_step}",
                 args,
             )
+
+    def _has_risen(self, loss: float, lowest: float) -> bool:
+        return not math.isfinite(loss) or (not self._rises and loss > max(_FACTOR * lowest, lowest + _NATS))
 
     def _refuse(self, what: str, args: TrainingArguments) -> None:
         kept = [path for pattern in ("best-*", "checkpoint-*") for path in self._run.scratch.glob(pattern)]

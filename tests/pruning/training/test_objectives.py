@@ -54,7 +54,7 @@ def test_cross_entropy_counts_responses_and_no_padding() -> None:
 def test_distillation(temperature: float) -> None:
     student, teacher = tiny_model("llama"), tiny_model("llama", seed=5)
     pairs = ((1, 1), (3, 2))
-    objective = Distillation(in_memory(teacher, temperature, autocast=False), 0.3, 0.7, temperature, pairs)
+    objective = Distillation(in_memory(teacher, autocast=False), 0.3, 0.7, temperature, pairs)
     own, theirs = predictions(student), predictions(teacher)
     expected = torch.zeros(())
     for (mine, label, _), (target, _, _) in zip(own, theirs, strict=True):
@@ -76,7 +76,7 @@ def cached(folder: Path, load: Callable[[], Any], top_k: int, **options: Any) ->
 def test_a_cache_of_all_tokens_is_the_teacher_and_of_fewer_a_lower_bound(tmp_path: Path) -> None:
     student, teacher = tiny_model("llama"), tiny_model("llama", seed=5)
     batch = collate(0)([Numbered(EXAMPLES)[index] for index in (2, 0, 1)])
-    exact = Distillation(in_memory(teacher, 2.0, autocast=False), temperature=2.0)(student, batch)
+    exact = Distillation(in_memory(teacher, autocast=False), temperature=2.0)(student, batch)
     values = []
     for top_k in (5, 50, 320):
         cache = cached(tmp_path / str(top_k), lambda: copy.deepcopy(teacher), top_k)
@@ -126,3 +126,28 @@ def full_layers(plan: PruningPlan) -> Any:
 
 def test_equal_tokenizers_pass() -> None:
     check_tokenizers(tiny_tokenizer(), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["cross entropy", "memory", "hard", "cache"])
+def test_gradients_are_those_of_finite_differences(name: str, tmp_path: Path) -> None:
+    student, teacher = tiny_model("llama").double(), tiny_model("llama", seed=5)
+    batch = collate(0)([Numbered(EXAMPLES)[index] for index in range(3)])
+    objectives: dict[str, Any] = {
+        "cross entropy": CrossEntropy(),
+        "memory": Distillation(in_memory(teacher, autocast=False)),
+        "hard": Distillation(in_memory(teacher, autocast=False), hard_weight=0.4, temperature=2.0),
+        "cache": Distillation(cached(tmp_path, lambda: copy.deepcopy(teacher), 30).look, temperature=2.0),
+    }
+    objective, weight = objectives[name], student.lm_head.weight
+    (2.0 * objective(student, batch)).backward()
+    gradient, step = weight.grad.clone(), 1e-2
+    for row, column in ((7, 3), (100, 20), (int(EXAMPLES[1]["input_ids"][8]), 0)):
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight[row, column] += sign * step
+                values.append(2.0 * objective(student, batch).double())
+                weight[row, column] -= sign * step
+        assert float(gradient[row, column]) == pytest.approx(
+            float(values[0] - values[1]) / (2 * step), rel=0.02, abs=2e-3
+        )

@@ -13,8 +13,8 @@ import torch
 from pruning.errors import PruningError
 from pruning.recovery._session import check_documents_apart
 from pruning.recovery.cpt import Config
-from pruning.training.batches import IGNORED, collate
-from pruning.training.objectives import CrossEntropy, count_predicted, forward
+from pruning.training.batches import IGNORED, collate, count_predicted
+from pruning.training.objectives import CrossEntropy, forward
 from pruning.training.packing import Windows, pack
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 

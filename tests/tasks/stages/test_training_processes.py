@@ -1,4 +1,4 @@
-"""A training in two processes (DDP over gloo) is the training of one: the same curve, the same weights up to rounding."""
+"""A training in two processes (DDP over gloo) is that of one: the same curve, the same weights up to rounding."""
 
 from __future__ import annotations
 
