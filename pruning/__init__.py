@@ -11,6 +11,7 @@ Nothing here knows of workflows, tracking or environment variables, and nothing 
 * `layerwise`    all of these together: prune, capture, compare splits, checkpoint to checkpoint
 * `methods`      one file per pruning method, the file name is the method's name
 * `recovery`     one file per way to train a pruned model back to health
+* `training`     the trainer under them; `gradual` takes groups from a model while it trains
 * `distributed`  several processes that prune one model together
 
 Read `methods/slimgpt` first, then `layerwise/prune` and `walk/sequential`.

@@ -151,7 +151,7 @@ class _PluginRequest(Request):
 
 
 class PruneRequest(_PluginRequest):
-    """A checkpoint made smaller."""
+    """A checkpoint made smaller, by what calibration windows show, or by training on data sets meanwhile."""
 
     kind: ClassVar[Kind] = "checkpoint"
     package: ClassVar[str] = "pruning.methods"
@@ -159,9 +159,22 @@ class PruneRequest(_PluginRequest):
     verb: ClassVar[str] = "prune"
 
     checkpoint: ArtifactRef
-    calibration: ArtifactRef
+    calibration: ArtifactRef | None = Field(default=None, exclude_if=lambda calibration: calibration is None)
     statistics: ArtifactRef | None = None
     orders: ArtifactRef | None = None
+    sources: tuple[dict[str, str], ...] = Field(default=(), exclude_if=lambda sources: not sources)
+    """Identities of the data sets that a method trains on, in the order in which it names them; left out of the key of
+    one that does not train."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether the method trains while it prunes."""
+        return hasattr(self.module, "train")
+
+    @property
+    def origins(self) -> tuple[dict[str, str], ...]:
+        """Its data sets."""
+        return self.sources
 
 
 class OrderRequest(_PluginRequest):

@@ -19,7 +19,7 @@ Identity = dict[str, str]
 class Identities:
     """The identity of all that a spec reads from outside the store.
 
-    datasets: of calibrations and recoveries, by id and revision. evaluations: by label, one for each of the suite's
+    datasets: of calibrations and trainings, by id and revision. evaluations: by label, one for each of the suite's
     needs, in its order. teachers: of recoveries, by id. missing: by id, why a data set that only a task of lm-eval
     reads was not found.
     """
@@ -39,7 +39,7 @@ def locate(spec: RunSpec, sources: Sources) -> Identities:
     teachers: dict[str, Identity] = {}
     for derivation in spec.derivations:
         step = derivation.step
-        read = [] if isinstance(step, PruneStep) else list(step.module.reads(step.config))
+        read = [] if isinstance(step, PruneStep) and not step.trains else list(step.module.reads(step.config))
         if spec.reads_calibration(derivation):
             calibration = spec.calibration_of(derivation)
             assert calibration is not None, "RunSpec refuses a step that reads calibration windows where there are none"

@@ -11,7 +11,7 @@ from evaluation.suite import ModelFacts, TextNeed
 from flows.errors import SpecError
 from flows.run.leaks import check_leaks
 from flows.run.locate import Identities
-from flows.run.recoveries import check_recovery
+from flows.run.recoveries import check_recovery, check_trained_pruning
 from flows.run.stages import Stage, StageGraph
 from flows.spec.run import RunSpec
 from infra.artifacts.store import ArtifactRef
@@ -76,6 +76,8 @@ def check(graph: StageGraph, run_context: RunContext) -> None:
             _check_columns(request.data, request.data.columns, run_context.sources)
         elif isinstance(request, RecoverRequest):
             check_recovery(request, card, model, run_context)
+        elif isinstance(request, PruneRequest) and request.trains:
+            check_trained_pruning(request, card, run_context.sources)
     _check_prunings(missing, graph.checkpoints[DENSE], card)
     _check_disk([stage.request for stage in missing], run_context)
     check_leaks(graph, missing, run_context)

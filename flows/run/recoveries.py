@@ -1,4 +1,4 @@
-"""What can be known to fail of a recovery before anything is pruned: its data, its batches, its teacher."""
+"""What can be known to fail of a training before anything is pruned: its data, its batches, its teacher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pruning.errors import PruningError
 from pruning.training.data import RecordData, TrainingData
 from tasks.execution.context import RunContext
 from tasks.execution.stage import importing
-from tasks.requests import RecoverRequest
+from tasks.requests import PruneRequest, RecoverRequest
 from tasks.stages.recover import text_data, training_processes
 
 
@@ -29,6 +29,13 @@ def check_recovery(request: RecoverRequest, card: ModelCard, model: ModelSpec, r
         )
     if teacher := getattr(config, "teacher", None):
         _check_teacher(teacher, model, sources)
+
+
+def check_trained_pruning(request: PruneRequest, card: ModelCard, sources: Sources) -> None:
+    """Raise what a pruning that trains would raise about the columns of its data, or lengths and widths."""
+    for data in request.module.reads(request.typed_config):
+        _check_data(data, sources)
+    request.module.check_training(request.typed_config, card.hidden_size, card.max_position_embeddings)
 
 
 def _check_data(data: TrainingData, sources: Sources) -> None:

@@ -138,7 +138,9 @@ def build_stages(spec: RunSpec, identities: Identities, device: str) -> StageGra
     stages, checkpoints = [dense], {DENSE: dense.ref}
     for derivation in spec.derivations:
         source = checkpoints[derivation.source]
-        if isinstance(derivation.step, PruneStep):
+        if isinstance(derivation.step, PruneStep) and derivation.step.trains:
+            added = [_prune_in_training(derivation, source, identities)]
+        elif isinstance(derivation.step, PruneStep):
             added = _prune(derivation, source, _calibrate(derivation, spec, dense.ref, identities))
         else:
             added = _recover(derivation, spec, source, dense.ref, identities)
@@ -224,6 +226,23 @@ def _prune(derivation: Derivation, source: ArtifactRef, calibration: Stage) -> l
     return [*needed, Stage(prune, request, checkpoint=derivation.name)]
 
 
+def _prune_in_training(derivation: Derivation, source: ArtifactRef, identities: Identities) -> Stage:
+    """A method that trains while it prunes needs neither calibration windows nor an order."""
+    module, config = derivation.step.module, derivation.step.config
+    request = PruneRequest(
+        plugin=derivation.step.plugin,
+        config=_plain(config),
+        checkpoint=source,
+        sources=_sources(module, config, identities),
+    )
+    return Stage(prune, request, checkpoint=derivation.name)
+
+
+def _sources(module: Any, config: Any, identities: Identities) -> tuple[dict[str, str], ...]:
+    """Of the data sets that a plug-in trains on."""
+    return tuple(identities.datasets[data.dataset, data.revision] for data in module.reads(config))
+
+
 def _recover(
     derivation: Derivation, spec: RunSpec, source: ArtifactRef, dense: ArtifactRef, identities: Identities
 ) -> list[Stage]:
@@ -246,7 +265,7 @@ def _recover(
         checkpoint=source,
         teacher=teacher,
         calibration=calibration,
-        sources=tuple(identities.datasets[data.dataset, data.revision] for data in module.reads(config)),
+        sources=_sources(module, config, identities),
     )
     return [*needed, Stage(recover, request, checkpoint=derivation.name)]
 

@@ -146,7 +146,9 @@ class RunSpec(SpecPart):
     def reads_calibration(self, derivation: Derivation) -> bool:
         """Whether a step takes statistics of calibration windows, or trains on them."""
         step = derivation.step
-        return isinstance(step, PruneStep) or step.module.needs_calibration(step.config)
+        if isinstance(step, PruneStep):
+            return not step.trains
+        return bool(step.module.needs_calibration(step.config))
 
     def calibration_of(self, derivation: Derivation) -> CalibrationSpec | None:
         """The run's calibration with what the branch changes in it. Raises ValidationError."""
@@ -185,7 +187,7 @@ class RunSpec(SpecPart):
         except ValidationError as error:
             problem = first_problem(error, model=CalibrationSpec)
             raise ValueError(f"variants.{derivation.variant}.calibration: {problem}") from error
-        if calibration is None and isinstance(derivation.step, PruneStep):
+        if calibration is None and isinstance(derivation.step, PruneStep) and not derivation.step.trains:
             raise ValueError("steps prune but there is no `calibration`; add one (data, num_samples, seq_len)")
         if calibration is None and self.reads_calibration(derivation):
             raise ValueError(

@@ -86,6 +86,11 @@ class PruneStep(PluginEntry):
         return super().options | several
 
     @property
+    def trains(self) -> bool:
+        """Whether the method trains on data sets while it prunes, instead of looking at calibration windows."""
+        return hasattr(self.module, "train")
+
+    @property
     def amount(self) -> str:
         """How much goes, as it stands in names: "20" per cent, or "6-layers"."""
         return percent(self.sparsities[0]) if self.sparsities else f"{self.config.layers}-layers"

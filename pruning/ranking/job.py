@@ -76,7 +76,7 @@ class RankingJob:
         self.orders.save(name, "kv_group", Order.of_scores(group_K.detach().double().cpu().tolist()))
         if shape.num_groups > 1:
             scores_KG = query_H.detach().double().cpu().reshape(shape.num_kv_heads, shape.num_groups)
-            self.orders.save(name, "query_head", _one_of_every_group(scores_KG))
+            self.orders.save(name, "query_head", one_of_every_group(scores_KG))
 
     def save_channels(self, layer: int, scores_I: Tensor) -> None:
         """Write the order of the channels of an MLP."""
@@ -85,8 +85,9 @@ class RankingJob:
             self.orders.save(name, "channel", Order.of_scores(scores_I.detach().double().cpu().tolist()))
 
 
-def _one_of_every_group(scores_KG: Tensor) -> Order:
-    """Round by round the cheapest head that each kv group still has; in a round the groups by rising score."""
+def one_of_every_group(scores_KG: Tensor) -> Order:
+    """Round by round the cheapest head that each kv group still has, from the scores of its heads; in a round the
+    groups by rising score."""
     num_groups = scores_KG.shape[1]
     cheapest_KG = scores_KG.sort(dim=1, stable=True)
     order: list[int] = []

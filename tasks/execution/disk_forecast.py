@@ -119,18 +119,18 @@ class Forecast:
                         checkpoint.num_layers, calibration.samples, calibration.seq_len
                     )
                     scratch = self._in_files(values * checkpoint.hidden_size * _FLOAT_BYTES)
-            case PruneRequest():
-                made = checkpoint
-                # its finished layers lie in the scratch folder first, but are linked into the artifact
-                scratch = (
-                    0 if request.statistics else _STREAMS * calibration.tokens * checkpoint.hidden_size * _FLOAT_BYTES
-                )
-            case RecoverRequest():
+            case RecoverRequest() | PruneRequest() if isinstance(request, RecoverRequest) or request.trains:
                 made = checkpoint
                 widest = max(checkpoint.hidden_size, checkpoint.attention_size)
                 parameters = checkpoint.bytes // 2  # of a float32 checkpoint twice as many as there are
                 scratch = request.module.scratch_bytes(
                     request.typed_config, parameters, checkpoint.num_layers, widest, checkpoint.intermediate_size
+                )
+            case PruneRequest():
+                made = checkpoint
+                # its finished layers lie in the scratch folder first, but are linked into the artifact
+                scratch = (
+                    0 if request.statistics else _STREAMS * calibration.tokens * checkpoint.hidden_size * _FLOAT_BYTES
                 )
         self._extents[request.ref.key] = made
         return Need(made.bytes, scratch)

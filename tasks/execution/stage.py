@@ -46,11 +46,16 @@ Devices = Literal["none", "one", "all", "walk", "evaluation"]
 
 
 def stage(
-    name: str, fill: Fill, *, devices: Devices, imports: tuple[str, ...] | Callable[[Any], tuple[str, ...]]
+    name: str,
+    fill: Fill,
+    *,
+    devices: Devices | Callable[[Any], Devices],
+    imports: tuple[str, ...] | Callable[[Any], tuple[str, ...]],
 ) -> Task[..., StageResult]:
     """A Prefect task from a function that fills a folder.
 
-    devices: what it computes on. imports: the heavy modules that it imports when it runs, perhaps by its request.
+    devices: what it computes on; imports: the heavy modules that it imports when it runs. Either may be said by its
+    request.
     """
 
     def run(request: Request, stage_name: str, run_context: RunContext) -> StageResult:
@@ -58,7 +63,8 @@ def stage(
             refuse_elsewhere(run_context.settings)
             run_context = replace(run_context, settings=with_smaller_batches(run_context.settings, stage_name))
             modules = imports(request) if callable(imports) else imports
-            return run_stage(request, stage_name, run_context, fill, devices=devices, imports=modules)
+            places = devices(request) if callable(devices) else devices
+            return run_stage(request, stage_name, run_context, fill, devices=places, imports=modules)
 
     return Task(
         fn=run,

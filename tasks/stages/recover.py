@@ -38,6 +38,17 @@ def training_processes(settings: Settings) -> int:
     return len(device_names(settings.device))
 
 
+def read_data(module: Any, config: Any, sources: Sources) -> dict[str, Any]:
+    """What a plug-in reads by its options, as fields of its RecoveryInputs."""
+    read: dict[str, Any] = {}
+    for data in module.reads(config):
+        if isinstance(data, RecordData):
+            read["records"] = sources.records(text_data(data), data.columns)
+        else:
+            read["texts"] = _Texts(sources, text_data(data), config.seed)
+    return read
+
+
 @dataclass(frozen=True)
 class _Job:
     """What each process of a training does; the leader writes."""
@@ -97,12 +108,7 @@ class _Job:
         from pruning.checkpoints.save_load import load_checkpoint, load_plan
         from pruning.recovery import RecoveryInputs
 
-        read: dict[str, Any] = {}
-        for data in self.request.module.reads(self.request.typed_config):
-            if isinstance(data, RecordData):
-                read["records"] = self.sources.records(text_data(data), data.columns)
-            else:
-                read["texts"] = _Texts(self.sources, text_data(data), self.request.typed_config.seed)
+        read = read_data(self.request.module, self.request.typed_config, self.sources)
         if (teacher := self.teacher) is not None:
             read["teacher"] = lambda: load_checkpoint(teacher)
             read["teacher_tokenizer"] = lambda: load_tokenizer(teacher)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -17,12 +19,27 @@ from pruning.calibration import CalibrationSet
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.families import family_of
 from pruning.methods import slimgpt
+from pruning.recovery import RecoveryInputs
+from pruning.training.options import TrainingRun
 from pruning.walk.sequential import WalkOptions
 from pruning.walk.state import MemoryWalkState, Pruned
-from tests.tiny import random_ids
+from tests.tiny import random_ids, tiny_tokenizer
 
-#: options without which a method does nothing to models of three layers
-ON_THREE_LAYERS: dict[str, dict[str, int]] = {"llm_pruner": {"protect_first": 1, "protect_last": 0}}
+#: what the methods that train read, and a training of it that takes no time
+RECORDS = [
+    {"instruction": f"What is {i} and {i}?", "input": "" if i % 2 else "Add them.", "output": f"It is {2 * i}."}
+    for i in range(16)
+]
+TRAINING: dict[str, Any] = {
+    "data": {"dataset": "records", "template": "alpaca"}, "batch_size": 4, "micro_batch_size": 2, "max_steps": 3,
+    "learning_rate": 1e-3, "warmup_steps": 1, "dtype": "float32",
+}  # fmt: skip
+#: options without which a method does nothing to models of three layers, or takes long
+ON_THREE_LAYERS: dict[str, dict[str, Any]] = {
+    "llm_pruner": {"protect_first": 1, "protect_last": 0},
+    "loraprune": TRAINING,
+    "compresso": TRAINING,
+}
 CPU = WalkOptions(device=torch.device("cpu"), batch_size=3)
 
 
@@ -91,8 +108,13 @@ def prune_copy(
     options: WalkOptions = CPU,
     progress: Callable[[float, str], None] = lambda share, message: None,
 ) -> tuple[PreTrainedModel, Pruned]:
-    """A masked copy of the model and how it was pruned; the model itself must come out of it as it went in."""
+    """A masked copy of the model and how it was pruned; the model itself must come out of it as it went in. A method
+    that trains prunes the copy in place."""
     before, modules, walk_state = copy.deepcopy(model), dict(model.named_modules()), MemoryWalkState()
+    if hasattr(method, "train"):
+        with tempfile.TemporaryDirectory() as scratch:
+            run = TrainingRun(Path(scratch), progress=progress)
+            return before, method.train(before, tiny_tokenizer(), RecoveryInputs(records=RECORDS), config, run)
     try:
         pruned = method.prune(
             ResidentDecoder(model),

@@ -29,6 +29,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "llm_pruner": ({"level": "vector", "aggregation": "max", "allocation": "global"},),
     "flap": ({"structure": "UL-UM", "metric": "IFV", "repair": "none", "head_unit": "query_head"},),
+    "loraprune": ({"allocation": "global", "head_unit": "query_head", "split": "third"},),
+    "compresso": ({"head_unit": "query_head", "prompt": True, "num_heldout": 2},),
     "wanda_sp": ({"repair": "least_squares", "allocation": "standardised"},),
 }
 
