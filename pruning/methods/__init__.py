@@ -11,14 +11,15 @@ A method has VERSION (raised when its numbers change), Config and OrderConfig (w
 
 `_ranked` writes them for methods that only score heads and channels.
 
-One that trains while it prunes has no orders and reads data sets instead of calibration windows. In the place of `order`
-and `prune` it has
+One that trains while it prunes has no orders and reads data sets instead of calibration windows. In the place of
+`order` and `prune` it has
 
 * `train(model, tokenizer, inputs, config, run) -> TrainedPruning`   the model is left masked, in place
 * `reads(config)`                         its data sets, as a recovery's
 * `check_training(config, hidden_size, context)`, `scratch_bytes(config, ...)`   as check_model, scratch_bytes there
 
-and `_trained` writes all of them from one function that makes what decides (`pruning.gradual`). tests/scenarios/test_methods_contract.py tests
-every file here. Specs are validated by Config, so a method is importable without torch: what it computes with it
-imports in its functions, from `ranking`, `allocation`, `obs` and `layerwise`.
+and `_trained` writes all of them from one function that makes what decides (`pruning.gradual`).
+
+tests/scenarios/test_methods_contract.py tests every file here. Specs are validated by Config, so a method is importable
+without torch: what it computes with it imports in its functions, from `ranking`, `allocation`, `obs` and `layerwise`.
 """

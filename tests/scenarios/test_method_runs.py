@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pruning.checkpoints.save_load import load_plan
+from infra.artifacts.store import ArtifactRef
+from pruning.checkpoints.save_load import load_checkpoint, load_plan
+from pruning.modeling import config_shapes
 from pruning.plan import PruningPlan
 from tests.flows.home import Home
 from tests.flows.run.test_compress import not_cached, statuses
@@ -46,6 +48,36 @@ def test_depth_then_width_then_a_second_time(smoke_copy: Home, filled: list[str]
     ]
     assert len(rows) == 2 * (len(plan.source) - 1)
     again = smoke_copy.run("smoke", [steps, *ONLY_PRUNE])
+    assert not_cached(again) == set()
+
+
+TRAINED = (
+    "{{method: {}, sparsity: 0.3, data: {{dataset: {}}}, max_steps: 4, batch_size: 4, dtype: float32, "
+    "num_tokens: 1024, seq_len: 64, max_length: 256, learning_rate: 0.001}}"
+)
+
+
+def test_methods_that_train_follow_each_other_without_calibration(smoke_copy: Home, filled: list[str]) -> None:
+    loraprune, compresso = TRAINED.format("loraprune", "slimline/news"), TRAINED.format("compresso", "alpaca-like")
+    compresso = compresso.replace("alpaca-like", "slimline/instructions, template: alpaca")
+    asked = [f"steps=[{loraprune}, {compresso}]", "calibration=null", *ONLY_PRUNE]
+    result = smoke_copy.run("smoke", asked)
+    assert filled == ["prune:loraprune-30", "prune:compresso-30"]
+    one, other = (
+        smoke_copy.store.path(ArtifactRef(kind="checkpoint", key=stage.key))
+        for stage in result.stages
+        if stage.name.startswith("prune:")
+    )
+    first, both = plan_of(str(one)), plan_of(str(other))
+    assert result.checkpoints == {"compresso-30": str(other)}
+    assert both.source == first.source
+    assert config_shapes(load_checkpoint(other).config) == both.shapes != first.shapes
+    report = json.loads((other / "pruning.json").read_text(encoding="utf-8"))
+    assert 0.2 < report["achieved_sparsity"] < 0.4
+    shown = {row.metric for row in smoke_copy.results.curves(result.run_key)}
+    assert {"train_loss", "sparsity", "expected_sparsity", "multiplier"} <= shown
+    assert len(smoke_copy.results.layers(result.run_key)) == 4 * len(both.source)
+    again = smoke_copy.run("smoke", asked)
     assert not_cached(again) == set()
 
 

@@ -137,6 +137,32 @@ def test_training_records_that_cannot_be_read_are_known_before_any_pruning(
     assert filled == []
 
 
+@pytest.mark.parametrize(
+    ("step", "sentence"),
+    [
+        (
+            "{method: loraprune, sparsity: 0.2, data: {dataset: slimline/news, text_field: body}}",
+            "has no column 'body'",
+        ),
+        (
+            "{method: compresso, sparsity: 0.2, data: {dataset: slimline/instructions, output: answers}}",
+            "slimline/instructions has no column 'answers'",
+        ),
+        ("{method: loraprune, sparsity: 0.99, data: {dataset: slimline/news}, seq_len: 32}", "0.99 cannot be reached"),
+        (
+            "{method: loraprune, sparsity: 0.2, data: {dataset: slimline/news}, seq_len: 100000}",
+            "seq_len 100000 is longer than the model's context",
+        ),
+    ],
+)
+def test_a_pruning_that_trains_is_checked_before_any_work(
+    step: str, sentence: str, home: Home, filled: list[str]
+) -> None:
+    with pytest.raises((SourceInvalid, PruningError), match=sentence):
+        home.run("smoke", [f"steps=[{step}]", "calibration=null", "evals=[]", "profile=null"])
+    assert filled == []
+
+
 def test_a_tokenizer_that_loads_and_does_not_work(smoke_copy: Home, offline_root: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(offline_root / "slimline/tiny-random-llama", model)

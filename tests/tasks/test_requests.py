@@ -102,6 +102,20 @@ def test_a_request_names_what_it_reads() -> None:
     assert PROFILE.inputs == (CHECKPOINT,)
 
 
+def test_a_pruning_that_trains_is_its_data_and_no_calibration() -> None:
+    sources = ({"commit": "a"},)
+    trained = PruneRequest(plugin="loraprune", config={"sparsity": 0.2}, checkpoint=CHECKPOINT, sources=sources)
+    assert trained.trains
+    assert trained.inputs == (CHECKPOINT,)
+    assert trained.origins == sources
+    assert "calibration" not in trained.model_dump()
+    assert trained.ref != trained.model_copy(update={"sources": ({"commit": "b"},)}).ref
+    assert PruneRequest.model_validate_json(trained.model_dump_json()) == trained
+    assert not PRUNE.trains
+    assert PRUNE.origins == ()
+    assert set(PRUNE.model_dump()) == {"plugin", "config", "checkpoint", "calibration", "statistics", "orders"}
+
+
 def test_a_request_survives_json_and_refuses_the_unknown() -> None:
     assert PruneRequest.model_validate_json(PRUNE.model_dump_json()) == PRUNE
     with pytest.raises(ValidationError, match="surprise"):

@@ -68,6 +68,7 @@ def requests(model: Path) -> dict[str, Request]:
         "import": imported, "calibrate": calibration, "capture": capture, "order": order, "prune": prune,
         "one-shot": PruneRequest(plugin="slimgpt", config={"sparsity": 0.5}, statistics=capture.ref, **walked),
         "recover": recover, "evaluate": evaluate,
+        "train": PruneRequest(plugin="loraprune", config={"sparsity": 0.5, "rank": 4}, checkpoint=imported.ref),
     }  # fmt: skip
 
 
@@ -82,7 +83,9 @@ def test_needs_follow_from_the_inputs_made_or_not(run_context: RunContext, model
     assert needs["capture"].artifact == 3 * 2 * (32**2 + 48**2) * 4
     assert needs["recover"].scratch > 0
     assert needs["evaluate"].total <= 2**20
-    assert {name for name, need in needs.items() if need.scratch} == {"prune", "recover"}
+    assert needs["train"].scratch > needs["recover"].scratch, "packed text, and what goes along with the adapters"
+    assert needs["train"].artifact == needs["import"].artifact
+    assert {name for name, need in needs.items() if need.scratch} == {"prune", "recover", "train"}
 
 
 @pytest.mark.parametrize(
