@@ -210,6 +210,8 @@ def test_the_specs_are_specs() -> None:
     for run in (RUN, yaml_blocks(topic("spec"))[0]):
         assert parse_spec(run, source="README").checkpoints == ("dense", "slimgpt-20", "slimgpt-20+lora")
     evals, profile, branches, night = yaml_blocks(*map(topic, ("evals", "profile", "ablations", "nights")))
+    trained = parse_spec(RUN | yaml_blocks(topic("recovery"))[0], source="recovery")
+    assert trained.checkpoints[1:] == ("slimgpt-50", "slimgpt-50+cpt", "slimgpt-50+cpt+lora")
     measured = parse_spec(RUN | evals, source="evals")
     assert [entry.suite for entry in measured.evals] == ["perplexity"] * 4 + [
         "agreement", "zero_shot", "mmlu", "longbench"
@@ -223,7 +225,7 @@ def test_the_specs_are_specs() -> None:
     assert len(names) == 1 + 3 * 2 * 2
     assert names[1:4] + names[-1:] == ("full-20", "full-20+lora", "full-50", "short-50+lora")
     assert len(parse_night(night, source="nights").cells) == 2 * 2 * 2 * 2 - 2 * 2
-    assert len([language for language, _ in BLOCKS if language == "yaml"]) == 6, "a block that no test reads"
+    assert len([language for language, _ in BLOCKS if language == "yaml"]) == 7, "a block that no test reads"
 
 
 def test_the_sql_can_be_asked(records: Records, here: None) -> None:
