@@ -10,10 +10,12 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from infra.registry import available, load
+from pruning.recovery import Need
 
 PROJECT = Path(__file__).parents[1]
 ROOMS = ("flows", "tasks", "pruning", "evaluation", "infra")
@@ -45,7 +47,7 @@ TRAINED_METHOD = (
 HEAVY = ("torch", "transformers", "datasets", "mlflow", "lm_eval", "peft", "duckdb")
 PLUGINS = {
     "pruning.methods": ("needs_statistics", "order_config", "prune"),
-    "pruning.recovery": ("check_model", "needs_calibration", "needs_teacher", "reads", "recover", "scratch_bytes"),
+    "pruning.recovery": ("check_model", "reads", "recover", "scratch_bytes"),
     "evaluation.suites": ("needs", "check", "check_model", "evaluate"),
 }
 FILES = [path for room in ROOMS for path in sorted((PROJECT / room).rglob("*.py"))]
@@ -258,3 +260,5 @@ def test_a_plugin_offers_what_its_package_promises(package: str, name: str) -> N
             assert importlib.util.find_spec(heavy), heavy
     for function in TRAINED_METHOD if hasattr(module, "train") else PLUGINS[package]:
         assert callable(getattr(module, function))
+    if package == "pruning.recovery":
+        assert set(get_args(Need)) >= module.NEEDS

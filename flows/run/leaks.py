@@ -142,7 +142,7 @@ def _trained_on(derivation: Derivation, by_name: dict[str, Derivation], spec: Ru
     module, config = derivation.step.module, derivation.step.config
     for data in module.reads(config) if hasattr(module, "reads") else ():
         yield _reading(data, data.columns)
-    if isinstance(derivation.step, PruneStep) or not getattr(module, "needs_calibration", lambda _: False)(config):
+    if isinstance(derivation.step, PruneStep) or "calibration" not in module.NEEDS:
         return
     for ancestor in _line(derivation, by_name):
         if isinstance(ancestor.step, PruneStep) and (calibration := spec.calibration_of(ancestor)) is not None:

@@ -8,6 +8,7 @@ from infra.models.vocabulary import tokens_of
 from infra.sources.find import Sources
 from pruning.errors import PruningError
 from pruning.training.data import RecordData, TrainingData
+from tasks.devices.placement import device_names
 from tasks.execution.context import RunContext
 from tasks.execution.stage import importing
 from tasks.requests import PruneRequest, RecoverRequest
@@ -21,6 +22,7 @@ def check_recovery(request: RecoverRequest, card: ModelCard, model: ModelSpec, r
         _check_data(data, sources)
     request.module.check_model(config, card.hidden_size, card.max_position_embeddings)
     processes = training_processes(run_context.settings)
+    config.check_optimizer(device_names(run_context.settings.device)[0].startswith("cuda"))
     if config.batch_size % (at_once := config.micro_batch_size * processes):
         raise PruningError(
             f"{request.plugin}: batch_size {config.batch_size} is not a multiple of the {at_once} examples that "

@@ -250,13 +250,13 @@ def _recover(
     module, config = derivation.step.module, derivation.step.config
     needed: list[Stage] = []
     teacher = calibration = None
-    if module.needs_teacher(config):
+    if "teacher" in module.NEEDS:
         teacher, other = dense, getattr(config, "teacher", None)
         if other is not None:
             importing = ImportRequest(source=identities.teachers[other], dtype=spec.model.dtype, model_id=other)
             needed.append(Stage(import_model, importing, checkpoint="teacher"))
             teacher = importing.ref
-    if module.needs_calibration(config):
+    if "calibration" in module.NEEDS:
         needed.append(_calibrate(derivation, spec, dense, identities))
         calibration = needed[-1].ref
     request = RecoverRequest(

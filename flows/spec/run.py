@@ -148,7 +148,7 @@ class RunSpec(SpecPart):
         step = derivation.step
         if isinstance(step, PruneStep):
             return not step.trains
-        return bool(step.module.needs_calibration(step.config))
+        return "calibration" in step.module.NEEDS
 
     def calibration_of(self, derivation: Derivation) -> CalibrationSpec | None:
         """The run's calibration with what the branch changes in it. Raises ValidationError."""

@@ -5,7 +5,7 @@
 * `distill`       the divergence from the dense model minimised, on text or records
 * `reconstruct`   the same on the calibration windows alone, block by block, end to end, or both
 
-Each way has VERSION, Config, reads, needs_teacher, needs_calibration, check_model, scratch_bytes and recover; the
+Each way has VERSION, NEEDS, Config, reads, check_model, scratch_bytes and recover; the
 contract is in `RecoveryInputs` and `RecoveryReport`. The files are found by `infra.registry`. Importing one imports
 neither torch nor peft.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from pruning.calibration import CalibrationSet
     from pruning.plan import PruningPlan
+
+Need = Literal["teacher", "calibration"]
+"""The dense model, and the windows that the model was pruned with."""
 
 
 @dataclass(frozen=True)

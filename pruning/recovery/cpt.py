@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from pruning.bounds import Amount, Count, Real
-from pruning.recovery import RecoveryInputs, RecoveryReport
+from pruning.recovery import Need, RecoveryInputs, RecoveryReport
 from pruning.training.data import PlainText, Texts, TrainingData
 from pruning.training.options import TextConfig, TrainingRun
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VERSION = 1
+#: what it reads beside its own data
+NEEDS: frozenset[Need] = frozenset()
 
 
 class Config(TextConfig):
@@ -37,16 +39,6 @@ class Config(TextConfig):
 def reads(config: Config) -> tuple[TrainingData, ...]:
     """The text."""
     return (config.data,)
-
-
-def needs_teacher(config: Config) -> bool:
-    """No."""
-    return False
-
-
-def needs_calibration(config: Config) -> bool:
-    """No."""
-    return False
 
 
 def check_model(config: Config, hidden_size: int, context: int | None) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from pruning.bounds import Amount, Count, Real
 from pruning.errors import PruningError
-from pruning.recovery import RecoveryInputs, RecoveryReport
+from pruning.recovery import Need, RecoveryInputs, RecoveryReport
 from pruning.training.adapters import AdapterConfig, check_rank
 from pruning.training.adapters import num_parameters as adapter_parameters
 from pruning.training.data import PlainText, RecordData, TextsOrRecords, TrainingData
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VERSION = 1
+#: what it reads beside its own data
+NEEDS: frozenset[Need] = frozenset(("teacher",))
 
 
 class Config(TextConfig):
@@ -63,16 +65,6 @@ class Config(TextConfig):
 def reads(config: Config) -> tuple[TrainingData, ...]:
     """The text, or the records."""
     return (config.data,)
-
-
-def needs_teacher(config: Config) -> bool:
-    """Always."""
-    return True
-
-
-def needs_calibration(config: Config) -> bool:
-    """No."""
-    return False
 
 
 def check_model(config: Config, hidden_size: int, context: int | None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import model_validator
 
 from pruning.bounds import Count
-from pruning.recovery import RecoveryInputs, RecoveryReport
+from pruning.recovery import Need, RecoveryInputs, RecoveryReport
 from pruning.training.adapters import AdapterConfig, check_rank, num_parameters
 from pruning.training.data import RecordData, Records, TrainingData
 from pruning.training.options import TrainingConfig, TrainingRun, with_preset
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VERSION = 2  # 2: micro batches are summed in another order
+#: what it reads beside its own data
+NEEDS: frozenset[Need] = frozenset()
 
 PRESETS: dict[str, dict[str, Any]] = {"slimgpt": {}, "shortened-llama": {"epochs": 2.0, "warmup_steps": 100}}
 
@@ -41,16 +43,6 @@ class Config(TrainingConfig, AdapterConfig):
 def reads(config: Config) -> tuple[TrainingData, ...]:
     """The records."""
     return (config.data,)
-
-
-def needs_teacher(config: Config) -> bool:
-    """No."""
-    return False
-
-
-def needs_calibration(config: Config) -> bool:
-    """No."""
-    return False
 
 
 def check_model(config: Config, hidden_size: int, context: int | None) -> None:

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from pruning.bounds import Amount, Count, Real
 from pruning.errors import PruningError
-from pruning.recovery import RecoveryInputs, RecoveryReport
+from pruning.recovery import Need, RecoveryInputs, RecoveryReport
 from pruning.recovery._block_options import BlockOptions
 from pruning.training.data import TrainingData
 from pruning.training.options import TrainingConfig, TrainingRun
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VERSION = 1
+#: what it reads beside its own data
+NEEDS: frozenset[Need] = frozenset(("teacher", "calibration"))
 
 #: options that fitting block by block reads too
 _SHARED = ("mode", "blocks", "num_heldout", "dtype", "seed")
@@ -76,16 +78,6 @@ class Config(TrainingConfig):
 def reads(config: Config) -> tuple[TrainingData, ...]:
     """Nothing but the calibration windows."""
     return ()
-
-
-def needs_teacher(config: Config) -> bool:
-    """Always."""
-    return True
-
-
-def needs_calibration(config: Config) -> bool:
-    """Always."""
-    return True
 
 
 def check_model(config: Config, hidden_size: int, context: int | None) -> None:

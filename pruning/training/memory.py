@@ -1,8 +1,8 @@
 """What a training takes in memory, estimated before it starts, and which options would make it fit.
 
 Counted per process: weights, gradients, the optimizer's moments, what the backward pass keeps of a micro batch, logits,
-and a teacher. An estimate: within a third of what is measured for models from a hundred million parameters on (see the
-tests); what the device's libraries take themselves is left out.
+and a teacher. An estimate from the shapes, never compared with a measured peak; what the device's libraries take
+themselves is left out.
 """
 
 from __future__ import annotations

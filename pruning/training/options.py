@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -85,6 +86,14 @@ class TrainingConfig(BaseModel):
         """Raise PruningError for examples that are longer than the model's context (None: it is not known)."""
         if context is not None and length > context:
             raise PruningError(f"{option} {length} is longer than the model's context of {context}: lower it")
+
+    def check_optimizer(self, on_gpu: bool) -> None:
+        """Raise PruningError for an optimizer that this machine does not have."""
+        if self.optimizer == "adamw_8bit" and not (on_gpu and find_spec("bitsandbytes")):
+            missing = "bitsandbytes is not installed (pip install bitsandbytes)" if on_gpu else "there is none"
+            raise PruningError(
+                f"optimizer adamw_8bit needs bitsandbytes and a CUDA device, and {missing}: take adafactor or adamw"
+            )
 
     def checkpoint_bytes(self, num_trained: int) -> int:
         """What the checkpoints of a training of so many parameters take on the disk at most, with the best weights."""

@@ -141,6 +141,7 @@ def check_device(run: TrainingRun) -> torch.device:
 def training_arguments(config: TrainingConfig, num_examples: int, run: TrainingRun) -> TrainingArguments:
     """The Trainer's own options. Raises PruningError for a device that it cannot use."""
     device = check_device(run)
+    config.check_optimizer(device.type == "cuda")
     num_steps = count_steps(num_examples, config)
     names = {"constant": "constant_with_warmup", "cosine": "cosine_with_min_lr" if config.final_learning_rate else ""}
     arguments = TrainingArguments(

@@ -257,6 +257,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
         ("cpt", {"num_tokens": 23}, "num_tokens 23 is less than one window of seq_len 24"),
         ("cpt", {"num_tokens": 10_000_000}, "fewer than the 416666 windows and 2 held-out ones of seq_len 24"),
         ("cpt", {"num_heldout": 0}, "keep: best judges by held-out examples, and num_heldout is 0"),
+        ("cpt", {"optimizer": "adamw_8bit"}, "optimizer adamw_8bit needs bitsandbytes and a CUDA device, and there is"),
         ("lora", {"final_learning_rate": 0.1, "schedule": "linear"}, "final_learning_rate 0.1 is where a cosine ends"),
         ("distill-cache", {"hidden_weight": 0.1}, "hidden_weight 0.1 needs the teacher's residual streams"),
         ("distill-cache", {"top_k": 10_000}, "top_k 10000 is more than the 320 tokens there are"),
