@@ -18,8 +18,8 @@ from infra.results.rows import MetricRow
 from tests.command_line import call
 from tests.flows.home import Home
 
-#: says how many seconds each layer took
-TIMED = frozenset({"pruning.json"})
+#: files that also say how long things took
+TIMED = frozenset({"pruning.json", "recovery.json"})
 _KINDS = ("checkpoint", "calibration", "statistics", "report")
 
 

@@ -111,7 +111,8 @@ def test_data_is_looked_at_while_no_other_thread_imports(
         for loaded in (load_spec("smoke"), load_spec(str(spec))):
             run_context = open_run_context(loaded)
             preflight.check(plan_stages(loaded, run_context), run_context)
-    assert held == [True] * 4, "smoke's perplexity, calibration and training records, and the other's perplexity"
+    assert len(held) >= 4, "smoke's perplexity, calibration and training records, and the other's perplexity"
+    assert all(held)
     assert len(tables) >= len(TASKS)
     assert all(tables)
 
