@@ -13,6 +13,7 @@ from pathlib import Path
 from flows.spec.validation import one_line
 from infra.secrets import keep_secrets_out_of_logs
 from infra.settings import PREFIX, Settings, absolute_mirror, load_settings
+from pruning.host_memory import one_arena
 
 _DEFAULTS = {
     "DO_NOT_TRACK": "1",
@@ -42,6 +43,7 @@ def prepare_environment(settings: Settings) -> None:
     make_paths_absolute(settings)
     if not sys.stderr.isatty():  # libraries draw their bars even into log files; ours look first
         os.environ.setdefault("TQDM_DISABLE", "1")
+    one_arena()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     atexit.register(_silence_interpreter_exit)
 

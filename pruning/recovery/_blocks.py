@@ -26,6 +26,7 @@ from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.errors import PruningError
 from pruning.families import family_of
 from pruning.families.forward import KINDS
+from pruning.host_memory import kept_memory
 from pruning.recovery import RecoveryInputs
 from pruning.recovery._block_files import finished_, keep, load_, put_
 from pruning.recovery._block_options import BlockOptions, FittedBlock
@@ -74,7 +75,7 @@ def fit_blocks_(
             shutil.rmtree(left, ignore_errors=True)
         budget = int(_MEMORY_SHARE * psutil.virtual_memory().available)
         walk = WalkOptions(torch.device(run.device), 1, budget, activation_folder=run.scratch)
-        with walk.activation_store() as store:
+        with walk.activation_store() as store, kept_memory(walk.device):
             fitting = _Fitting(model, inputs, options, config, run, walk, store)
             finished = fitting.run(finished, identity)
     if run.num_processes > 1 and run.leads:

@@ -18,6 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from pruning.checkpoints.save_load import no_progress_bars
 from pruning.errors import PruningError
+from pruning.host_memory import kept_memory
 from pruning.training.batches import Batch, Examples, batches, collate, count_predicted
 from pruning.training.durable import newest_complete_
 from pruning.training.objectives import Objective, precision
@@ -114,7 +115,7 @@ def train(
         # resumed at its very end, Trainer.train would take one step too many
         trainer._load_from_checkpoint(str(checkpoint))
     else:
-        with no_progress_bars():
+        with no_progress_bars(), kept_memory(arguments.device):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if reporter.raised is not None:
             raise reporter.raised
