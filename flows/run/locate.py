@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flows.spec.run import EvalSpec, RunSpec
 from flows.spec.steps import PruneStep
 from infra.errors import SourceMissing
 from infra.sources.find import Sources
+from pruning.training.data import data_read
 from tasks.stages.evaluate import MISSING
 
 Identity = dict[str, str]
@@ -39,7 +41,9 @@ def locate(spec: RunSpec, sources: Sources) -> Identities:
     teachers: dict[str, Identity] = {}
     for derivation in spec.derivations:
         step = derivation.step
-        read = [] if isinstance(step, PruneStep) and not step.trains else list(step.module.reads(step.config))
+        read: list[Any] = []
+        if not isinstance(step, PruneStep) or step.trains:
+            read += data_read(step.module, step.config)
         if spec.reads_calibration(derivation):
             calibration = spec.calibration_of(derivation)
             assert calibration is not None, "RunSpec refuses a step that reads calibration windows where there are none"

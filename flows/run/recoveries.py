@@ -7,7 +7,7 @@ from infra.models.card import ModelCard
 from infra.models.vocabulary import tokens_of
 from infra.sources.find import Sources
 from pruning.errors import PruningError
-from pruning.training.data import RecordData, TrainingData
+from pruning.training.data import PlainText, RecordData, data_read
 from tasks.devices.placement import device_names
 from tasks.execution.context import RunContext
 from tasks.execution.stage import importing
@@ -18,7 +18,7 @@ from tasks.stages.recover import text_data, training_processes
 def check_recovery(request: RecoverRequest, card: ModelCard, model: ModelSpec, run_context: RunContext) -> None:
     """Raise what the training would raise about the columns of its data, its batches or its teacher's tokenizer."""
     config, sources = request.typed_config, run_context.sources
-    for data in request.module.reads(config):
+    for data in data_read(request.module, config):
         _check_data(data, sources)
     request.module.check_model(config, card.hidden_size, card.max_position_embeddings)
     processes = training_processes(run_context.settings)
@@ -40,7 +40,7 @@ def check_trained_pruning(request: PruneRequest, card: ModelCard, sources: Sourc
     request.module.check_training(request.typed_config, card.hidden_size, card.max_position_embeddings)
 
 
-def _check_data(data: TrainingData, sources: Sources) -> None:
+def _check_data(data: RecordData | PlainText, sources: Sources) -> None:
     wanted = [data.columns]
     if isinstance(data, RecordData):
         wanted.append((data.output,))  # without an answer there is nothing to learn from a record

@@ -17,6 +17,7 @@ from flows.spec.steps import PruneStep
 from infra.artifacts.store import ArtifactRef
 from infra.keys import slug, stage_key
 from infra.results.rows import DENSE
+from pruning.training.data import data_read
 from tasks.devices.placement import device_label
 from tasks.requests import (
     CalibrateRequest,
@@ -239,8 +240,8 @@ def _prune_in_training(derivation: Derivation, source: ArtifactRef, identities: 
 
 
 def _sources(module: Any, config: Any, identities: Identities) -> tuple[dict[str, str], ...]:
-    """Of the data sets that a plug-in trains on."""
-    return tuple(identities.datasets[data.dataset, data.revision] for data in module.reads(config))
+    """Of the data sets that a plug-in reads."""
+    return tuple(identities.datasets[data.dataset, data.revision] for data in data_read(module, config))
 
 
 def _recover(

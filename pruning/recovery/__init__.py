@@ -35,13 +35,15 @@ class RecoveryInputs:
     """What a recovery reads besides the model; what it does not need is not looked at.
 
     texts: documents of its data set in a seeded order, each call from the first on. records: instruction records with
-    the text columns that its data names. identity: of that data, in a word. teacher: loads the dense model on the CPU.
+    the text columns that its data names. watched: documents, in their order, whose loss is only watched. identity: of
+    the data it learns from, in a word. teacher: loads the dense model on the CPU.
     calibration: the windows that the model was pruned with. plan: which layers of the teacher the model still has,
     None for all.
     """
 
     texts: Callable[[], Iterator[str]] | None = None
     records: Sequence[Mapping[str, str]] | None = None
+    watched: Callable[[], Iterator[str]] | None = None
     identity: str = ""
     teacher: Callable[[], PreTrainedModel] | None = None
     teacher_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
@@ -53,9 +55,9 @@ class RecoveryReport(BaseModel):
     """What a training run did.
 
     curves: by metric, (optimizer step, value): train_loss (nats per predicted token of that step's batch),
-    heldout_loss, learning_rate, grad_norm, tokens_per_second. num_examples: windows or records trained on. num_tokens:
-    tokens in one pass over them, prompts included. kept_step: whose weights were kept. adapter: whether adapter/ in the
-    checkpoint's folder holds what was merged into it.
+    heldout_loss, watched_loss (of another text, nats per token), learning_rate, grad_norm, tokens_per_second.
+    num_examples: windows or records trained on. num_tokens: tokens in one pass over them, prompts included. kept_step:
+    whose weights were kept. adapter: whether adapter/ in the checkpoint's folder holds what was merged into it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")

@@ -95,6 +95,7 @@ def _fit(
         run,
         pad_id=pad_id,
         identity=identity,
+        watched=data.watched,
     )
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from pruning.bounds import Amount, Count, Real
 from pruning.recovery import Need, RecoveryInputs, RecoveryReport
 from pruning.training.data import PlainText, Texts, TrainingData
-from pruning.training.options import TextConfig, TrainingRun
+from pruning.training.options import TextConfig, TrainingRun, WatchingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ VERSION = 1
 NEEDS: frozenset[Need] = frozenset()
 
 
-class Config(TextConfig):
+class Config(TextConfig, WatchingConfig):
     """Continued pretraining, with the options of every training.
 
     data: a preset (c4, fineweb-edu, redpajama, slimpajama), or a mapping that names a data set.
@@ -44,6 +44,7 @@ def reads(config: Config) -> tuple[TrainingData, ...]:
 def check_model(config: Config, hidden_size: int, context: int | None) -> None:
     """Raise PruningError for windows longer than the model's context."""
     config.check_context("seq_len", config.seq_len, context)
+    config.check_watched(context)
 
 
 def scratch_bytes(config: Config, num_parameters: int, num_layers: int, hidden_size: int, intermediate: int) -> int:
@@ -64,9 +65,9 @@ def recover(
     memory, or a loss that is not finite.
     """
     from pruning.recovery._session import check_documents_apart, fit_all
-    from pruning.training.example_sets import text_examples
+    from pruning.training.example_sets import text_examples, with_watched
 
     assert inputs.texts is not None, "it reads texts"
     check_documents_apart(model, config)
     examples = text_examples(tokenizer, inputs.texts, inputs.identity, config, run)
-    return fit_all(model, tokenizer, None, examples, config, run)
+    return fit_all(model, tokenizer, None, with_watched(examples, tokenizer, inputs.watched, config), config, run)

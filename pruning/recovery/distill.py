@@ -13,7 +13,7 @@ from pruning.recovery import Need, RecoveryInputs, RecoveryReport
 from pruning.training.adapters import AdapterConfig, check_rank
 from pruning.training.adapters import num_parameters as adapter_parameters
 from pruning.training.data import PlainText, RecordData, TextsOrRecords, TrainingData
-from pruning.training.options import TextConfig, TrainingRun
+from pruning.training.options import TextConfig, TrainingRun, WatchingConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ VERSION = 1
 NEEDS: frozenset[Need] = frozenset(("teacher",))
 
 
-class Config(TextConfig):
+class Config(TextConfig, WatchingConfig):
     """Distillation, with the options of every training.
 
     data: text (c4, fineweb-edu, redpajama, slimpajama), records (alpaca, stanford-alpaca, gpt4-alpaca), or a mapping
@@ -71,6 +71,7 @@ def check_model(config: Config, hidden_size: int, context: int | None) -> None:
     """Raise PruningError for examples longer than the model's context, or adapters larger than what they adapt."""
     length = ("max_length", config.max_length) if isinstance(config.data, RecordData) else ("seq_len", config.seq_len)
     config.check_context(*length, context)
+    config.check_watched(context)
     if config.adapters:
         check_rank(config.adapters, hidden_size)
 
@@ -97,7 +98,7 @@ def recover(
     that cannot be used, too little memory, or a loss that is not finite.
     """
     from pruning.recovery._session import check_documents_apart, distillation, fit_adapters, fit_all
-    from pruning.training.example_sets import record_examples, text_examples
+    from pruning.training.example_sets import record_examples, text_examples, with_watched
 
     if isinstance(config.data, RecordData):
         assert inputs.records is not None, "it reads records"
@@ -108,6 +109,7 @@ def recover(
         assert inputs.texts is not None, "it reads texts"
         check_documents_apart(model, config)
         examples = text_examples(tokenizer, inputs.texts, inputs.identity, config, run)
+    examples = with_watched(examples, tokenizer, inputs.watched, config)
     with distillation(model, tokenizer, inputs, examples, config, run) as objective:
         if config.adapters:
             return fit_adapters(model, tokenizer, objective, examples, config, config.adapters, run)

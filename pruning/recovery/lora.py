@@ -14,7 +14,7 @@ from pruning.bounds import Count
 from pruning.recovery import Need, RecoveryInputs, RecoveryReport
 from pruning.training.adapters import AdapterConfig, check_rank, num_parameters
 from pruning.training.data import RecordData, Records, TrainingData
-from pruning.training.options import TrainingConfig, TrainingRun, with_preset
+from pruning.training.options import TrainingRun, WatchingConfig, with_preset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ NEEDS: frozenset[Need] = frozenset()
 PRESETS: dict[str, dict[str, Any]] = {"slimgpt": {}, "shortened-llama": {"epochs": 2.0, "warmup_steps": 100}}
 
 
-class Config(TrainingConfig, AdapterConfig):
+class Config(WatchingConfig, AdapterConfig):
     """LoRA training, with the options of every training.
 
     preset: a paper's settings (slimgpt, shortened-llama), of which others that are given replace single ones.
@@ -49,6 +49,7 @@ def check_model(config: Config, hidden_size: int, context: int | None) -> None:
     """Raise PruningError for adapters larger than what they adapt, or records longer than the model's context."""
     check_rank(config, hidden_size)
     config.check_context("max_length", config.max_length, context)
+    config.check_watched(context)
 
 
 def scratch_bytes(config: Config, num_all: int, num_layers: int, hidden_size: int, intermediate: int) -> int:
@@ -69,8 +70,9 @@ def recover(
     memory, or a loss that is not finite; the model is then as it was.
     """
     from pruning.recovery._session import fit_adapters
-    from pruning.training.example_sets import record_examples
+    from pruning.training.example_sets import record_examples, with_watched
 
     assert inputs.records is not None, "it reads records"
     examples = record_examples(tokenizer, inputs.records, config.data, config, config.num_examples, config.max_length)
+    examples = with_watched(examples, tokenizer, inputs.watched, config)
     return fit_adapters(model, tokenizer, None, examples, config, config, run)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
+from pruning.bounds import Count
 from pruning.instructions import InstructionColumns
 
 #: what a short name stands for; written out in full in a dumped spec, in cache keys and in every protocol
@@ -56,6 +57,18 @@ class PlainText(BaseModel):
         return (self.text_field,)
 
 
+class WatchedText(PlainText):
+    """A text that is not learnt from: the loss of its first `num_windows` windows of seq_len tokens is watched."""
+
+    num_windows: Count = 8
+    seq_len: Annotated[Count, Field(ge=2)] = 512
+
+
+def data_read(module: Any, config: Any) -> tuple[TrainingData | WatchedText, ...]:
+    """All that a plug-in reads: what it learns from, and the text whose loss it only watches."""
+    return (*module.reads(config), *getattr(config, "watches", ()))
+
+
 def written_out(presets: Mapping[str, Mapping[str, str]]) -> BeforeValidator:
     """A validator that puts a preset's values in the place of its name; a mapping passes."""
 
@@ -81,6 +94,7 @@ def _kind(data: Any) -> str:
 
 
 Texts = Annotated[PlainText, written_out(TEXTS)]
+Watched = Annotated[WatchedText, written_out(TEXTS)]
 Records = Annotated[RecordData, written_out(RECORDS)]
 TextsOrRecords = Annotated[
     Annotated[PlainText, Tag("text")] | Annotated[RecordData, Tag("records")],

@@ -14,7 +14,7 @@ from torch import Tensor
 from pruning.errors import PruningError
 from pruning.training.batches import Batch, Examples, Numbered
 from pruning.training.data import RecordData
-from pruning.training.options import TextConfig, TrainingConfig, TrainingRun
+from pruning.training.options import TextConfig, TrainingConfig, TrainingRun, WatchingConfig
 from pruning.training.packing import pack
 from pruning.training.records import Example, choose, encode
 
@@ -23,16 +23,21 @@ if TYPE_CHECKING:
 
     from pruning.calibration import CalibrationSet
 
+#: of text for each token that is wanted; where they do not do, twice as many are taken
+_CHARACTERS = 6
+
 
 @dataclass(frozen=True)
 class Data:
-    """Examples to train on and held-out ones; identity: what of them decides the outcome. num_tokens: of one pass."""
+    """Examples to train on, held-out ones, and windows of another text, which decide nothing; identity: what of them
+    decides the outcome. num_tokens: of one pass."""
 
     train: Examples
     heldout: Examples | None
     identity: tuple[object, ...] = field(repr=False)
     num_tokens: int
     longest: int
+    watched: Examples | None = None
 
     @property
     def numbered(self) -> Data:
@@ -146,6 +151,43 @@ class TokenWindows:
         ids = self._ids_NL[index]
         # positions that count on: one document per window, no padding
         return {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(len(ids))}
+
+
+def with_watched(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Callable[[], Iterator[str]] | None,
+    config: WatchingConfig,
+) -> Data:
+    """The data and the first windows of the text that the config watches: rows joined by an empty line, no special
+    tokens. Raises PruningError where there is too little of it."""
+    if (watch := config.watch) is None:
+        return data
+    assert texts is not None, "it has the text that it watches"
+    wanted = watch.num_windows * watch.seq_len
+    rows: list[str] = []
+    ids: list[int] = []
+    size, enough = 0, _CHARACTERS * wanted
+    for text in texts():
+        rows.append(text)
+        size += len(text)
+        if size >= enough:
+            ids, enough = _plain_ids(tokenizer, rows), 2 * size
+            if len(ids) >= wanted:
+                break
+    else:
+        ids = _plain_ids(tokenizer, rows)
+    if len(ids) < wanted:
+        raise PruningError(
+            f"watch: {watch.dataset} has {len(ids)} tokens, and {watch.num_windows} windows of {watch.seq_len} are "
+            f"{wanted}: lower num_windows"
+        )
+    return replace(data, watched=TokenWindows(torch.tensor(ids[:wanted]).view(watch.num_windows, watch.seq_len)))
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, rows: Sequence[str]) -> list[int]:
+    ids: list[int] = tokenizer("\n\n".join(rows), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def window_examples(calibration: CalibrationSet, config: TrainingConfig) -> Data:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pruning.bounds import Amount, Count, Real, Seed
 from pruning.errors import PruningError
+from pruning.training.data import Watched, WatchedText
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +133,23 @@ class TrainingRun:
     def leads(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0
+
+
+class WatchingConfig(TrainingConfig):
+    """A training that can look at another text meanwhile. watch: that text; its loss is taken as often as the held-out
+    one, every `heldout_steps`, and decides nothing."""
+
+    watch: Watched | None = Field(default=None, exclude_if=lambda watch: watch is None)
+
+    @property
+    def watches(self) -> tuple[WatchedText, ...]:
+        """What it reads and does not learn from."""
+        return (self.watch,) if self.watch else ()
+
+    def check_watched(self, context: int | None) -> None:
+        """Raise PruningError for watched windows that are longer than the model's context."""
+        if self.watch:
+            self.check_context("watch.seq_len", self.watch.seq_len, context)
 
 
 class TextConfig(TrainingConfig):

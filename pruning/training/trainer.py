@@ -21,7 +21,7 @@ from pruning.errors import PruningError
 from pruning.host_memory import kept_memory
 from pruning.training.batches import Batch, Examples, batches, collate, count_predicted
 from pruning.training.durable import newest_complete_
-from pruning.training.objectives import Objective, precision
+from pruning.training.objectives import CrossEntropy, Objective, precision
 from pruning.training.options import CHECKPOINTS_AT_ONCE, Curves, TrainingConfig, TrainingRun
 from pruning.training.watching import (
     Along,
@@ -31,6 +31,7 @@ from pruning.training.watching import (
     Heldout,
     Reporter,
     StopDiverging,
+    Watched,
     curves_of,
     load_along_,
 )
@@ -74,13 +75,15 @@ def train(
     pad_id: int,
     identity: str,
     along: Along | None = None,
+    watched: Examples | None = None,
 ) -> Outcome:
     """Train in place what requires gradients; the loss of a step is the objective's mean over its predicted tokens.
 
     identity: names this very run; checkpoints of another identity or half-written ones in run.scratch are removed, and
-    from the newest good one it goes on. along: what prunes the model meanwhile, so that the loss may rise. Call it
-    within `seeded`. Raises PruningError if the loss is not finite or keeps rising, a device the Trainer cannot use, or
-    a batch that cannot be split over the processes.
+    from the newest good one it goes on. along: what prunes the model meanwhile, so that the loss may rise. watched:
+    examples whose cross entropy is taken whenever the held-out ones are looked at. Call it within `seeded`. Raises
+    PruningError if the loss is not finite or keeps rising, a device the Trainer cannot use, or a batch that cannot be
+    split over the processes.
     """
     arguments = training_arguments(config, len(examples), run)
     at_once = config.micro_batch_size * run.num_processes
@@ -101,9 +104,12 @@ def train(
     )
     trainer.objective, trainer.along = objective, along
     trainer.remove_callback(PrinterCallback)
+    every = config.heldout_steps or max(1, arguments.max_steps // 10)
+    if watched is not None:
+        other_loss = _MeanLoss(model, CrossEntropy(), watched, config, run, pad_id)
+        trainer.add_callback(Watched(trainer, other_loss, every))
     if heldout is not None and len(heldout):
-        mean_loss = _HeldoutLoss(model, objective, heldout, config, run, pad_id)
-        every = config.heldout_steps or max(1, arguments.max_steps // 10)
+        mean_loss = _MeanLoss(model, objective, heldout, config, run, pad_id)
         trainer.add_callback(Heldout(trainer, mean_loss, every, config.patience, best))
     if along is not None:
         trainer.add_callback(BeforeSteps(along))
@@ -220,29 +226,29 @@ def _ended_early(state: TrainerState) -> bool:
     return any(entry.get("patience_lost") for entry in state.log_history)
 
 
-class _HeldoutLoss:
-    """The objective's mean over all predicted tokens of held-out examples, of all processes."""
+class _MeanLoss:
+    """An objective's mean over all predicted tokens of examples that are not trained on, of all processes."""
 
     def __init__(
         self,
         model: nn.Module,
         objective: Objective,
-        heldout: Examples,
+        examples: Examples,
         config: TrainingConfig,
         run: TrainingRun,
         pad_id: int,
     ) -> None:
-        self._model, self._objective, self._heldout = model, objective, heldout
+        self._model, self._objective, self._examples = model, objective, examples
         self._config, self._run, self._pad_id = config, run, pad_id
 
     def __call__(self) -> float:
         """In nats per token; the model is left in the mode it was in."""
         device, training = torch.device(self._run.device), self._model.training
         totals = torch.zeros(2, dtype=torch.float64, device=device)
-        mine = range(self._run.rank, len(self._heldout), self._run.num_processes)
+        mine = range(self._run.rank, len(self._examples), self._run.num_processes)
         self._model.eval()
         with torch.no_grad(), precision(device, self._config.dtype == "bfloat16"):
-            for batch in batches(self._heldout, mine, self._config.micro_batch_size, self._pad_id):
+            for batch in batches(self._examples, mine, self._config.micro_batch_size, self._pad_id):
                 here = {name: value.to(device) for name, value in batch.items()}
                 totals[0] += self._objective(self._model, here).double()
                 totals[1] += count_predicted(here)

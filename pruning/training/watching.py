@@ -22,6 +22,7 @@ from pruning.training.options import Curves, TrainingRun
 _METRICS = {
     "loss": "train_loss",
     "heldout_loss": "heldout_loss",
+    "watched_loss": "watched_loss",
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",
     "tokens_per_second": "tokens_per_second",
@@ -153,14 +154,13 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
             self._best.drop_others(best_step(heldout))
 
 
-class Heldout(TrainerCallback):  # type: ignore[misc]
-    """Measures held-out loss before the first step, now and then, and at the end; ends what no longer learns."""
+class Watched(TrainerCallback):  # type: ignore[misc]
+    """Measures a loss before the first step, now and then, and at the end."""
 
-    def __init__(
-        self, trainer: Trainer, mean_loss: Callable[[], float], every: int, patience: int | None, best: Best
-    ) -> None:
-        self._trainer, self._mean_loss = trainer, mean_loss
-        self._every, self._patience, self._best = every, patience, best
+    metric = "watched_loss"
+
+    def __init__(self, trainer: Trainer, mean_loss: Callable[[], float], every: int) -> None:
+        self._trainer, self._mean_loss, self._every = trainer, mean_loss, every
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -175,6 +175,26 @@ class Heldout(TrainerCallback):  # type: ignore[misc]
             self._look(state, control)
 
     def _look(self, state: TrainerState, control: TrainerControl) -> None:
+        self._log(control, {self.metric: self._mean_loss()})
+
+    def _log(self, control: TrainerControl, values: dict[str, float]) -> None:
+        should_log = control.should_log
+        self._trainer.log(values)
+        control.should_log = should_log  # which logging anything switches off
+
+
+class Heldout(Watched):
+    """The same of the held-out loss: keeps the best weights, ends what no longer learns."""
+
+    metric = "heldout_loss"
+
+    def __init__(
+        self, trainer: Trainer, mean_loss: Callable[[], float], every: int, patience: int | None, best: Best
+    ) -> None:
+        super().__init__(trainer, mean_loss, every)
+        self._patience, self._best = patience, best
+
+    def _look(self, state: TrainerState, control: TrainerControl) -> None:
         loss = self._mean_loss()
         before = curves_of(state.log_history).get("heldout_loss", ())
         points = [*before, (state.global_step, loss)]
@@ -183,9 +203,7 @@ class Heldout(TrainerCallback):  # type: ignore[misc]
             self._best.keep(best)
         since = len(points) - 1 - [step for step, _ in points].index(best)
         lost = self._patience is not None and since >= self._patience
-        should_log = control.should_log
-        self._trainer.log({"heldout_loss": loss} | ({"patience_lost": 1.0} if lost else {}))
-        control.should_log = should_log  # which logging anything switches off
+        self._log(control, {self.metric: loss} | ({"patience_lost": 1.0} if lost else {}))
         if lost:
             control.should_training_stop = control.should_save = True
 

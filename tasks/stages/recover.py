@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.sources.find import Sources, TextData
-from pruning.training.data import RecordData, TrainingData
+from pruning.training.data import PlainText, RecordData, WatchedText, data_read
 from tasks.devices.placement import device_names
 from tasks.execution.context import StageContext
 from tasks.execution.interrupts import something_to_save
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pruning.recovery import RecoveryInputs
 
 
-def text_data(data: TrainingData) -> TextData:
-    """A data set that is trained on, as it is read."""
+def text_data(data: RecordData | PlainText) -> TextData:
+    """A data set that a training reads, as it is read."""
     values = data.model_dump(include=set(TextData.model_fields))
     return TextData(**values)
 
@@ -41,9 +41,11 @@ def training_processes(settings: Settings) -> int:
 def read_data(module: Any, config: Any, sources: Sources) -> dict[str, Any]:
     """What a plug-in reads by its options, as fields of its RecoveryInputs."""
     read: dict[str, Any] = {}
-    for data in module.reads(config):
+    for data in data_read(module, config):
         if isinstance(data, RecordData):
             read["records"] = sources.records(text_data(data), data.columns)
+        elif isinstance(data, WatchedText):
+            read["watched"] = _Rows(sources, text_data(data))
         else:
             read["texts"] = _Texts(sources, text_data(data), config.seed)
     return read
@@ -115,6 +117,15 @@ class _Job:
         if self.calibration is not None:
             read["calibration"] = CalibrationSet.load(self.calibration)
         return RecoveryInputs(identity=repr(self.request.sources), plan=load_plan(self.source), **read)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    sources: Sources
+    data: TextData
+
+    def __call__(self) -> Iterator[str]:
+        return iter(self.sources.texts(self.data))
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,11 @@ def test_another_split_is_no_leak(sources: Sources) -> None:
     assert find_leaks(spec([PRUNE, step], [WIKI]), sources) == ()
 
 
+def test_what_a_training_only_watches_is_no_leak(sources: Sources) -> None:
+    step = {**LORA, "watch": {"dataset": "owner/wiki", "split": "test"}}
+    assert find_leaks(spec([PRUNE, step], [WIKI]), sources) == ()
+
+
 def test_questions_in_the_training_data_are_counted(sources: Sources, mirror: Path) -> None:
     asked = [str(row["goal"]) for row in piqa_rows(2)]
     other = [f"{long(f'piqa{i}x')} Why?" for i in (0, 3, 6)]  # the last is of the train split

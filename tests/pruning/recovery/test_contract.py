@@ -40,7 +40,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 TEXT: dict[str, Any] = {"data": {"dataset": "texts"}, "num_tokens": 16 * 24, "seq_len": 24}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora": ("lora", {}),
+    "lora": ("lora", {"watch": {"dataset": "other", "num_windows": 2, "seq_len": 24}}),
     "cpt": ("cpt", TEXT),
     "cpt-across": ("cpt", {**TEXT, "cross_document_attention": True, "gradient_checkpointing": True}),
     "distill": ("distill", {**TEXT, "hard_weight": 0.3, "hidden_weight": 0.1, "temperature": 2.0}),
@@ -98,10 +98,16 @@ def texts() -> Iterator[str]:
     yield from (" ".join(order.choices(words, k=order.randint(3, 30))) + "." for _ in range(60))
 
 
+def watched() -> Iterator[str]:
+    yield from ("the bird that sat on a mat", "looked at the cat", "and flew") * 20
+
+
 def inputs() -> RecoveryInputs:
     ids = torch.randint(2, 300, (12, 24), generator=torch.Generator().manual_seed(3))
     calibration = CalibrationSet(ids[:10], ids[10:], {})
-    return RecoveryInputs(texts, RECORDS, "x", lambda: copy.deepcopy(dense()), tiny_tokenizer, calibration, plan())
+    return RecoveryInputs(
+        texts, RECORDS, watched, "x", lambda: copy.deepcopy(dense()), tiny_tokenizer, calibration, plan()
+    )
 
 
 def run(case: str, model: PreTrainedModel, scratch: Path, **options: Any) -> RecoveryReport:
@@ -224,6 +230,26 @@ def test_scratch_of_another_run_is_not_taken(case: str, tmp_path: Path) -> None:
     assert same(again, fresh)
 
 
+@pytest.mark.parametrize("name", ["cpt", "distill", "lora"])
+def test_a_watched_text_changes_nothing_and_its_loss_is_the_cross_entropy_in_nats(name: str, tmp_path: Path) -> None:
+    watch = {"dataset": "other", "num_windows": 3, "seq_len": 20}
+    model, unwatched = pruned(), pruned()
+    report = run(name, model, tmp_path / "watched", watch=watch)
+    others = run(name, unwatched, tmp_path / "not", watch=None)
+    assert same(model, unwatched)
+    seen = dict(report.curves["watched_loss"])
+    assert list(seen) == list(dict(report.curves["heldout_loss"])) == [0, 2, 4, 6]
+    left = {metric: points for metric, points in figures(report)["curves"].items() if metric != "watched_loss"}
+    assert left == figures(others)["curves"]
+    ids = tiny_tokenizer()("\n\n".join(watched()), add_special_tokens=False)["input_ids"]
+    windows = torch.tensor(ids[:60]).view(3, 20)
+    for step, model in ((0, pruned()), *([(6, model)] if report.kept_step == 6 else [])):
+        by_hand = torch.nn.functional.cross_entropy(
+            model(windows).logits[:, :-1].flatten(0, 1).float(), windows[:, 1:].flatten()
+        )
+        assert seen[step] == pytest.approx(float(by_hand), rel=1e-5)
+
+
 def test_what_no_longer_learns_ends_early_and_stays_ended(tmp_path: Path) -> None:
     options: dict[str, Any] = {"learning_rate": 0.3, "patience": 1, "heldout_steps": 1, "max_steps": 30, "keep": "best"}
     model, again = pruned(), pruned()
@@ -246,7 +272,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     other.add_tokens(["wholly-new"])
     module = load("pruning.recovery", "distill", "recovery")
     config = module.Config.model_validate({**COMMON, **CASES["distill"][1]})
-    given = RecoveryInputs(texts, None, "x", lambda: copy.deepcopy(dense()), lambda: other)
+    given = RecoveryInputs(texts, teacher=lambda: copy.deepcopy(dense()), teacher_tokenizer=lambda: other)
     with pytest.raises(PruningError, match="the teacher has another tokenizer: 'wholly-new' is token"):
         module.recover(pruned(), tiny_tokenizer(), given, config, TrainingRun(tmp_path))
 
@@ -262,6 +288,11 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
         ("distill-cache", {"hidden_weight": 0.1}, "hidden_weight 0.1 needs the teacher's residual streams"),
         ("distill-cache", {"top_k": 10_000}, "top_k 10000 is more than the 320 tokens there are"),
         ("reconstruct", {"num_heldout": 3}, "the calibration holds out 2 windows"),
+        (
+            "lora",
+            {"watch": {"dataset": "other", "num_windows": 999}},
+            "watch: other has .* tokens, and 999 windows of 512",
+        ),
         ("lora", {"num_examples": 15}, "num_examples is 17, but the data set has 16 records"),
     ],
 )
