@@ -243,10 +243,9 @@ def test_a_watched_text_changes_nothing_and_its_loss_is_the_cross_entropy_in_nat
     assert left == figures(others)["curves"]
     ids = tiny_tokenizer()("\n\n".join(watched()), add_special_tokens=False)["input_ids"]
     windows = torch.tensor(ids[:60]).view(3, 20)
-    for step, model in ((0, pruned()), *([(6, model)] if report.kept_step == 6 else [])):
-        by_hand = torch.nn.functional.cross_entropy(
-            model(windows).logits[:, :-1].flatten(0, 1).float(), windows[:, 1:].flatten()
-        )
+    for step, weights in {0: pruned(), report.kept_step: model}.items():
+        logits_NLV = weights(windows).logits[:, :-1].detach().float()
+        by_hand = torch.nn.functional.cross_entropy(logits_NLV.flatten(0, 1), windows[:, 1:].flatten())
         assert seen[step] == pytest.approx(float(by_hand), rel=1e-5)
 
 
@@ -290,8 +289,8 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
         ("reconstruct", {"num_heldout": 3}, "the calibration holds out 2 windows"),
         (
             "lora",
-            {"watch": {"dataset": "other", "num_windows": 999}},
-            "watch: other has .* tokens, and 999 windows of 512",
+            {"watch": {"dataset": "o", "num_windows": 999}},
+            "watch: o has .* tokens, and 999 windows of 512",
         ),
         ("lora", {"num_examples": 15}, "num_examples is 17, but the data set has 16 records"),
     ],
