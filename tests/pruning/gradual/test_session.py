@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +23,7 @@ from pruning.training.data import RecordData
 from pruning.training.example_sets import record_examples
 from pruning.training.options import TrainingRun
 from tests.pruning.captured import RECORDS, TRAINING, logits, random_ids, same_weights
+from tests.pruning.killed import exit_code, kill_this_process
 from tests.pruning.recovery.test_contract import texts
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -55,18 +54,12 @@ def figures(pruned: TrainedPruning) -> dict[str, Any]:
     return found
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.pruning.gradual.test_session import run
-from tests.tiny import tiny_model
+def killed_at_step_5(case: str, scratch: str) -> None:
+    def kill(share: float, message: str) -> None:
+        if message.startswith("step 5/"):
+            kill_this_process()
 
-def kill(share, message):
-    if message.startswith("step 5/"):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-run(sys.argv[1], tiny_model("qwen2"), Path(sys.argv[2]), kill)
-"""
+    run(case, tiny_model("qwen2"), Path(scratch), kill)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,10 +70,8 @@ def test_killed_and_resumed_equals_uninterrupted(case: str, tmp_path: Path) -> N
     assert (set(vars(whole)), whole.training) == (attributes, False)
     assert not any(module._forward_pre_hooks for module in whole.modules())
     assert decoder_parameters(whole) == decoder_parameters(dense)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, case, str(scratch)], cwd=ROOT, env=dict(os.environ), check=False
-    )
-    assert killed.returncode == -signal.SIGKILL
+    code = exit_code(f"{__name__}:killed_at_step_5", case, str(scratch), imports=("pruning.gradual.session", "peft"))
+    assert code == -signal.SIGKILL
     assert sorted(path.name for path in scratch.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     twin = tmp_path / "twin"
     subprocess.run(["cp", "-r", str(scratch), str(twin)], check=True)

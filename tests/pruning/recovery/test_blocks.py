@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from pruning.recovery.reconstruct import Config, recover
 from pruning.training.options import TrainingRun
 from pruning.walk.activations import FOLDER_PREFIX
 from tests.pruning.checkpoints.test_surgery import plan_for
+from tests.pruning.killed import exit_code, kill_this_process
 from tests.pruning.recovery.test_lora import same
 from tests.pruning.test_distributed import together
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
@@ -244,17 +242,12 @@ def test_without_memory_the_streams_lie_in_files(tmp_path: Path, monkeypatch: py
     assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["block-0", "block-1", "block-2"]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.pruning.recovery.test_blocks import fit, pair
+def killed_at(words: str, scratch: str) -> None:
+    def kill(share: float, message: str) -> None:
+        if message.startswith(words):
+            kill_this_process()
 
-def kill(share, message):
-    if message.startswith(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-fit(*pair(), Path(sys.argv[1]), run={"progress": kill})
-"""
+    fit(*pair(), Path(scratch), run={"progress": kill})
 
 
 @pytest.mark.slow
@@ -266,10 +259,8 @@ def test_killed_and_resumed_equals_uninterrupted(message: str, kept: int, goes_o
     scratch = tmp_path / "scratch"
     dense, whole, plan = pair()
     expected = fit(dense, whole, plan, tmp_path / "whole")
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(scratch), message], cwd=ROOT, env=dict(os.environ), check=False
-    )
-    assert killed.returncode == -signal.SIGKILL
+    code = exit_code(f"{__name__}:killed_at", message, str(scratch), imports=("pruning.recovery._blocks",))
+    assert code == -signal.SIGKILL
     assert len(list(scratch.glob("block-*"))) == kept
     (scratch / f"block-{kept}").mkdir()  # as if killed while it was being written
     (scratch / f"{FOLDER_PREFIX}left").mkdir()

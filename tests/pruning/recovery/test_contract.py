@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import random
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from pruning.recovery import RecoveryInputs, RecoveryReport
 from pruning.training.durable import MARKER
 from pruning.training.options import TrainingRun
 from tests.pruning.checkpoints.test_surgery import logits, plan_for
+from tests.pruning.killed import exit_code, kill_this_process
 from tests.pruning.recovery.test_lora import RECORDS, same
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -39,6 +39,8 @@ COMMON: dict[str, Any] = {
     "num_heldout": 2, "heldout_steps": 2, "dtype": "float32", "keep": "best",
 }  # fmt: skip
 TEXT: dict[str, Any] = {"data": {"dataset": "texts"}, "num_tokens": 16 * 24, "seq_len": 24}
+#: what a recovery imports when it begins
+TRAINER = ("pruning.recovery._session", "pruning.training.adapters", "peft")
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"watch": {"dataset": "other", "num_windows": 2, "seq_len": 24}}),
     "cpt": ("cpt", TEXT),
@@ -153,27 +155,20 @@ def test_it_learns_and_leaves_a_plain_model(case: str, tmp_path: Path) -> None:
     assert not torch.equal(logits(model), logits(before))
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.pruning.recovery.test_contract import pruned, run
+def killed_at_step_5(case: str, scratch: str) -> None:
+    def kill(share: float, message: str) -> None:
+        if message.startswith("step 5/"):
+            kill_this_process()
 
-def kill(share, message):
-    if message.startswith("step 5/"):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-run(sys.argv[1], pruned(), Path(sys.argv[2]), progress=kill)
-"""
+    run(case, pruned(), Path(scratch), progress=kill)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_killed_and_resumed_equals_uninterrupted(case: str, tmp_path: Path) -> None:
     whole, scratch = pruned(), tmp_path / "scratch"
     expected = figures(run(case, whole, tmp_path / "whole"))
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, case, str(scratch)], cwd=ROOT, env=dict(os.environ), check=False
-    )
-    assert killed.returncode == -signal.SIGKILL
+    code = exit_code(f"{__name__}:killed_at_step_5", case, str(scratch), imports=TRAINER)
+    assert code == -signal.SIGKILL
     assert sorted(path.name for path in scratch.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     (scratch / "checkpoint-6").mkdir()  # as if killed while the next one was being written
     damaged = scratch / "checkpoint-4" / "optimizer.pt"
