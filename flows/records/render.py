@@ -22,7 +22,7 @@ _LATEX = {
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """One line per row under the headings; a "|" inside a cell is escaped, and so is what would begin an HTML tag."""
     lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(map(_markdown, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in lines)
 
 
 def csv_table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
@@ -73,8 +73,13 @@ def latex_text(text: str) -> str:
     return "".join(_LATEX.get(char, char) for char in _one_line(text))
 
 
-def _markdown(cell: str) -> str:
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", _one_line(cell)).replace("|", "\\|")
+def markdown_text(text: str) -> str:
+    """Text of one line that begins no HTML tag."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", _one_line(text))
+
+
+def _markdown_cell(text: str) -> str:
+    return markdown_text(text).replace("|", "\\|")
 
 
 def _one_line(text: str) -> str:

@@ -101,7 +101,7 @@ class ResultIndex:
         for values in self.ask(question, list(wanted.values())):
             yield dict(zip(names, map(in_utc, values), strict=True))
 
-    def select(self, question: str) -> Answer:
+    def select(self, question: str, values: Sequence[object] = ()) -> Answer:
         """The answer to a SELECT over all files that there are now, which writes nothing whatever stands in it.
 
         Raises QuestionRefused, and ResultsUnusable if the files cannot be read.
@@ -111,7 +111,7 @@ class ResultIndex:
         def answer(connection: duckdb.DuckDBPyConnection) -> Answer | QuestionRefused:
             connection.execute("BEGIN TRANSACTION READ ONLY")
             try:
-                found = connection.execute(question)
+                found = connection.execute(question, values)
                 return Answer(tuple(column[0] for column in found.description), tuple(found.fetchall()))
             except duckdb.Error as error:  # here, for what the user wrote must not look like a damaged index
                 return QuestionRefused(f"DuckDB cannot answer that: {_reason(error)}")

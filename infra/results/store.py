@@ -98,12 +98,12 @@ class ResultsStore:
         """Checkpoints of one run, or of all, each after the one that it was made from."""
         return self._rows("checkpoints", CheckpointRow, run_key=run_key)
 
-    def select(self, question: str) -> Answer:
-        """The answer to one SQL question over the tables and views, all files taken in.
+    def select(self, question: str, values: Sequence[object] = ()) -> Answer:
+        """The answer to one SQL question over the tables and views, all files taken in; `values` for its "?"s.
 
         Raises QuestionRefused, with the reason in a sentence, if it is no single SELECT or DuckDB cannot answer it.
         """
-        return self._index.select(question)
+        return self._index.select(question, values)
 
     def nights(self, name: str | None = None) -> tuple[NightRow, ...]:
         """The nights of one name, or all, oldest start first."""

@@ -10,7 +10,7 @@ QUALIFY row_number() OVER (PARTITION BY name ORDER BY finished_at DESC, run_key)
 CREATE OR REPLACE MACRO deciding(protocol) AS CAST(json_merge_patch(
     protocol,
     '{"versions": null, "data_identity": null, "leaks": null, "windows": null, "normalise": null, "measured": null,
-      "bootstrap_iters": null}'
+      "bootstrap_iters": null, "ratio": null, "ratio_threads": null, "ratio_precision": null, "ratio_seconds": null}'
 ) AS VARCHAR);
 
 -- Parameters of each checkpoint: as recorded with it, else as a profile of it counted them.
