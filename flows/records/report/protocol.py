@@ -43,8 +43,9 @@ def calibration_name(entry: Entry) -> str:
     found = calibration_of(entry)
     if not found:
         return ""
-    data = found.get("data") or {}
-    return f"{data.get('dataset')} {found.get('num_samples')} x {found.get('seq_len')}, seed {found.get('seed')}"
+    data = found.get("data")
+    name = data.get("dataset") if isinstance(data, Mapping) else data
+    return f"{name} {found.get('num_samples')} x {found.get('seq_len')}, seed {found.get('seed')}"
 
 
 def section_lines(entries: Sequence[Entry], columns: Mapping[str, Sequence[MetricRow]]) -> Iterator[str]:
