@@ -38,6 +38,7 @@ _FILES_AT_ONCE = 200
 
 # What DuckDB says of a broken file, and what it raises for everything else than one.
 _DAMAGE = ("not a valid DuckDB database", "orrupt", "checksum", "Could not read enough bytes")
+_BROKEN = (duckdb.FatalException, duckdb.InternalException, duckdb.SerializationException)
 _PASSING = (
     duckdb.ConnectionException,
     duckdb.InterruptException,
@@ -113,12 +114,20 @@ class ResultIndex:
             try:
                 found = connection.execute(question, values)
                 return Answer(tuple(column[0] for column in found.description), tuple(found.fetchall()))
+            except (*_BROKEN, duckdb.IOException) as error:
+                if _is_damage(error):
+                    raise
+                return _refusal(error)
             except duckdb.Error as error:  # here, for what the user wrote must not look like a damaged index
-                return QuestionRefused(f"DuckDB cannot answer that: {_reason(error)}")
+                return _refusal(error)
             finally:
-                connection.rollback()
+                with suppress(duckdb.Error):
+                    connection.rollback()
 
-        found = self._answered(answer)
+        try:
+            found = self._answered(answer)
+        except duckdb.Error as error:  # of a file that is none of ours
+            raise _refusal(error) from error
         if isinstance(found, QuestionRefused):
             raise found
         return found
@@ -248,6 +257,10 @@ class ResultIndex:
                     raise _InUse(_reason(error)) from error
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def _refusal(error: Exception) -> QuestionRefused:
+    return QuestionRefused(f"DuckDB cannot answer that: {_reason(error)}")
 
 
 def _check_select(question: str) -> None:
