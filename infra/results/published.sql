@@ -68,6 +68,6 @@ WITH wanted(what, task, metric, requires, protocol) AS (VALUES
     ('arXiv 2402.02834', 'shortened-criteria', 'LLaMA-2-7B', 'shortened', 'iterative=false, layers=12', NULL, NULL, 'wikitext2_unsaid', 304),
     ('arXiv 2402.02834', 'shortened-criteria', 'LLaMA-2-7B', 'shortened', 'iterative=true, layers=12', NULL, NULL, 'wikitext2_unsaid', 58)
 )
-SELECT f.paper, f.paper_table, f.model, f.method, f.options, CAST(f.sparsity AS DOUBLE) AS sparsity, f.recovery, w.task, w.metric, CAST(f.value AS DOUBLE) AS value,
-    w.protocol, w.requires
+SELECT f.paper, f.paper_table, f.model, f.method, f.options, CAST(f.sparsity AS DOUBLE) AS sparsity, f.recovery,
+    w.task, w.metric, CAST(f.value AS DOUBLE) AS value, w.protocol, w.requires
 FROM figures AS f JOIN wanted AS w USING (what);
