@@ -74,6 +74,10 @@ class SourceUnreadable(SourceInvalid):
     """The files of a data set are not there or are damaged: not what was asked of it is wrong, but its copy."""
 
 
+class QuestionRefused(InfraError):
+    """SQL that is not one SELECT, or that DuckDB cannot answer."""
+
+
 class ResultsUnusable(InfraError):
     """The results' folder cannot be read or written, or a file is damaged or was written by a newer slimline."""
 

@@ -2,8 +2,10 @@
 
 * lookup.py: a run or a night by its key, id or name.
 * tables.py: results as text, markdown, JSON, CSV; the protocol lines under them. render.py: markdown and CSV.
+* answers.py: what an SQL question gave, as text.
 * compare.py: two checkpoints item by item. compare_tables.py: that as tables. protocol_diff.py: what was measured
   otherwise.
+* report/: the tables of the papers.
 * retention.py: which artifacts recorded runs need. verify.py: whether the store still has them whole.
 
 May import tasks, evaluation and infra, not flows.run.

@@ -24,7 +24,7 @@ Versions = Mapping[str, tuple[str | None, str | None]]
 
 def differences(mine: MetricRow, theirs: MetricRow) -> list[str]:
     """A phrase for each option that differs; none if a figure of the two may be compared."""
-    return list(_differences(_deciding(mine), _deciding(theirs)))
+    return list(_differences(deciding(mine), deciding(theirs)))
 
 
 def other_versions(mine: MetricRow, theirs: MetricRow) -> Versions:
@@ -34,7 +34,7 @@ def other_versions(mine: MetricRow, theirs: MetricRow) -> Versions:
     return {name: both for name, both in pairs.items() if both[0] != both[1]}
 
 
-def _deciding(row: MetricRow) -> dict[str, Any]:
+def deciding(row: MetricRow) -> dict[str, Any]:
     """The options that must be the same for each single figure."""
     protocol: dict[str, Any] = json.loads(row.protocol)
     return {key: value for key, value in protocol.items() if key not in _OF_OTHER_FIGURES | _NOT_COMPARED}

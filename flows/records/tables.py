@@ -40,13 +40,13 @@ Table = list[dict[str, str]]
 
 def table_rows(metrics: Iterable[MetricRow]) -> Table:
     """One row per checkpoint, the dense one first; every row has the same columns."""
-    shown = [row for row in metrics if _heading(row) is not None]
+    shown = [row for row in metrics if heading(row) is not None]
     shown = _one_metric_per_task(shown)
     columns = _columns(shown)
     ordered = _in_order(shown, columns)
     rows: dict[str, dict[str, str]] = {name: {} for name in _checkpoints(shown)}
     for row in shown:
-        rows[row.checkpoint][columns[row.suite, row.task, row.metric]] = _cell(row)
+        rows[row.checkpoint][columns[row.suite, row.task, row.metric]] = cell(row)
     return [{"checkpoint": name} | {h: cells.get(h, "") for h in ordered} for name, cells in rows.items()]
 
 
@@ -126,8 +126,8 @@ def protocol_lines(metrics: Iterable[MetricRow], spec: Mapping[str, Any]) -> lis
     suites = {row.suite: _protocol(row) for row in metrics}
     shared = [(protocol.pop("data_identity", []), protocol.pop("versions", {})) for protocol in suites.values()]
     topics = inputs | variants | suites
-    lines = [f"{topic}: {_in_one_line(options) or 'changes nothing'}" for topic, options in topics.items()]
-    data = dict.fromkeys(_source(identity) for identities, _ in shared for identity in identities)
+    lines = [f"{topic}: {in_one_line(options) or 'changes nothing'}" for topic, options in topics.items()]
+    data = dict.fromkeys(source_of(identity) for identities, _ in shared for identity in identities)
     libraries = dict.fromkeys(", ".join(f"{name} {number}" for name, number in each.items()) for _, each in shared)
     texts = {"data": "; ".join(data), "versions": " / ".join(filter(None, libraries))}
     return lines + [f"{topic}: {text}" for topic, text in texts.items() if text] + warnings_of(metrics)
@@ -148,13 +148,14 @@ def _protocol(row: MetricRow) -> dict[str, Any]:
     return {key: value for key, value in json.loads(row.protocol).items() if key != "leaks"}
 
 
-def _source(identity: Mapping[str, str]) -> str:
+def source_of(identity: Mapping[str, str]) -> str:
     """A data set's name, if it has one, and the beginning of what tells its content from any other."""
     name = identity.get("repo_id", "local data")
     return " ".join([name, *(f"{key} {value[:12]}" for key, value in identity.items() if key != "repo_id")])
 
 
-def _in_one_line(options: Mapping[str, object]) -> str:
+def in_one_line(options: Mapping[str, object]) -> str:
+    """Options that are given, each with its value as JSON."""
     given = ((key, _without_none(value)) for key, value in options.items() if value is not None)
     return ", ".join(f"{key} {json.dumps(value)}" for key, value in given if value not in ([], {}))
 
@@ -182,12 +183,13 @@ def _one_metric_per_task(rows: list[MetricRow]) -> list[MetricRow]:
 
 def _columns(rows: Iterable[MetricRow]) -> dict[tuple[str, str, str], str]:
     """The heading of each (suite, task, metric); what two evaluations measured is told apart by their names."""
-    asked = {(row.suite, row.task, row.metric): heading for row in rows if (heading := _heading(row))}
+    asked = {(row.suite, row.task, row.metric): name for row in rows if (name := heading(row))}
     count = Counter(asked.values())
-    return {key: f"{key[0]}: {heading}" if count[heading] > 1 else heading for key, heading in asked.items()}
+    return {key: f"{key[0]}: {name}" if count[name] > 1 else name for key, name in asked.items()}
 
 
-def _heading(row: MetricRow) -> str | None:
+def heading(row: MetricRow) -> str | None:
+    """Of the column of a figure; None for one that no table shows."""
     if row.suite == "profile":
         if row.metric not in _PROFILE_COLUMNS or (row.task != "profile" and row.metric not in _GRID_COLUMNS):
             return None
@@ -195,7 +197,8 @@ def _heading(row: MetricRow) -> str | None:
     return f"{row.task} {row.metric}"
 
 
-def _cell(row: MetricRow) -> str:
+def cell(row: MetricRow) -> str:
+    """The figure as text, with its standard error."""
     if row.suite == "profile":
         if row.metric == "out_of_memory":
             return "yes"

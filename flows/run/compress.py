@@ -18,6 +18,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from flows.errors import SpecError
 from flows.records.tables import table_rows
 from flows.run.leaks import Leak, find_leaks
+from flows.run.lineage import lineage
 from flows.run.outcome import RunResult, StageOutcome, StagesFailed
 from flows.run.preflight import check
 from flows.run.stages import Stage, StageGraph, plan_stages
@@ -187,6 +188,7 @@ def _finish(
                 for outcome in outcomes
             ),
             checkpoints={name: ref for name, ref in graph.checkpoints.items() if ref.key in done},
+            lineage=lineage(graph.spec),
             measured=tuple(_measured(stage, leaks) for stage in graph.reports if stage.ref.key in done),
             failed=bool(problems),
             message=message,

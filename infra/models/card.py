@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from infra.models.model_files import DTYPES, gguf_file, read_config, tensor_head
 from infra.models.vocabulary import added_beyond, writes
 
 _CHUNK = 2**24
+_IN_LAYER = re.compile(r"\.layers\.\d+\.")
 # the spellings of old and new config.json files
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 _HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model")
@@ -59,16 +61,9 @@ def card_of_folder(folder: Path) -> ModelCard:
     gguf = gguf_file(folder)
     if gguf is not None:
         return _card_of_gguf(gguf)
-    files = weight_files(folder)
-    headers = [tensor_header(file) for file in files]
-    config = read_config(folder)
-    tensors = {
-        name: _Tensor(file, **entry)
-        for file, header in zip(files, headers, strict=True)
-        for name, entry in header.items()
-    }
+    config, files = read_config(folder), weight_files(folder)
     sizes: Counter[str] = Counter()
-    for tensor in _parameters(tensors, tied=bool(config.get("tie_word_embeddings"))):
+    for tensor in _parameters(_tensors(files), tied=bool(config.get("tie_word_embeddings"))).values():
         sizes[tensor.dtype] += math.prod(tensor.shape)
     floating = [name for name, _ in sizes.most_common() if name in DTYPES]
     card = card_of_config(
@@ -76,6 +71,18 @@ def card_of_folder(folder: Path) -> ModelCard:
         dtype=DTYPES[floating[0]] if floating else None,
     )  # fmt: skip
     return card.model_copy(update={"has_chat_template": _has_chat_template(folder)})
+
+
+def parameters_of_folder(folder: Path) -> tuple[int, int]:
+    """Parameters of a safetensors checkpoint, and those of them that are in decoder layers; tied embeddings count once.
+
+    Raises SourceInvalid if it is none.
+    """
+    tied = bool(read_config(folder).get("tie_word_embeddings"))
+    sizes = {
+        name: math.prod(tensor.shape) for name, tensor in _parameters(_tensors(weight_files(folder)), tied=tied).items()
+    }
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if _IN_LAYER.search(name))
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,11 @@ class _Tensor:
                 yield stream.read(min(_CHUNK, stop - at))
 
 
-def _parameters(tensors: Mapping[str, _Tensor], *, tied: bool) -> list[_Tensor]:
+def _tensors(files: Sequence[Path]) -> dict[str, _Tensor]:
+    return {name: _Tensor(file, **entry) for file in files for name, entry in tensor_header(file).items()}
+
+
+def _parameters(tensors: Mapping[str, _Tensor], *, tied: bool) -> dict[str, _Tensor]:
     """What counts of the tensors of a checkpoint: neither rotary tables nor a copy of tied embeddings.
 
     What the model is for sure only pruning/checkpoints/stored_tensors.py decides, which knows its class; an imported
@@ -110,7 +121,7 @@ def _parameters(tensors: Mapping[str, _Tensor], *, tied: bool) -> list[_Tensor]:
         pairs = zip(head.chunks(), embeddings.chunks(), strict=True)
         if all(one == other for one, other in pairs):
             del counted["lm_head.weight"]
-    return list(counted.values())
+    return counted
 
 
 def _has_chat_template(folder: Path) -> bool:

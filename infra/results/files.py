@@ -27,7 +27,8 @@ from pydantic import ValidationError
 from infra.errors import ResultsUnusable
 from infra.filesystem.disk import full_disk_named, sync_folder, write_durably
 from infra.log_once import warn_once
-from infra.results.rows import FORMAT, KINDS, ColumnType, Kind, Row, columns
+from infra.results.older_formats import with_checkpoints
+from infra.results.rows import FORMAT, KINDS, RUN, ColumnType, Kind, Row, columns
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 # File systems allow names of 255 bytes, specs names of any length.
@@ -259,6 +260,8 @@ def _record(values: dict[str, Any]) -> Record:
         table: tuple(row.model_validate(fields) for fields in stored.get(table) or ())
         for table, row in kind.tables.items()
     }
+    if kind is RUN and values["format"] < 6:
+        rows = with_checkpoints(rows)
     record = Record(kind, rows, values["recorded_at"])
     if not record.is_of_one():
         raise ValueError("it has rows of several keys")

@@ -13,16 +13,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import duckdb
 
-from infra.errors import InfraError
+from infra.errors import InfraError, QuestionRefused
 from infra.log_once import warn_once
 from infra.results.files import ResultFiles
-from infra.results.index_tables import delete_files, in_utc, insert, make_tables, stamps
+from infra.results.index_tables import delete_files, has_views, in_utc, insert, make_tables, make_views, stamps
 from infra.results.rows import FORMAT, KINDS, TABLES
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ _FILES_AT_ONCE = 200
 
 # What DuckDB says of a broken file, and what it raises for everything else than one.
 _DAMAGE = ("not a valid DuckDB database", "orrupt", "checksum", "Could not read enough bytes")
+_BROKEN = (duckdb.FatalException, duckdb.InternalException, duckdb.SerializationException)
 _PASSING = (
     duckdb.ConnectionException,
     duckdb.InterruptException,
@@ -55,6 +57,14 @@ class _InUse(Exception):
 
 class _NotOurs(Exception):
     """The file is in order, but not for us to change: of a newer slimline, or somebody's own database."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a question gave: the names of the columns, and the rows."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
 
 
 class ResultIndex:
@@ -92,6 +102,36 @@ class ResultIndex:
         for values in self.ask(question, list(wanted.values())):
             yield dict(zip(names, map(in_utc, values), strict=True))
 
+    def select(self, question: str, values: Sequence[object] = ()) -> Answer:
+        """The answer to a SELECT over all files that there are now, which writes nothing whatever stands in it.
+
+        Raises QuestionRefused, and ResultsUnusable if the files cannot be read.
+        """
+        _check_select(question)
+
+        def answer(connection: duckdb.DuckDBPyConnection) -> Answer | QuestionRefused:
+            connection.execute("BEGIN TRANSACTION READ ONLY")
+            try:
+                found = connection.execute(question, values)
+                return Answer(tuple(column[0] for column in found.description), tuple(found.fetchall()))
+            except (*_BROKEN, duckdb.IOException) as error:
+                if _is_damage(error):
+                    raise
+                return _refusal(error)
+            except duckdb.Error as error:  # here, for what the user wrote must not look like a damaged index
+                return _refusal(error)
+            finally:
+                with suppress(duckdb.Error):
+                    connection.rollback()
+
+        try:
+            found = self._answered(answer)
+        except duckdb.Error as error:  # of a file that is none of ours
+            raise _refusal(error) from error
+        if isinstance(found, QuestionRefused):
+            raise found
+        return found
+
     def ask(self, question: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         """The answer over all files that there are now. Raises ResultsUnusable if they cannot be read."""
 
@@ -100,6 +140,10 @@ class ResultIndex:
 
         if not self.path.exists() and not self._files.listing():
             return []
+        return self._answered(answer)
+
+    def _answered(self, answer: Callable[[duckdb.DuckDBPyConnection], T]) -> T:
+        """What `answer` makes of the index, or of one in memory if the index is in use or not ours."""
         with _one_at_a_time:
             try:
                 found = self._tried(answer, reading=True)
@@ -143,7 +187,8 @@ class ResultIndex:
         return use(connection)
 
     def _is_current(self, connection: duckdb.DuckDBPyConnection) -> bool:
-        return self._format(connection) == FORMAT and stamps(connection) == self._files.listing()
+        current = self._format(connection) == FORMAT and has_views(connection)
+        return current and stamps(connection) == self._files.listing()
 
     def _bring_up_to_date(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Make the tables say what the files say, all at once or not at all."""
@@ -151,6 +196,8 @@ class ResultIndex:
         connection.begin()
         if found != FORMAT:
             make_tables(connection)
+        if not has_views(connection):
+            make_views(connection)
         known, listing = stamps(connection), self._files.listing()
         # a file that is replaced while the folder is listed may be missed there
         gone = [name for name in known.keys() - listing.keys() if not (self._files.folder / name).exists()]
@@ -210,6 +257,25 @@ class ResultIndex:
                     raise _InUse(_reason(error)) from error
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def _refusal(error: Exception) -> QuestionRefused:
+    return QuestionRefused(f"DuckDB cannot answer that: {_reason(error)}")
+
+
+def _check_select(question: str) -> None:
+    """Raises QuestionRefused for what is no single SELECT, DESCRIBE, SHOW or SUMMARIZE."""
+    try:
+        statements = duckdb.extract_statements(question)
+    except duckdb.Error as error:
+        raise QuestionRefused(f"DuckDB cannot read that: {_reason(error)}") from error
+    if len(statements) != 1:
+        raise QuestionRefused(f"one question at a time: that is {len(statements)} statements; ask with one SELECT")
+    kind = statements[0].type
+    if kind != duckdb.StatementType.SELECT:
+        raise QuestionRefused(
+            f"results are only read: {kind.name} is not allowed; ask with SELECT, DESCRIBE, SHOW or SUMMARIZE"
+        )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

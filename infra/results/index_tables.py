@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 
 from infra.results.files import Record, arrow_table
@@ -57,9 +60,30 @@ def make_tables(connection: Connection) -> None:
             for name, column in columns(row).items()
         ]
         connection.execute(f"CREATE TABLE {table} ({', '.join(definitions)})")
-    connection.execute("CREATE TABLE schema_version (version INTEGER, applied_at TIMESTAMP)")
+    connection.execute("CREATE TABLE schema_version (version INTEGER, applied_at TIMESTAMP, views VARCHAR)")
     now = datetime.now(UTC).replace(tzinfo=None)
-    connection.execute("INSERT INTO schema_version VALUES (?, ?)", [FORMAT, now])
+    connection.execute("INSERT INTO schema_version VALUES (?, ?, NULL)", [FORMAT, now])
+
+
+def make_views(connection: Connection) -> None:
+    """Make all views anew over the tables."""
+    connection.execute(_views())
+    connection.execute("UPDATE schema_version SET views = ?", [_views_digest()])
+
+
+def has_views(connection: Connection) -> bool:
+    """Whether the views are those of this slimline."""
+    return connection.execute("SELECT views FROM schema_version").fetchall() == [(_views_digest(),)]  # type: ignore[no-any-return]
+
+
+@cache
+def _views() -> str:
+    folder = Path(__file__).parent
+    return "".join((folder / name).read_text(encoding="utf-8") for name in ("views.sql", "published.sql"))
+
+
+def _views_digest() -> str:
+    return hashlib.sha256(_views().encode()).hexdigest()
 
 
 def stamps(connection: Connection) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict
 
-FORMAT = 5
+FORMAT = 6
 """Version of the rows, in files and in the index. An index of another version is made anew from the files."""
 
 DENSE = "dense"
@@ -77,6 +77,33 @@ class StageRow(OfRun):
     status: Literal["completed", "cached", "failed", "skipped"]
     seconds: float | None = None
     message: str | None = None
+
+
+class CheckpointRow(OfRun):
+    """One finished checkpoint of a run and the way to it: `plugin` made it from `source`, or it was imported.
+
+    `sparsity` is the share of its source's decoder that the step was asked to remove, `total_sparsity` that of the
+    dense one which all steps on the way were; both are None where a number of layers was asked for. `method` and
+    `recovery` are the names of the steps on the way, in their order, joined by "+", None if there were none. `config`
+    has every option on the way by its path, "model.id", "steps.0.sparsity" or "steps.0.calibration.num_samples".
+    """
+
+    checkpoint: str
+    checkpoint_key: str
+    source: str | None = None
+    source_key: str | None = None
+    action: Literal["import", "prune", "recover"]
+    plugin: str | None = None
+    variant: str | None = None
+    sparsity: float | None = None
+    total_sparsity: float | None = None
+    model: str
+    method: str | None = None
+    recovery: str | None = None
+    config: JsonText
+    num_parameters: int | None = None
+    """Tied embeddings count once. None, like the next, in rows of format 5 and before."""
+    num_decoder_parameters: int | None = None
 
 
 class MetricRow(OfRun):
@@ -237,6 +264,7 @@ RUN = Kind(
         "layers": LayerRow,
         "pairs": PairRow,
         "curves": CurveRow,
+        "checkpoints": CheckpointRow,
     },
 )
 NIGHT = Kind("night", "night_id", {"nights": NightRow, "night_cells": NightCellRow, "night_figures": NightFigureRow})

@@ -8,10 +8,11 @@ from typing import TypeVar
 
 from infra.errors import ResultsUnusable
 from infra.results.files import Record, ResultFiles
-from infra.results.index import ResultIndex
+from infra.results.index import Answer, ResultIndex
 from infra.results.rows import (
     NIGHT,
     RUN,
+    CheckpointRow,
     CurveRow,
     LayerRow,
     MetricRow,
@@ -54,13 +55,14 @@ class ResultsStore:
         layers: Sequence[LayerRow] = (),
         pairs: Sequence[PairRow] = (),
         curves: Sequence[CurveRow] = (),
+        checkpoints: Sequence[CheckpointRow] = (),
     ) -> None:
         """Write everything about a run as a whole; what was recorded under its key before is replaced.
 
         Raises DiskFull or ResultsUnusable, and has changed nothing then.
         """
         rows = {"runs": (run,), "stages": stages, "metrics": metrics, "layers": layers, "pairs": pairs}
-        self._record(Record(RUN, {**rows, "curves": curves}))
+        self._record(Record(RUN, {**rows, "curves": curves, "checkpoints": checkpoints}))
 
     def record_night(
         self, night: NightRow, cells: Sequence[NightCellRow] = (), figures: Sequence[NightFigureRow] = ()
@@ -91,6 +93,17 @@ class ResultsStore:
     def curves(self, run_key: str | None = None) -> tuple[CurveRow, ...]:
         """Points of the trainings of one run, or of all, in the order given to `record`."""
         return self._rows("curves", CurveRow, run_key=run_key)
+
+    def checkpoints(self, run_key: str | None = None) -> tuple[CheckpointRow, ...]:
+        """Checkpoints of one run, or of all, each after the one that it was made from."""
+        return self._rows("checkpoints", CheckpointRow, run_key=run_key)
+
+    def select(self, question: str, values: Sequence[object] = ()) -> Answer:
+        """The answer to one SQL question over the tables and views, all files taken in; `values` for its "?"s.
+
+        Raises QuestionRefused, with the reason in a sentence, if it is no single SELECT or DuckDB cannot answer it.
+        """
+        return self._index.select(question, values)
 
     def nights(self, name: str | None = None) -> tuple[NightRow, ...]:
         """The nights of one name, or all, oldest start first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from evaluation.profile.report import ProfileReport
 from evaluation.report import EvalReport, Metric
 from infra.artifacts.manifest import Manifest
 from infra.artifacts.store import ArtifactRef
-from infra.errors import TrackingUnusable
+from infra.errors import SourceInvalid, TrackingUnusable
+from infra.models.card import parameters_of_folder
 from infra.provenance import git_revision, versions
-from infra.results.rows import CurveRow, LayerRow, MetricRow, PairRow, RunRow, StageRow
+from infra.results.lineage import Made, checkpoint_rows
+from infra.results.rows import CheckpointRow, CurveRow, LayerRow, MetricRow, PairRow, RunRow, StageRow
 from infra.results.store import ResultsStore
 from infra.secrets import secrets_kept
 from infra.tracking.records import MetricPoint
@@ -47,7 +50,7 @@ class Measured(BaseModel):
 
 
 class RunOutcome(BaseModel):
-    """All that there is to record about a run. `checkpoints`: the finished ones by name."""
+    """All that there is to record about a run. `checkpoints`: the finished ones; `lineage`: how they are made."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -57,6 +60,7 @@ class RunOutcome(BaseModel):
     started_at: datetime
     stages: tuple[StageRow, ...]
     checkpoints: dict[str, ArtifactRef]
+    lineage: tuple[Made, ...] = ()
     measured: tuple[Measured, ...]
     failed: bool
     message: str | None
@@ -76,6 +80,7 @@ def _record(outcome: RunOutcome, run_context: RunContext) -> tuple[MetricRow, ..
     metrics = tuple(_metric_rows(outcome, run_context))
     layers = tuple(_layer_rows(outcome, run_context))
     curves = tuple(_curve_rows(outcome, run_context))
+    checkpoints = tuple(_checkpoint_rows(outcome, run_context))
     pairs = beside_dense(metrics, run_context.store)
     mlflow_run_id, problem = tracked(lambda: _track(outcome, run_context, metrics, layers, pairs, curves))
     run = RunRow(
@@ -91,7 +96,7 @@ def _record(outcome: RunOutcome, run_context: RunContext) -> tuple[MetricRow, ..
         git_revision=git_revision(),
         message=outcome.message,
     )
-    ResultsStore.of(run_context.settings).record(run, outcome.stages, metrics, layers, pairs, curves)
+    ResultsStore.of(run_context.settings).record(run, outcome.stages, metrics, layers, pairs, curves, checkpoints)
     if problem:
         raise problem
     return metrics
@@ -172,6 +177,15 @@ def _curve_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[CurveR
                     # NaN and infinity are words in JSON, or null
                     number = math.nan if value is None else float(value)
                     yield CurveRow(run_key=outcome.run_key, stage_key=ref.key, metric=metric, step=step, value=number)
+
+
+def _checkpoint_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[CheckpointRow]:
+    keys = {name: ref.key for name, ref in outcome.checkpoints.items()}
+    for row in checkpoint_rows(outcome.run_key, outcome.spec.get("model") or {}, outcome.lineage, keys):
+        total = decoder = None
+        with suppress(SourceInvalid):
+            total, decoder = parameters_of_folder(run_context.store.path(outcome.checkpoints[row.checkpoint]))
+        yield row.model_copy(update={"num_parameters": total, "num_decoder_parameters": decoder})
 
 
 def _relative(error: float | None, energy: float) -> float | None:

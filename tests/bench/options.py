@@ -93,6 +93,8 @@ class Options:
     growth: Growth = Growth()
     profile: ProfileSizes = ProfileSizes()
     profile_processes: int = 3
+    results_runs: int = 1000
+    results_metrics: int = 1000
     zero_shot_limit: int = 200
     few_shot_limit: int = 20
     few_shot_subjects: tuple[str, ...] = ("anatomy", "astronomy", "nutrition", "philosophy", "sociology")
@@ -125,6 +127,8 @@ def parse_options(arguments: list[str] | None, parts: tuple[str, ...]) -> tuple[
     add("--kill-layers", type=int, default=defaults.kill_layers, help="depth of the model that is killed (%(default)s)")
     add("--head-unit", choices=("kv_group", "query_head"), help="of `ordering` (default: the method's, row by row)")
     add("--group-size", type=int, default=defaults.group_size, help="of the -DGS row of `ordering` (%(default)s)")
+    add("--results-runs", type=int, default=defaults.results_runs, help="in the store of `results` (%(default)s)")
+    add("--results-metrics", type=int, default=defaults.results_metrics, help="of each of its runs (%(default)s)")
     add("--zero-shot-limit", type=int, default=defaults.zero_shot_limit, help="documents a task of `zero_shot`")
     add("--few-shot-limit", type=int, default=defaults.few_shot_limit, help="questions a subject of `few_shot`")
     add("--few-shot-subjects", type=_names, default=defaults.few_shot_subjects, metavar="NAME,NAME", help="of MMLU")

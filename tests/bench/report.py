@@ -27,6 +27,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "stream": ("A checkpoint larger than the memory it is pruned in", ("stream",)),
     "growth": ("Growth with depth, width, tokens and sparsity", ("growth",)),
     "night": ("What a night costs beside the work", ("night",)),
+    "results": ("Questions to a large results store", ("results",)),
     "ordering": ("The paper's ordering: P1 perplexity", ("ordering",)),
     "ordering_kv_group": ("The paper's ordering by kv groups: P1 perplexity", ("ordering_kv_group",)),
     "ordering_query_head": ("The paper's ordering by query heads: P1 perplexity", ("ordering_query_head",)),

@@ -13,6 +13,8 @@ from evaluation.report import Average, EvalReport, Metric
 from evaluation.samples import Sample, write_samples
 from evaluation.significance.paired import is_exponential
 from infra.artifacts.store import ArtifactRef
+from infra.results.lineage import checkpoint_rows
+from infra.results.older_formats import made_by
 from infra.results.rows import MetricRow, RunRow
 from tests.flows.home import Home
 
@@ -73,7 +75,9 @@ class Records(Home):
             finished_at=NOON + timedelta(minutes=version),
             slimline_version="0",
         )
-        self.results.record(run, metrics=rows)
+        keys = {checkpoint: f"prune-{checkpoint}" for checkpoint in checkpoints}
+        made = checkpoint_rows(key, spec.get("model") or {}, made_by(spec), keys)
+        self.results.record(run, metrics=rows, checkpoints=made)
         return key
 
     def report(self, key: str, checkpoint: str, suite: str) -> ArtifactRef:

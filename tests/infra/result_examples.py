@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+from infra.results.lineage import Made, checkpoint_rows
 from infra.results.rows import (
+    CheckpointRow,
     CurveRow,
     LayerRow,
     MetricRow,
@@ -39,6 +41,33 @@ def stage_row(key: str = "r1", name: str = "prune") -> StageRow:
 def metric_row(key: str = "r1", task: str = "piqa", value: float = 0.5) -> MetricRow:
     return MetricRow(run_key=key, checkpoint="dense", checkpoint_key="c", stage_key="s", suite="zero_shot", task=task,
                      metric="acc", value=value, stderr=0.01, num_fewshot=0, protocol='{"limit": null}')  # fmt: skip
+
+
+def pruned(sparsity: float = 0.2, **options: object) -> Made:
+    """A pruning of the dense checkpoint by slimgpt."""
+    name = str(options.pop("name", f"slimgpt-{100 * sparsity:g}"))
+    return Made(name, "dense", "prune", "slimgpt", {"sparsity": sparsity, **options}, sparsity)
+
+
+def repaired(source: Made) -> Made:
+    return Made(f"{source.name}+lora", source.name, "recover", "lora", {"epochs": 1.0})
+
+
+def checkpoints(key: str, *made: Made, model: str = "tiny") -> tuple[CheckpointRow, ...]:
+    """The rows of a run; keys follow from the names alone."""
+    keys = {name: f"key-{name}" for name in ("dense", *(each.name for each in made))}
+    return checkpoint_rows(key, {"id": model, "dtype": "float32"}, made, keys)
+
+
+def measured(key: str, checkpoint: str, name: str, value: float, **changes: object) -> MetricRow:
+    """name: "suite/task/metric"."""
+    suite, task, metric = name.split("/")
+    fields: dict[str, object] = {
+        "run_key": key, "checkpoint": checkpoint, "checkpoint_key": f"key-{checkpoint}", "stage_key": "s",
+        "suite": suite, "task": task, "metric": metric, "value": value, "protocol": "{}",
+        "higher_is_better": not metric.startswith("ppl"),
+    }  # fmt: skip
+    return MetricRow.model_validate(fields | changes)
 
 
 def layer_row(key: str = "r1", layer: int = 0) -> LayerRow:
