@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +34,12 @@ UNDER_WAY = "RUNNING"
 
 _PARENT_TAG = "mlflow.parentRunId"
 _DESCRIPTION_TAG = "mlflow.note.content"
-_KIND_OF_EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
-"""Opens the experiment in the pages for model training, not in those for traces."""
+_ABOUT_EXPERIMENT = {
+    "mlflow.experimentKind": "custom_model_development",
+    _DESCRIPTION_TAG: "A run per spec, with a run per checkpoint below it. All checkpoints in one table: search for "
+    f"`tags.\"{KIND_TAG}\" = 'checkpoint'`.",
+}
+"""Opens the experiment in the pages for model training, not in those for traces; and what its page says."""
 _STATUS = {"completed": "FINISHED", "failed": "FAILED"}
 _AT_ONCE = 1000
 
@@ -76,13 +81,13 @@ class MlflowStore:
         self.client = client
         found = client.get_experiment_by_name(experiment)
         if found is None:
-            created = client.create_experiment(experiment, artifact_location=files, tags=_KIND_OF_EXPERIMENT)
+            created = client.create_experiment(experiment, artifact_location=files, tags=_ABOUT_EXPERIMENT)
             self._experiment_id = str(created)
             return
         self._experiment_id = str(found.experiment_id)
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(self._experiment_id)
-        for key, value in _KIND_OF_EXPERIMENT.items():
+        for key, value in _ABOUT_EXPERIMENT.items():
             if key not in found.tags:  # made by an older slimline; who chose another keeps it
                 client.set_experiment_tag(self._experiment_id, key, value)
 
@@ -171,10 +176,12 @@ class MlflowStore:
 
         now = int(time.time() * 1000)
         new = new_points(points, logged)
-        metrics = [
-            Metric(point.key, float(point.value), point.at_ms or now, point.step, None if point.step else model_id)
-            for point in new
-        ]
+        metrics = []
+        for point in new:
+            value = float(point.value)
+            # of a logged model MLflow stores NaN as 0, the best perplexity there is
+            of_model = None if point.step or math.isnan(value) else model_id
+            metrics.append(Metric(point.key, value, point.at_ms or now, point.step, of_model))
         for chunk in rules.chunks(metrics, rules.MAX_METRICS_PER_BATCH):
             self.client.log_batch(run.info.run_id, metrics=chunk)
         return new

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -47,7 +47,7 @@ def run_record(outcome: RunOutcome, rows: Rows, store: ArtifactStore) -> RunReco
     content = RunContent(
         name=outcome.name,
         status="failed" if outcome.failed else "completed",
-        params={word: _summed(each[word] for each in params.values()) for word in next(iter(params.values()), {})},
+        params={} if outcome.failed else _run_params(list(params.values())),
         tags={
             "slimline.kind": "run",
             **{f"stage.{stage.name}": stage.stage_key for stage in outcome.stages},
@@ -182,8 +182,10 @@ def _unmeasured(name: str, stages: Iterable[StageRow]) -> bool:
     )
 
 
-def _summed(values: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(values))
+def _run_params(params: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What the checkpoints' params say together. MLflow keeps first values: a run that failed gets them when it is
+    mended, and all its checkpoints are there."""
+    return {word: ", ".join(dict.fromkeys(each[word] for each in params)) for word in (params[0] if params else {})}
 
 
 def _versions(outcome: RunOutcome, store: ArtifactStore) -> dict[str, str]:

@@ -43,7 +43,7 @@ def _track(
     content = RunContent(
         name=night.name,
         status=night.status,
-        params={word: ", ".join(map(str, given)) for word, given in spec["matrix"].items() if given},
+        params={word: ", ".join(map(str, given)) for word, given in (spec.get("matrix") or {}).items() if given},
         metrics=[MetricPoint(f"night/{name}", value) for name, value in (counts | verdicts).items()],
         tags={
             "slimline.kind": "night",

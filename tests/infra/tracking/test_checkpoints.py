@@ -52,6 +52,8 @@ def test_checkpoints_share_their_columns(tracker: Tracker) -> None:
     assert only_run(tracker).data.metrics == {}
     one = client(tracker).search_runs([experiment_id(tracker)], f"metrics.`{PPL}` < 13 AND params.sparsity = '0'")
     assert [run.info.run_name for run in one] == ["dense"]
+    every = client(tracker).search_runs([experiment_id(tracker)], "tags.\"slimline.kind\" = 'checkpoint'")
+    assert len(every) == 3, "as the help says"
 
 
 def test_recording_again_makes_no_second_one(tracker: Tracker) -> None:
@@ -141,7 +143,10 @@ def test_checkpoints_are_models_by_reference_with_aliases(tracker: Tracker, tmp_
     for folder in folders:
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes(100))
-    both = [checkpoint("slimgpt-20", folders[0], metrics=ppl(20.0)), checkpoint("flap-20", folders[1])]
+    both = [
+        checkpoint("slimgpt-20", folders[0], metrics=ppl(20.0)),
+        checkpoint("flap-20", folders[1], metrics=ppl(math.nan)),
+    ]
     name = f"aliases {tmp_path.name}"
     record(tracker, name=name, checkpoints=both, aliases={"best-12.5pct": "slimgpt-20", "last-good": "flap-20"})
     record(tracker, name=name, checkpoints=both, aliases={"best-12.5pct": "flap-20", "last-good": "nobody"})
@@ -150,8 +155,9 @@ def test_checkpoints_are_models_by_reference_with_aliases(tracker: Tracker, tmp_
         version = client(tracker).get_model_version_by_alias(model, alias)
         assert (version.source, version.description) == (folders[1].as_uri(), "flap-20")
     models = client(tracker).search_logged_models([experiment_id(tracker)])
-    (slim,) = [found for found in models if found.name == "slimgpt-20"]
+    slim, flap = (next(found for found in models if found.name == name) for name in ("slimgpt-20", "flap-20"))
     assert len(models) == 2
+    assert not flap.metrics, "MLflow would keep NaN as 0"
     assert [(metric.key, metric.value) for metric in slim.metrics] == [(PPL, 20.0)]
     assert str(slim.status) == "READY"
     runs = children(tracker)

@@ -179,6 +179,7 @@ def test_a_stage_without_artifact_has_no_moments(store: ArtifactStore, checkpoin
     assert json.loads(record.content.artifacts["stages.json"])[0]["began_at"] is None
     assert "**Failed:** evaluate:piqa:dense: \\| &lt;gone&gt;" in record.content.description
     assert "last-good" not in record.aliases
+    assert record.content.params == {}, "they would be kept when the run is mended and has more checkpoints"
 
 
 def test_the_description_of_a_run_has_a_row_per_checkpoint() -> None:
