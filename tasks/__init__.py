@@ -4,6 +4,7 @@
 * `calibration_data`  which texts a calibration set is sampled from
 * `stages/`           one file per stage: what it opens, which library it calls, what it writes
 * `execution/`        what all stages share: Prefect task, lock, store, progress, retries, disk forecast
+* `recording/`         what a run is in MLflow: its checkpoints, their parameters, data and descriptions
 * `devices/`          which device a stage computes on, and the models that stay loaded there
 
 May import pruning, evaluation and infra; is imported by flows alone.

@@ -32,7 +32,7 @@ FOREIGN = {
     "infra": {"prefect"},
 }
 ONLY_IMPORTER = {
-    "mlflow": "infra/tracking/tracker.py",
+    "mlflow": "infra/tracking/mlflow_store.py",
     "duckdb": "infra/results/index.py",
     "lm_eval": "evaluation/harness/run_tasks.py",
     "peft": "pruning/training/adapters.py",

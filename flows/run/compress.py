@@ -42,8 +42,9 @@ from tasks.execution.interrupts import refuse_interrupted
 from tasks.execution.progress import settle_bars
 from tasks.execution.retries import retry_options
 from tasks.execution.stage import log_cached, log_when_cached
+from tasks.recording.outcome import Measured, RunOutcome
 from tasks.requests import EvaluateRequest, ProfileRequest
-from tasks.stages.record import Measured, RunOutcome, record
+from tasks.stages.record import record
 
 #: what the results store keeps of a stage's outcome, beside its key
 _RECORDED = {"name", "kind", "status", "seconds", "message"}
@@ -83,7 +84,7 @@ def compress(
                 outcomes = _cached_outcomes(graph, run_context)
             else:
                 try:
-                    outcomes = _run_stages(graph, run_context, refreshed)
+                    outcomes = _run_stages(graph, run_context, refreshed, started_at)
                 finally:
                     evict_idle_models()
                 refuse_interrupted(run_context.settings, part_of)
@@ -126,7 +127,9 @@ def _cached_outcomes(graph: StageGraph, run_context: RunContext) -> tuple[StageO
     return tuple(outcomes)
 
 
-def _run_stages(graph: StageGraph, run_context: RunContext, refreshed: set[str]) -> tuple[StageOutcome, ...]:
+def _run_stages(
+    graph: StageGraph, run_context: RunContext, refreshed: set[str], started_at: datetime
+) -> tuple[StageOutcome, ...]:
     """Every stage as a Prefect task, of which those in the store are cached. refreshed: keys to make anew."""
     retries = retry_options(run_context.settings)
     futures: dict[str, PrefectFuture[StageResult]] = {}
@@ -137,17 +140,17 @@ def _run_stages(graph: StageGraph, run_context: RunContext, refreshed: set[str])
                 refresh_cache=stage.ref.key in refreshed, on_completion=[log_when_cached(stage.ref)], **retries
             )
             after = [futures[ref.key] for ref in stage.request.inputs]
-            context = replace(run_context, in_run=_in_run(stage, graph))
+            context = replace(run_context, in_run=_in_run(stage, graph, started_at))
             futures[stage.ref.key] = task.submit(stage.request, stage.name, context, wait_for=after)
             submitted.append(futures[stage.ref.key])
         return tuple(_outcome(stage, futures[stage.ref.key]) for stage in graph.stages)
 
 
-def _in_run(stage: Stage, graph: StageGraph) -> InRun | None:
+def _in_run(stage: Stage, graph: StageGraph, started_at: datetime) -> InRun | None:
     """Where the curves of a stage are shown, if it makes a checkpoint of a step."""
     if stage.ref.kind != "checkpoint" or not stage.checkpoint:
         return None
-    return InRun(graph.run_key, graph.spec.name, stage.checkpoint)
+    return InRun(graph.run_key, graph.spec.name, stage.checkpoint, started_at)
 
 
 def in_order_of_submission(graph: StageGraph) -> list[Stage]:

@@ -1,9 +1,10 @@
 """MLflow. May import infra.filesystem and infra.secrets.
 
-Read tracker.py first: the only importer of mlflow, inside functions, since that takes seconds.
-tracker.py       Tracker: one MLflow run per run key, continued and never repeated; LiveRun: while it is under way
+Read tracker.py first.
+tracker.py       Tracker: one MLflow run per run key, a run per checkpoint below it; LiveRun: while one is trained
+mlflow_store.py  one experiment: finding runs again, bringing them what they lack; the only importer of mlflow
 live.py          LiveCurves: points of a training gathered, and handed to MLflow by a thread
-records.py       what is logged about a run: MetricPoint, RunRecord
+records.py       what is logged: MetricPoint, RunContent, CheckpointRecord, RunRecord
 database.py      what is at a tracking URI, looked at before any work and without mlflow
 mlflow_rules.py  which keys, lengths and numbers MLflow accepts
 """

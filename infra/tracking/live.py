@@ -12,7 +12,7 @@ from typing import Self
 
 from infra.errors import TrackingUnusable
 from infra.secrets import redacted
-from infra.tracking.records import MetricPoint
+from infra.tracking.records import TRAINING, MetricPoint
 
 #: logs points, unless the event is set before it comes to that; `LiveRun.log`
 Log = Callable[[Sequence[MetricPoint], threading.Event], None]
@@ -23,8 +23,8 @@ log = logging.getLogger("slimline")
 
 
 class LiveCurves:
-    """Gathers the points of one training and has them logged under "<name>/<metric>": the first ones at once, later
-    ones every `interval_seconds`, the rest when the block ends.
+    """Gathers the points of the training of one checkpoint (`name`) and has them logged as "training/<metric>": the
+    first ones at once, later ones every `interval_seconds`, the rest when the block ends.
 
     Nothing that goes wrong with that ends the training. It costs one warning and `patience_seconds` without another
     try; at the end it is waited for as long as `last_seconds`, after an error, an interrupt perhaps, briefly.
@@ -52,7 +52,7 @@ class LiveCurves:
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Take note of the values of some metrics at a step; returns at once."""
         now = int(time.time() * 1000)
-        points = [MetricPoint(f"{self._name}/{metric}", float(value), step, now) for metric, value in values.items()]
+        points = [MetricPoint(f"{TRAINING}/{metric}", float(value), step, now) for metric, value in values.items()]
         with self._lock:
             self._points += points
             if self._thread is None:

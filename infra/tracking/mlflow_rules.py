@@ -15,6 +15,9 @@ MAX_TAGS_PER_BATCH = 100
 MAX_KEY_LENGTH = 250
 MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 8000
+MAX_NAME_LENGTH = 250
+MAX_DATASET_NAME_LENGTH = 500
+MAX_DATASET_DIGEST_LENGTH = 36
 
 T = TypeVar("T")
 
@@ -36,6 +39,16 @@ def accepted_keys(items: Mapping[str, T]) -> dict[str, T]:
 def accepted_model_name(name: str) -> str:
     """A name for a registered model: MLflow refuses slashes and colons in it."""
     return re.sub(r"[^\w.-]", "-", name)
+
+
+def accepted_checkpoint_name(name: str) -> str:
+    """A name for a logged model, which unlike one for a registered model has no points, but may have other signs."""
+    return re.sub(r"[/:.%\"']", "-", name) or "-"
+
+
+def accepted_alias(alias: str) -> str:
+    """An alias of a model's version: letters, digits, dashes and underscores."""
+    return re.sub(r"[^\w-]", "_", alias)
 
 
 def stored(value: float) -> str:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from infra.tracking import mlflow_rules as rules
+
+#: before the name of what a training measures, in the run of the checkpoint that it makes
+TRAINING = "training"
+
+Status = Literal["completed", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,25 +31,90 @@ class MetricPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class DataInput:
+    """A data set that was read. digest: tells its content from any other's. context: what for ("calibration", ...).
+
+    hub: where it is on the Hugging Face hub (path, and perhaps config and split); empty for local data.
+    """
+
+    name: str
+    digest: str
+    context: str
+    hub: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RunContent:
+    """What one MLflow run holds. artifacts: a text by its path in the run. description: markdown.
+
+    began_ms, ended_ms (since 1970): when what it tells of was done; None for the moments in which it is recorded. A
+    run keeps the beginning that it was made with, and moments alone do not make a record new.
+    """
+
+    name: str
+    status: Status = "completed"
+    params: Mapping[str, str] = field(default_factory=dict)
+    metrics: Sequence[MetricPoint] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    description: str = ""
+    inputs: Sequence[DataInput] = ()
+    began_ms: int | None = None
+    ended_ms: int | None = None
+
+    def plain(self) -> list[Any]:
+        """All but the moments, as JSON can hold it."""
+        points = [(point.key, point.value, point.step) for point in self.metrics]
+        inputs = [(data.name, data.digest, data.context, dict(data.hub)) for data in self.inputs]
+        mappings = [dict(self.params), dict(self.tags), dict(self.artifacts)]
+        return [self.name, self.status, points, inputs, self.description, mappings]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """One checkpoint of a run: a run below that of the run. key: of its artifact. folder: where it lies, if anywhere.
+
+    label: its name in the run, by which it is found again.
+    """
+
+    label: str
+    key: str
+    content: RunContent
+    folder: Path | None = None
+
+    def plain(self) -> list[Any]:
+        """All but the moments, as JSON can hold it."""
+        folder = None if self.folder is None else str(self.folder.absolute())
+        return [self.label, self.key, folder, self.content.plain()]
+
+    def digest(self) -> str:
+        """sha256 (hex) of the content, by which an unchanged checkpoint is left as it is."""
+        return _sha256(self.plain())
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
-    """The arguments of one `Tracker.record`, whose digest says whether they are recorded already."""
+    """The argument of `Tracker.record`, whose digest says whether it is recorded already.
+
+    Checkpoints are registered, where they lie, as versions of the model that has the name of the run. aliases: labels
+    by the alias that their versions get. above: keys of recorded runs that are shown below this one (of a night, its
+    cells).
+    """
 
     run_key: str
-    name: str
-    params: Mapping[str, str]
-    metrics: Sequence[MetricPoint]
-    tags: Mapping[str, str]
-    artifacts: Mapping[str, str]
-    checkpoints: Mapping[str, Path]
-    status: str
+    content: RunContent
+    checkpoints: Sequence[CheckpointRecord] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    above: Sequence[str] = ()
 
     def digest(self) -> str:
         """sha256 (hex) of the content. Not a cache key: here a metric may be NaN and a path means that very folder."""
-        points = [(point.key, point.value, point.step) for point in self.metrics]
-        folders = {word: str(folder.absolute()) for word, folder in self.checkpoints.items()}
-        mappings = [dict(self.params), dict(self.tags), dict(self.artifacts), folders]
-        text = json.dumps([self.run_key, self.name, self.status, points, mappings], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        checkpoints = [checkpoint.plain() for checkpoint in self.checkpoints]
+        return _sha256([self.run_key, self.content.plain(), checkpoints, dict(self.aliases), list(self.above)])
+
+
+def _sha256(plain: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def new_points(points: Sequence[MetricPoint], logged: Callable[[str], Mapping[int, str]]) -> list[MetricPoint]:

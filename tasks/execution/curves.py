@@ -1,18 +1,20 @@
-"""Curves of a running stage: they grow in the MLflow run that will be its run's record."""
+"""Curves of a running stage: they grow in the MLflow run of the checkpoint that it makes, below that of its run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cache
 from threading import Event
 from typing import Any, Protocol
 
 from infra.settings import Settings
 from infra.tracking.live import LiveCurves
+from infra.tracking.mlflow_store import load
 from infra.tracking.records import MetricPoint
-from infra.tracking.tracker import LiveRun, Tracker, load
+from infra.tracking.tracker import LiveRun, Tracker
 
 
 class Curves(Protocol):
@@ -29,11 +31,12 @@ def no_curves(step: int, values: Mapping[str, float]) -> None:
 
 @dataclass(frozen=True)
 class InRun:
-    """The run that a stage is made for, and how its checkpoint is named there."""
+    """The run that a stage is made for, how its checkpoint is named there, and when the run began."""
 
     run_key: str
     run_name: str
     checkpoint: str
+    began_at: datetime | None = field(default=None, compare=False)
 
 
 @contextmanager
@@ -45,7 +48,8 @@ def live_curves(settings: Settings, in_run: InRun | None, importing: AbstractCon
     if in_run is None:
         yield no_curves
         return
-    run = LiveRun(Tracker(settings.tracking_uri), in_run.run_key, in_run.run_name)
+    began_ms = None if in_run.began_at is None else int(in_run.began_at.timestamp() * 1000)
+    run = LiveRun(Tracker(settings.tracking_uri), in_run.run_key, in_run.run_name, in_run.checkpoint, began_ms)
 
     @cache
     def load_in_turn() -> None:

@@ -13,57 +13,25 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
-from pydantic import BaseModel, ConfigDict
 
 from evaluation.profile.report import ProfileReport
 from evaluation.report import EvalReport, Metric
 from infra.artifacts.manifest import Manifest
-from infra.artifacts.store import ArtifactRef
 from infra.errors import SourceInvalid, TrackingUnusable
 from infra.models.card import parameters_of_folder
 from infra.provenance import git_revision, versions
-from infra.results.lineage import Made, checkpoint_rows
-from infra.results.rows import CheckpointRow, CurveRow, LayerRow, MetricRow, PairRow, RunRow, StageRow
+from infra.results.lineage import checkpoint_rows
+from infra.results.rows import CheckpointRow, CurveRow, LayerRow, MetricRow, RunRow
 from infra.results.store import ResultsStore
 from infra.secrets import secrets_kept
-from infra.tracking.records import MetricPoint
 from infra.tracking.tracker import Tracker
 from tasks.execution.context import RunContext
+from tasks.recording.outcome import RunOutcome
+from tasks.recording.run_record import Rows, run_record, visit_tags
 from tasks.stages.pairs import as_json, beside_dense
 
 #: what can change a figure; Prefect, MLflow and DuckDB only carry it
 _MEASURING = frozenset({"python", "torch", "transformers", "lm-eval", "datasets", "slimline"})
-
-
-class Measured(BaseModel):
-    """A finished report stage: what it measured (`suite`) about which checkpoint. leaks: a sentence for each training
-    of the checkpoint on what is measured."""
-
-    model_config = ConfigDict(frozen=True)
-
-    report: ArtifactRef
-    suite: str
-    label: str
-    checkpoint_name: str
-    checkpoint: ArtifactRef
-    leaks: tuple[str, ...] = ()
-
-
-class RunOutcome(BaseModel):
-    """All that there is to record about a run. `checkpoints`: the finished ones; `lineage`: how they are made."""
-
-    model_config = ConfigDict(frozen=True)
-
-    run_key: str
-    name: str
-    spec: dict[str, Any]
-    started_at: datetime
-    stages: tuple[StageRow, ...]
-    checkpoints: dict[str, ArtifactRef]
-    lineage: tuple[Made, ...] = ()
-    measured: tuple[Measured, ...]
-    failed: bool
-    message: str | None
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE, persist_result=False)
@@ -82,7 +50,10 @@ def _record(outcome: RunOutcome, run_context: RunContext) -> tuple[MetricRow, ..
     curves = tuple(_curve_rows(outcome, run_context))
     checkpoints = tuple(_checkpoint_rows(outcome, run_context))
     pairs = beside_dense(metrics, run_context.store)
-    mlflow_run_id, problem = tracked(lambda: _track(outcome, run_context, metrics, layers, pairs, curves))
+    rows = Rows(metrics, layers, curves, as_json(pairs) if pairs else "")
+    told = run_record(outcome, rows, run_context.store)
+    tracker = Tracker(run_context.settings.tracking_uri)
+    mlflow_run_id, problem = tracked(lambda: tracker.record(told, visit_tags(flow_run_id())))
     run = RunRow(
         run_key=outcome.run_key,
         name=outcome.name,
@@ -190,74 +161,6 @@ def _checkpoint_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[C
 
 def _relative(error: float | None, energy: float) -> float | None:
     return None if error is None else error / energy
-
-
-def _track(
-    outcome: RunOutcome,
-    run_context: RunContext,
-    metrics: tuple[MetricRow, ...],
-    layers: tuple[LayerRow, ...],
-    pairs: tuple[PairRow, ...],
-    curves: tuple[CurveRow, ...],
-) -> str:
-    folders = {name: run_context.store.path(ref) for name, ref in outcome.checkpoints.items()}
-    points = [MetricPoint(f"{row.checkpoint}/{row.suite}/{row.task}/{row.metric}", row.value) for row in metrics]
-    for name, ref in outcome.checkpoints.items():
-        for row in layers:
-            if row.stage_key == ref.key and row.measured_error is not None:
-                points.append(MetricPoint(f"{name}/{row.sub_layer}_error", row.measured_error, row.layer))
-            if row.stage_key == ref.key and row.score is not None:
-                points.append(MetricPoint(f"{name}/{row.sub_layer}_score", row.score, row.layer))
-        points += [
-            MetricPoint(f"{name}/{row.metric}", row.value, row.step) for row in curves if row.stage_key == ref.key
-        ]
-    artifacts = {"spec.json": json.dumps(outcome.spec, indent=1)}
-    if pairs:
-        artifacts["paired.json"] = as_json(pairs)
-    if leaks := {f"{each.checkpoint_name}/{each.label}": each.leaks for each in outcome.measured if each.leaks}:
-        artifacts["leaks.json"] = json.dumps(leaks, indent=1)
-    for name, folder in folders.items():
-        for file in ("plan.json", "pruning.json", "recovery.json"):
-            if (folder / file).exists():
-                artifacts[f"{name}/{file}"] = (folder / file).read_text(encoding="utf-8")
-    for measured in outcome.measured:
-        text = (run_context.store.path(measured.report) / "report.json").read_text(encoding="utf-8")
-        artifacts[f"{measured.checkpoint_name}/{measured.label}.json"] = text
-    return Tracker(run_context.settings.tracking_uri).record(
-        run_key=outcome.run_key,
-        name=outcome.name,
-        params=flat(outcome.spec),
-        metrics=points,
-        tags={
-            **{f"stage.{stage.name}": stage.stage_key for stage in outcome.stages},
-            **{f"version.{name}": version for name, version in _versions(outcome, run_context).items()},
-        },
-        artifacts=artifacts,
-        checkpoints=folders,
-        status="failed" if outcome.failed else "completed",
-        visit_tags={"prefect.flow_run_id": flow_run_id() or ""},
-    )
-
-
-def _versions(outcome: RunOutcome, run_context: RunContext) -> dict[str, str]:
-    """Of what measured: several where cached figures are older than others; of this process if nothing was measured."""
-    found = [run_context.store.manifest(measured.report).versions for measured in outcome.measured] or [versions()]
-    names = dict.fromkeys(name for each in found for name in each)
-    return {name: ", ".join(dict.fromkeys(each[name] for each in found if name in each)) for name in names}
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """A nested spec as MLflow params: "steps.0.sparsity" -> "0.2"."""
-    if isinstance(value, dict):
-        items = [(str(key), inner) for key, inner in value.items()]
-    elif isinstance(value, list | tuple):
-        items = [(str(index), inner) for index, inner in enumerate(value)]
-    else:
-        return {prefix: str(value)}
-    params: dict[str, str] = {}
-    for key, inner in items:
-        params |= flat(inner, f"{prefix}.{key}" if prefix else key)
-    return params
 
 
 def flow_run_id() -> str | None:

@@ -13,9 +13,10 @@ from infra.results.rows import NightCellRow, NightFigureRow, NightRow
 from infra.results.store import ResultsStore
 from infra.secrets import secrets_kept
 from infra.settings import Settings
-from infra.tracking.records import MetricPoint
+from infra.tracking.records import MetricPoint, RunContent, RunRecord
 from infra.tracking.tracker import Tracker
-from tasks.stages.record import flat, tracked
+from tasks.recording.run_record import visit_tags
+from tasks.stages.record import tracked
 
 
 @task(name="record-night", task_run_name="record", cache_policy=NO_CACHE, persist_result=False)
@@ -33,22 +34,17 @@ def record_night(
 def _track(
     night: NightRow, cells: Sequence[NightCellRow], figures: Sequence[NightFigureRow], summary: str, settings: Settings
 ) -> str:
+    """The run of the night, with those of its cells below it; a cell is shown below the last night that it was of."""
     spec: dict[str, Any] = json.loads(night.spec)
     counts = {name: float(getattr(night, name)) for name in ("num_stages", "num_run", "num_cached", "num_failed")}
     verdicts = {
         f"figures_{word}": float(sum(row.verdict == word for row in figures)) for word in ("better", "worse", "gone")
     }
-    points = [MetricPoint(f"night/{name}", value) for name, value in (counts | verdicts).items()]
-    points += [
-        MetricPoint(f"{row.cell}/{row.checkpoint}/{row.suite}/{row.task}/{row.metric}", row.value)
-        for row in figures
-        if row.verdict != "gone"
-    ]
-    return Tracker(settings.tracking_uri).record(
-        run_key=night.night_id,
+    content = RunContent(
         name=night.name,
-        params=flat(spec),
-        metrics=points,
+        status=night.status,
+        params={word: ", ".join(map(str, given)) for word, given in (spec.get("matrix") or {}).items() if given},
+        metrics=[MetricPoint(f"night/{name}", value) for name, value in (counts | verdicts).items()],
         tags={
             "slimline.kind": "night",
             "slimline.gates_passed": str(night.gates_passed).lower(),
@@ -56,7 +52,11 @@ def _track(
             **{f"cell.{cell.cell}": cell.run_key or cell.status for cell in cells},
         },
         artifacts={"summary.md": summary, "spec.json": json.dumps(spec, indent=1)},
-        checkpoints={},
-        status=night.status,
-        visit_tags={"prefect.flow_run_id": night.prefect_run_id or ""},
+        description=summary,
+        began_ms=int(night.started_at.timestamp() * 1000),
+        ended_ms=int(night.finished_at.timestamp() * 1000),
+    )
+    above = tuple(dict.fromkeys(cell.run_key for cell in cells if cell.run_key))
+    return Tracker(settings.tracking_uri).record(
+        RunRecord(night.night_id, content, above=above), visit_tags(night.prefect_run_id)
     )

@@ -92,6 +92,13 @@ def test_a_night_is_in_mlflow_and_a_prefect_artifact(first: tuple[Home, NightRes
     run = client.get_run(str(night.mlflow_run_id))
     assert run.data.tags["slimline.kind"] == "night"
     assert run.data.metrics["night/num_run"] == len(made)
+    assert run.data.tags["mlflow.note.content"].startswith("# small")
+    cells = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
+    assert {cell.data.tags["slimline.run_key"] for cell in cells} == {cell.run_key for cell in result.cells}
+    for cell in cells:
+        below = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{cell.info.run_id}'")
+        assert "dense" in [each.info.run_name for each in below]
+        assert len(below) == len({each.info.run_name for each in below})
     assert {entry.path for entry in client.list_artifacts(run.info.run_id)} == {"summary.md", "spec.json"}
     with get_client(sync_client=True) as prefect:
         found = prefect.read_artifacts(

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import TaskRun
@@ -84,11 +85,23 @@ def mlflow_run_id(home: Home, result: RunResult) -> str:
     return run.mlflow_run_id
 
 
-def points(home: Home, result: RunResult) -> dict[str, list[tuple[int, float]]]:
-    """Every metric of the MLflow run with its whole history."""
+def checkpoint_runs(home: Home, result: RunResult) -> dict[str, Run]:
+    """The MLflow runs of the checkpoints by name, which are below that of the run."""
     client, run_id = mlflow_client(home), mlflow_run_id(home, result)
-    keys = client.get_run(run_id).data.metrics
-    return {key: [(point.step, point.value) for point in client.get_metric_history(run_id, key)] for key in keys}
+    experiment = client.get_run(run_id).info.experiment_id
+    found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    assert len(found) == len({run.info.run_name for run in found})
+    return {run.info.run_name: run for run in found}
+
+
+def points(home: Home, result: RunResult) -> dict[str, list[tuple[int, float]]]:
+    """Every metric of every checkpoint, below its name, with its whole history."""
+    client = mlflow_client(home)
+    return {
+        f"{name}/{key}": [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)]
+        for name, run in checkpoint_runs(home, result).items()
+        for key in run.data.metrics
+    }
 
 
 def test_every_stage_of_the_smoke_spec_completes(smoke: tuple[Home, RunResult]) -> None:
@@ -139,13 +152,43 @@ def test_mlflow_has_the_run(smoke: tuple[Home, RunResult]) -> None:
     client, run_id = mlflow_client(home), mlflow_run_id(home, result)
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.params["steps.0.sparsity"] == "0.2"
-    assert run.data.params["steps.1.rank"] == "8"
-    assert run.data.params["model.id"] == "slimline/tiny-random-llama"
+    assert run.data.params["model"] == "slimline/tiny-random-llama"
+    assert run.data.params["sparsity"] == "0, 0.2"
+    spec = json.loads(Path(client.download_artifacts(run_id, "spec.json")).read_text())
+    assert (spec["steps"][0]["sparsity"], spec["steps"][1]["rank"]) == (0.2, 8)
+    assert "| slimgpt-20+lora | slimgpt | 0.2 | lora |" in run.data.tags["mlflow.note.content"]
+    assert run.info.start_time == int(home.results.runs()[0].started_at.timestamp() * 1000)
     assert run.data.tags["slimline.run_key"] == result.run_key
     assert run.data.tags["version.torch"]
     assert {stage.key for stage in result.stages} <= set(run.data.tags.values())
     assert home.results.runs()[0].prefect_run_id in run.data.tags.values()
+
+
+def test_mlflow_has_a_run_of_every_checkpoint_with_the_same_columns(smoke: tuple[Home, RunResult]) -> None:
+    home, result = smoke
+    runs = checkpoint_runs(home, result)
+    assert set(runs) == set(CHECKPOINTS)
+    shared = {"perplexity/wikipedia/ppl_64", "zero_shot/piqa/acc", "size/num_parameters"}
+    shared |= {"profile/decode_ms_per_token_p50"}
+    figures = {(row.checkpoint, row.metric): row.value for row in result.metrics}
+    for name, run in runs.items():
+        assert shared <= set(run.data.metrics)
+        assert run.data.metrics["size/num_parameters"] == figures[name, "num_parameters"]
+        assert run.info.status == "FINISHED"
+        assert 0 < run.info.end_time - run.info.start_time < 3_600_000
+        contexts = {tag.value for each in run.inputs.dataset_inputs for tag in each.tags}
+        assert "evaluation" in ", ".join(contexts)
+        assert ("calibration" in ", ".join(contexts)) == (name != "dense")
+        assert run.data.tags["mlflow.source.name"] == "slimline"
+    assert runs["slimgpt-20+lora"].data.params == {
+        "model": "slimline/tiny-random-llama",
+        "method": "slimgpt",
+        "sparsity": "0.2",
+        "split": "default",
+        "recovery": "lora",
+        "calibration": runs["slimgpt-20"].data.params["calibration"],
+    }
+    assert (runs["dense"].data.params["method"], runs["dense"].data.params["sparsity"]) == ("none", "0")
 
 
 def test_mlflow_has_curves_and_files(smoke: tuple[Home, RunResult]) -> None:
@@ -158,20 +201,18 @@ def test_mlflow_has_curves_and_files(smoke: tuple[Home, RunResult]) -> None:
     assert errors == [[0, 1, 2, 3], [0, 1, 2, 3]]
     ppl = [key for key in logged if "wikipedia" in key]
     assert len(ppl) == len(CHECKPOINTS)
-    client, run_id = mlflow_client(home), mlflow_run_id(home, result)
+    client, runs = mlflow_client(home), checkpoint_runs(home, result)
 
-    def files(folder: str | None = None) -> list[str]:
+    def files(run_id: str, folder: str | None = None) -> set[str]:
         found = client.list_artifacts(run_id, folder)
-        return [path for entry in found for path in (files(entry.path) if entry.is_dir else [entry.path])]
+        return {path for entry in found for path in (files(run_id, entry.path) if entry.is_dir else [entry.path])}
 
-    names = files()
-    assert "spec.json" in names
-    assert "slimgpt-20/plan.json" in names
-    assert "slimgpt-20/pruning.json" in names
-    assert "slimgpt-20+lora/recovery.json" in names
-    assert "dense/zero_shot.json" in names
-    assert "paired.json" in names
-    assert not [name for name in names if name.endswith(".safetensors")]
+    assert files(mlflow_run_id(home, result)) == {"spec.json", "stages.json", "paired.json"}
+    names = {name: files(run.info.run_id) for name, run in runs.items()}
+    assert {"plan.json", "pruning.json", "steps.json"} <= names["slimgpt-20"]
+    assert {"plan.json", "recovery.json", "reports/zero_shot.json"} <= names["slimgpt-20+lora"]
+    assert "reports/zero_shot.json" in names["dense"]
+    assert not [name for each in names.values() for name in each if name.endswith(".safetensors")]
 
 
 def test_every_checkpoint_is_paired_with_the_dense_one(smoke: tuple[Home, RunResult]) -> None:
@@ -189,8 +230,9 @@ def test_every_checkpoint_is_paired_with_the_dense_one(smoke: tuple[Home, RunRes
 def test_curves_were_in_mlflow_while_the_stage_ran(smoke: tuple[Home, RunResult]) -> None:
     home, result = smoke
     client, run_id = mlflow_client(home), mlflow_run_id(home, result)
-    loss = client.get_metric_history(run_id, "slimgpt-20_lora/train_loss")
-    (figure,) = client.get_metric_history(run_id, "dense/perplexity/wikipedia/ppl_64")
+    runs = checkpoint_runs(home, result)
+    loss = client.get_metric_history(runs["slimgpt-20+lora"].info.run_id, "training/train_loss")
+    (figure,) = client.get_metric_history(runs["dense"].info.run_id, "perplexity/wikipedia/ppl_64")
     seconds = sum(stage.seconds or 0.0 for stage in result.stages if stage.name.startswith("evaluate"))
     assert (figure.timestamp - max(point.timestamp for point in loss)) / 1000 > seconds / 2
     assert client.get_run(run_id).info.start_time < figure.timestamp - 500 * seconds
@@ -210,6 +252,10 @@ def test_checkpoints_are_registered_by_reference(smoke: tuple[Home, RunResult]) 
     versions = mlflow_client(home).search_model_versions()
     sources = {version.source.removeprefix("file://") for version in versions}
     assert result.checkpoint in sources
+    for alias in ("last-good", "best-20pct"):
+        version = mlflow_client(home).get_model_version_by_alias("smoke", alias)
+        assert Path(version.source.removeprefix("file://")).parent.name == "checkpoint"
+    assert mlflow_client(home).get_model_version_by_alias("smoke", "last-good").description == CHECKPOINTS[-1]
 
 
 def test_prefect_shows_every_stage_and_a_table(smoke: tuple[Home, RunResult]) -> None:
@@ -265,7 +311,8 @@ def test_a_second_run_adds_no_point_to_mlflow(home: Home) -> None:
     (loss,) = [history for key, history in before.items() if key.endswith("train_loss")]
     assert [step for step, _ in loss] == [1, 2]
     client = mlflow_client(home)
-    assert len(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])) == 1
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert len(runs) == 1 + len(first.checkpoints) + 1, "of the run, the dense model and what was trained"
 
 
 def test_no_stage_waits_for_a_concurrency_limit(smoke: tuple[Home, RunResult]) -> None:

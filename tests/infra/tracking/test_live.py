@@ -9,20 +9,21 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from infra.filesystem.locks import flocked
 from infra.tracking.database import lock_file
 from infra.tracking.live import LiveCurves
-from infra.tracking.records import MetricPoint
-from infra.tracking.tracker import CONTENT_TAG, RUN_KEY_TAG, LiveRun, Tracker
+from infra.tracking.mlflow_store import CONTENT_TAG, RUN_KEY_TAG
+from infra.tracking.records import CheckpointRecord, MetricPoint
+from infra.tracking.tracker import LiveRun, Tracker
 from tests.infra.processes import kill_after_line, start
-from tests.infra.tracking.test_tracker import client, history, only_run, record
+from tests.infra.tracking.test_tracker import checkpoint, children, client, only_run, record
 
 pytestmark = pytest.mark.slow  # not in `make test-fast`
 
@@ -47,7 +48,7 @@ def tracker(shared: str, request: pytest.FixtureRequest) -> Tracker:
 
 def training(tracker: Tracker, name: str = "lora", **seconds: float) -> LiveCurves:
     """The curves of a training of the run KEY, as they go to MLflow when nobody says how often."""
-    return LiveCurves(LiveRun(tracker, KEY, "demo").log, name, **seconds)
+    return LiveCurves(LiveRun(tracker, KEY, "demo", name).log, name, **seconds)
 
 
 def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
@@ -62,6 +63,18 @@ def runs(tracker: Tracker) -> list[Run]:
     return [] if experiment is None else list(client(tracker).search_runs([experiment.experiment_id]))
 
 
+def history(tracker: Tracker, metric: str, name: str = "lora") -> list[tuple[int, float]]:
+    """Of the checkpoint that is trained; nothing if it has no run yet."""
+    child = children(tracker).get(name)
+    points = client(tracker).get_metric_history(child.info.run_id, f"training/{metric}") if child else []
+    return sorted((point.step, point.value) for point in points)
+
+
+def trained(metric: str, values: Mapping[int, float], name: str = "lora", **content: Any) -> CheckpointRecord:
+    points = [MetricPoint(f"training/{metric}", value, step) for step, value in values.items()]
+    return checkpoint(name, metrics=points, **content)
+
+
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [entry.getMessage() for entry in caplog.records if entry.levelno >= logging.WARNING]
 
@@ -70,20 +83,21 @@ def test_the_first_points_are_seen_at_once_and_the_rest_when_it_ends(tracker: Tr
     began = time.time() * 1000
     with training(tracker) as curves:
         curves(1, {"train_loss": 2.5, "learning_rate": 1e-4})
-        until(lambda: runs(tracker) and only_run(tracker).data.metrics)
-        run = only_run(tracker)
+        until(lambda: runs(tracker) and history(tracker, "train_loss"))
+        run, child = only_run(tracker), children(tracker)["lora"]
         assert (run.info.status, run.info.run_name, run.data.tags[RUN_KEY_TAG]) == ("RUNNING", "demo", KEY)
-        assert run.data.metrics == {"lora/train_loss": 2.5, "lora/learning_rate": 1e-4}
+        assert (child.info.status, run.data.metrics) == ("RUNNING", {})
+        assert child.data.metrics == {"training/train_loss": 2.5, "training/learning_rate": 1e-4}
         time.sleep(0.3)
         said = time.time() * 1000
         for step in range(2, 50):
             curves(step, {"train_loss": 2.5 / step})
         curves(49, {"heldout_loss": 3.0})
         time.sleep(0.3)
-        assert history(tracker, "lora/train_loss") == [(1, 2.5)], "only every ten seconds"
-    assert history(tracker, "lora/train_loss") == [(step, 2.5 / step) for step in range(1, 50)]
-    assert history(tracker, "lora/heldout_loss") == [(49, 3.0)]
-    points = client(tracker).get_metric_history(only_run(tracker).info.run_id, "lora/train_loss")
+        assert history(tracker, "train_loss") == [(1, 2.5)], "only every ten seconds"
+    assert history(tracker, "train_loss") == [(step, 2.5 / step) for step in range(1, 50)]
+    assert history(tracker, "heldout_loss") == [(49, 3.0)]
+    points = client(tracker).get_metric_history(children(tracker)["lora"].info.run_id, "training/train_loss")
     moments = [point.timestamp for point in points]
     assert began - 1 <= min(moments) < said - 250, "a point has the time at which it was measured"
     assert said - 1 <= sorted(moments)[1] <= max(moments) < said + 250
@@ -93,7 +107,7 @@ def test_later_points_come_after_the_interval(tracker: Tracker) -> None:
     with training(tracker, interval_seconds=0.05) as curves:
         for step in range(1, 4):
             curves(step, {"train_loss": 1 / step})
-            until(lambda step=step: runs(tracker) and len(history(tracker, "lora/train_loss")) == step)
+            until(lambda step=step: runs(tracker) and len(history(tracker, "train_loss")) == step)
 
 
 def test_a_training_that_says_nothing_makes_no_run(tracker: Tracker) -> None:
@@ -108,8 +122,11 @@ def test_a_run_under_way_is_not_recorded(tracker: Tracker) -> None:
     assert only_run(tracker).info.status == "RUNNING"
     assert CONTENT_TAG not in only_run(tracker).data.tags
     assert not tracker.has(KEY)
-    run_id = record(tracker, KEY, params={"seed": "1"})
+    before = children(tracker)["lora"].info.run_id
+    run_id = record(tracker, KEY, params={"seed": "1"}, checkpoints=[checkpoint("lora", key="recover-lora-v1-0")])
     assert (only_run(tracker).info.run_id, only_run(tracker).info.status) == (run_id, "FINISHED")
+    child = children(tracker)["lora"]
+    assert (child.info.run_id, child.info.status) == (before, "FINISHED")
     assert only_run(tracker).data.params == {"seed": "1"}
     assert tracker.has(KEY)
 
@@ -121,17 +138,17 @@ def test_the_record_repeats_nothing(tracker: Tracker) -> None:
     with training(tracker, name) as curves:
         for step, loss in enumerate(losses[:4], start=1):
             curves(step, {"train_loss": loss})
-    points = [MetricPoint(f"{name}/train_loss", loss, step) for step, loss in enumerate(losses, start=1)]
+    points = [MetricPoint("training/train_loss", loss, step) for step, loss in enumerate(losses, start=1)]
+    whole = checkpoint(name, metrics=[*points, MetricPoint("perplexity/wikitext2/ppl@2048", 20.0)])
     for tag in ("a", "b"):
-        record(tracker, KEY, metrics=[*points, MetricPoint(f"{name}/ppl", 20.0)], tags={"t": tag})
-    key = "slimgpt-20_lora/train_loss"
-    assert set(only_run(tracker).data.metrics) == {key, "slimgpt-20_lora/ppl"}
+        record(tracker, KEY, checkpoints=[whole], tags={"t": tag})
+    assert set(children(tracker)[name].data.metrics) == {"training/train_loss", "perplexity/wikitext2/ppl_2048"}
     largest = sys.float_info.max
-    kept = history(tracker, key)
+    kept = history(tracker, "train_loss", name)
     assert [step for step, _ in kept] == [1, 2, 3, 4, 5]
     assert math.isnan(kept[1][1])
     assert [value for step, value in kept if step != 2] == [2.5, largest, -largest, 0.1 + 0.2]
-    assert only_run(tracker).info.status == "FINISHED"
+    assert {run.info.status for run in runs(tracker)} == {"FINISHED"}
 
 
 def test_a_training_that_goes_on_repeats_nothing(tracker: Tracker) -> None:
@@ -141,11 +158,11 @@ def test_a_training_that_goes_on_repeats_nothing(tracker: Tracker) -> None:
     with training(tracker) as curves:  # from its checkpoint of step 3
         for step in range(4, 9):
             curves(step, {"train_loss": 1 / step, "tokens_per_second": 200.0 if step == 5 else 100.0})
-    assert history(tracker, "lora/train_loss") == [(step, 1 / step) for step in range(1, 9)]
+    assert history(tracker, "train_loss") == [(step, 1 / step) for step in range(1, 9)]
     speeds = [(step, 200.0 if step == 5 else 100.0) for step in range(1, 9)]
-    assert history(tracker, "lora/tokens_per_second") == sorted([*speeds, (5, 100.0)])
-    record(tracker, KEY, metrics=[MetricPoint("lora/tokens_per_second", speed, step) for step, speed in speeds])
-    assert len(history(tracker, "lora/tokens_per_second")) == 9, "the value logged last at step 5 is the recorded one"
+    assert history(tracker, "tokens_per_second") == sorted([*speeds, (5, 100.0)])
+    record(tracker, KEY, checkpoints=[trained("tokens_per_second", dict(speeds))])
+    assert len(history(tracker, "tokens_per_second")) == 9, "the value logged last at step 5 is the recorded one"
 
 
 def test_a_killed_training_stays_running_until_it_is_recorded(tracker: Tracker) -> None:
@@ -158,7 +175,7 @@ with training(tracker, interval_seconds=0.05) as curves:
     for step in range(1, 4):
         curves(step, {"train_loss": 1 / step})
         time.sleep(0.2)
-    until(lambda: runs(tracker) and len(history(tracker, "lora/train_loss")) == 3)
+    until(lambda: runs(tracker) and len(history(tracker, "train_loss")) == 3)
     print("three", flush=True)
     time.sleep(600)
 """
@@ -169,31 +186,31 @@ with training(tracker, interval_seconds=0.05) as curves:
         for step in range(2, 5):
             curves(step, {"train_loss": 1 / step})
     record(tracker, KEY, status="failed")
-    assert history(tracker, "lora/train_loss") == [(step, 1 / step) for step in range(1, 5)]
-    assert only_run(tracker).info.status == "FAILED"
+    assert history(tracker, "train_loss") == [(step, 1 / step) for step in range(1, 5)]
+    assert {run.info.status for run in runs(tracker)} == {"FAILED"}, "what was trained is in no record"
 
 
 def test_a_recorded_run_whose_training_is_refreshed_is_under_way_again(tracker: Tracker) -> None:
-    points = [MetricPoint("lora/train_loss", 1 / step, step) for step in (1, 2)]
-    first = record(tracker, KEY, metrics=points)
+    whole = [trained("train_loss", {1: 1.0, 2: 0.5})]
+    first = record(tracker, KEY, checkpoints=whole)
     with training(tracker) as curves:
         curves(1, {"train_loss": 1.0})
         until(lambda: only_run(tracker).info.status == "RUNNING")
         assert not tracker.has(KEY)
         curves(2, {"train_loss": 0.5})
-    assert record(tracker, KEY, metrics=points) == first, "also if it comes to the same as before"
-    assert only_run(tracker).info.status == "FINISHED"
-    assert history(tracker, "lora/train_loss") == [(1, 1.0), (2, 0.5)]
+    assert record(tracker, KEY, checkpoints=whole) == first, "also if it comes to the same as before"
+    assert {run.info.status for run in runs(tracker)} == {"FINISHED"}
+    assert history(tracker, "train_loss") == [(1, 1.0), (2, 0.5)]
 
 
 def test_a_run_that_was_deleted_meanwhile_is_made_again(tracker: Tracker, caplog: pytest.LogCaptureFixture) -> None:
     with training(tracker, interval_seconds=0.05, patience_seconds=0.05) as curves:
         curves(1, {"train_loss": 1.0})
-        until(lambda: runs(tracker) and history(tracker, "lora/train_loss"))
-        client(tracker).delete_run(only_run(tracker).info.run_id)
+        until(lambda: runs(tracker) and history(tracker, "train_loss"))
+        client(tracker).delete_run(children(tracker)["lora"].info.run_id)
         curves(2, {"train_loss": 0.5})
-        until(lambda: runs(tracker) and history(tracker, "lora/train_loss"))
-    assert history(tracker, "lora/train_loss") == [(2, 0.5)]
+        until(lambda: runs(tracker) and history(tracker, "train_loss"))
+    assert history(tracker, "train_loss") == [(2, 0.5)]
     assert len(warnings(caplog)) == 1
 
 
@@ -213,21 +230,21 @@ def test_two_trainings_of_a_run_at_once_share_it(tracker: Tracker) -> None:
     for thread in threads:
         thread.join()
     for name in ("lora", "cpt"):
-        assert history(tracker, f"{name}/train_loss") == [(step, 1 / step) for step in range(1, 101)]
-        assert history(tracker, f"{name}/grad_norm") == [(step, float(step)) for step in range(1, 101)]
+        assert history(tracker, "train_loss", name) == [(step, 1 / step) for step in range(1, 101)]
+        assert history(tracker, "grad_norm", name) == [(step, float(step)) for step in range(1, 101)]
 
 
 def test_an_error_of_the_training_passes_and_what_it_reached_is_logged(tracker: Tracker) -> None:
     def train() -> None:
         with training(tracker) as curves:
             curves(1, {"train_loss": 1.0})
-            until(lambda: runs(tracker) and history(tracker, "lora/train_loss"))
+            until(lambda: runs(tracker) and history(tracker, "train_loss"))
             curves(2, {"train_loss": math.nan})
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         train()
-    assert [step for step, _ in history(tracker, "lora/train_loss")] == [1, 2]
+    assert [step for step, _ in history(tracker, "train_loss")] == [1, 2]
 
 
 @contextmanager
@@ -249,7 +266,7 @@ def test_no_server_costs_one_warning_and_no_second_try(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    run, tries = LiveRun(Tracker(no_server()), KEY, "demo"), []
+    run, tries = LiveRun(Tracker(no_server()), KEY, "demo", "lora"), []
 
     def counted(points: Sequence[MetricPoint], over: threading.Event) -> None:
         tries.append(len(points))
@@ -305,9 +322,9 @@ def test_what_mlflow_refused_is_logged_when_it_takes_points_again(
         until(lambda: warnings(caplog))
         curves(2, {"train_loss": 0.5})
         shutil.copyfile(blank_mlflow, database)
-        until(lambda: runs(mended) and len(history(mended, "lora/train_loss")) == 2)
+        until(lambda: runs(mended) and len(history(mended, "train_loss")) == 2)
         curves(3, {"train_loss": 0.3})
-    assert history(mended, "lora/train_loss") == [(1, 1.0), (2, 0.5), (3, 0.3)]
+    assert history(mended, "train_loss") == [(1, 1.0), (2, 0.5), (3, 0.3)]
     assert len(warnings(caplog)) == 1
     assert "KeyError" not in warnings(caplog)[0]
 

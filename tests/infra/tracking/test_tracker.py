@@ -8,14 +8,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
 from infra.errors import TrackingUnusable
 from infra.tracking.mlflow_rules import accepted_keys, accepted_model_name, stored
-from infra.tracking.records import MetricPoint
-from infra.tracking.tracker import CHANGED_PARAMS_TAG, RUN_KEY_TAG, Tracker
+from infra.tracking.mlflow_store import CHANGED_PARAMS_TAG, LABEL_TAG, RUN_KEY_TAG
+from infra.tracking.records import CheckpointRecord, MetricPoint, RunContent, RunRecord
+from infra.tracking.tracker import Tracker
 from tests.infra.processes import finish, kill_after_line, start
 
 pytestmark = pytest.mark.slow  # not in `make test-fast`
@@ -36,11 +37,17 @@ def record(
     metrics: Sequence[MetricPoint] = (),
     tags: Mapping[str, str] | None = None,
     artifacts: Mapping[str, str] | None = None,
-    checkpoints: Mapping[str, Path] | None = None,
+    checkpoints: Sequence[CheckpointRecord] = (),
     status: Literal["completed", "failed"] = "completed",
+    **more: Any,
 ) -> str:
-    return tracker.record(run_key=run_key, name=name, params=params or {}, metrics=metrics, tags=tags or {},
-                          artifacts=artifacts or {}, checkpoints=checkpoints or {}, status=status)  # fmt: skip
+    content = RunContent(name, status, params or {}, metrics, tags or {}, artifacts or {})
+    return tracker.record(RunRecord(run_key, content, checkpoints, **more))
+
+
+def checkpoint(label: str, folder: Path | None = None, key: str | None = None, **content: Any) -> CheckpointRecord:
+    known = key or (folder.name if folder else f"prune-v1-{label}")
+    return CheckpointRecord(label, known, RunContent(label, **content), folder)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +74,17 @@ def experiment_id(tracker: Tracker) -> str:
 
 
 def only_run(tracker: Tracker) -> Run:
-    (run,) = client(tracker).search_runs([experiment_id(tracker)])
+    """The only one that is not of a checkpoint."""
+    (run,) = [run for run in client(tracker).search_runs([experiment_id(tracker)]) if RUN_KEY_TAG in run.data.tags]
     return run
+
+
+def children(tracker: Tracker) -> dict[str, Run]:
+    """The runs of all checkpoints, by name; of no two the same."""
+    found = client(tracker).search_runs([experiment_id(tracker)], f"tags.`{LABEL_TAG}` != ''")
+    assert {run.data.tags["mlflow.parentRunId"] for run in found} <= {only_run(tracker).info.run_id}
+    assert len({run.data.tags[LABEL_TAG] for run in found}) == len(found)
+    return {run.info.run_name: run for run in found}
 
 
 def history(tracker: Tracker, key: str) -> list[tuple[int, float]]:
@@ -192,14 +208,19 @@ def test_checkpoints_are_registered_once_where_they_lie(tracker: Tracker, tmp_pa
     (folder / "model.safetensors").write_bytes(bytes(100))
     name = f"reg/{tmp_path.name}"
     for tag in ("a", "b"):
-        record(tracker, name=name, checkpoints={"slimgpt-20": folder}, tags={"t": tag})
-    record(tracker, "run-v1-other", name=name, checkpoints={"slimgpt-20": folder})
-    record(tracker, "run-v1-other", name=name, checkpoints={"slimgpt-20": tmp_path / "store" / "prune-v1-1"})
-    model = accepted_model_name(f"{name}-slimgpt-20")
+        record(tracker, name=name, checkpoints=[checkpoint("slimgpt-20", folder)], tags={"t": tag})
+    record(tracker, "run-v1-other", name=name, checkpoints=[checkpoint("slimgpt-20", folder)])
+    other = checkpoint("slimgpt-20", tmp_path / "store" / "prune-v1-1")
+    record(tracker, "run-v1-other", name=name, checkpoints=[other])
+    model = accepted_model_name(name)
     versions = {version.source: version for version in client(tracker).search_model_versions(f"name='{model}'")}
     assert set(versions) == {folder.as_uri(), (tmp_path / "store" / "prune-v1-1").as_uri()}
     assert len(client(tracker).search_model_versions(f"name='{model}'")) == 2
-    assert versions[folder.as_uri()].tags == {RUN_KEY_TAG: "run-v1-0", "slimline.checkpoint_key": "prune-v1-0"}
+    assert versions[folder.as_uri()].tags == {
+        RUN_KEY_TAG: "run-v1-0",
+        "slimline.checkpoint_key": "prune-v1-0",
+        LABEL_TAG: "slimgpt-20",
+    }
     database = Path(tracker.uri.removeprefix("sqlite:///"))
     assert not list(database.parent.rglob("*.safetensors"))
 
@@ -231,15 +252,16 @@ def test_nothing_new_is_recognised_by_mlflow_too(tracker: Tracker, monkeypatch: 
 def test_a_record_killed_in_the_middle_is_completed(tracker: Tracker) -> None:
     code = """
 import sys, time
-import infra.tracking.tracker as tracking
+from infra.tracking.mlflow_store import MlflowStore
+from infra.tracking.tracker import Tracker
 from tests.infra.tracking.test_tracker import CURVE, record
-real = tracking._log_points
+real = MlflowStore.log_points
 def slow(*arguments):
     real(*arguments)
     print("half", flush=True)
     time.sleep(600)
-tracking._log_points = slow
-record(tracking.Tracker(sys.argv[1], sys.argv[2]), metrics=CURVE[:10], artifacts={"report.md": "x"})
+MlflowStore.log_points = slow
+record(Tracker(sys.argv[1], sys.argv[2]), metrics=CURVE[:10], artifacts={"report.md": "x"})
 """
     record(tracker, "run-v1-first")
     assert kill_after_line(start(code, tracker.uri, tracker.experiment)) == "half"

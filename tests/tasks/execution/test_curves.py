@@ -25,7 +25,7 @@ from tests.tasks.execution.test_stage import REQUEST
 pytestmark = pytest.mark.slow  # not in `make test-fast`
 
 IN_RUN = InRun("run-demo-v1-0", "demo", "slimgpt-20+lora")
-LOSS = "slimgpt-20_lora/train_loss"
+LOSS = "training/train_loss"
 
 
 @pytest.fixture
@@ -39,9 +39,11 @@ def run_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blank_mlflow: P
 
 
 def runs(run_context: RunContext) -> list[Run]:
+    """Those of checkpoints."""
     client = MlflowClient(run_context.settings.tracking_uri)
     experiment = client.get_experiment_by_name("slimline")
-    return [] if experiment is None else list(client.search_runs([experiment.experiment_id]))
+    found = [] if experiment is None else client.search_runs([experiment.experiment_id])
+    return [run for run in found if "slimline.checkpoint" in run.data.tags]
 
 
 def test_the_curves_of_a_stage_grow_while_it_runs(run_context: RunContext) -> None:
@@ -56,8 +58,8 @@ def test_the_curves_of_a_stage_grow_while_it_runs(run_context: RunContext) -> No
 
     made = run_stage(REQUEST, "recover", pickle.loads(pickle.dumps(run_context)), fill, devices="none")
     (early,) = seen
-    assert (early.info.status, early.info.run_name) == ("RUNNING", "demo")
-    assert early.data.metrics == {LOSS: 2.5, "slimgpt-20_lora/grad_norm": 1.0}
+    assert (early.info.status, early.info.run_name) == ("RUNNING", "slimgpt-20+lora")
+    assert early.data.metrics == {LOSS: 2.5, "training/grad_norm": 1.0}
     (run,) = runs(run_context)
     assert run.data.metrics[LOSS] == 2.25
     assert made.ref == REQUEST.ref, "where it is shown is in no key"

@@ -22,7 +22,8 @@ from infra.tracking.tracker import Tracker
 from tasks.execution.context import RunContext
 from tasks.execution.curves import InRun, live_curves
 from tasks.execution.stage import importing
-from tasks.stages.record import RunOutcome, _record
+from tasks.recording.outcome import RunOutcome
+from tasks.stages.record import _record
 
 pytestmark = pytest.mark.slow  # not in `make test-fast`
 
@@ -68,13 +69,19 @@ def outcome(checkpoints: Mapping[str, ArtifactRef], **changes: Any) -> RunOutcom
 
 
 def histories(run_context: RunContext) -> dict[str, list[tuple[int, float]]]:
-    """All metrics of the only MLflow run."""
+    """All metrics of the checkpoints of the only MLflow run, which has none itself, below their names."""
     client = MlflowClient(run_context.settings.tracking_uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    (run,) = client.search_runs(experiments)
+    runs = client.search_runs(experiments)
+    (parent,) = [run for run in runs if "slimline.run_key" in run.data.tags]
+    assert parent.data.metrics == {}
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(below) == len(runs) - 1 == len({run.info.run_name for run in below})
     return {
-        key: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, key))
+        f"{run.info.run_name}/{key}": sorted((each.step, each.value) for each in history)
+        for run in below
         for key in run.data.metrics
+        for history in [client.get_metric_history(run.info.run_id, key)]
     }
 
 
@@ -98,8 +105,10 @@ def test_curves_of_trainings_are_recorded(run_context: RunContext) -> None:
         *((KEY, lora.key, metric, step, value) for metric, points in CURVES.items() for step, value in points),
         (KEY, learned.key, "train_loss", 1, 0.5),
     ]
-    expected = {f"{name}/{metric}": pairs(points) for name in ("lora", "again") for metric, points in CURVES.items()}
-    assert histories(run_context) == expected | {"learned/train_loss": [(1, 0.5)]}
+    expected = {
+        f"{name}/training/{metric}": pairs(points) for name in ("lora", "again") for metric, points in CURVES.items()
+    }
+    assert histories(run_context) == expected | {"learned/training/train_loss": [(1, 0.5)]}
     with duckdb.connect(str(results.path), read_only=True) as connection:
         question = "SELECT step FROM curves WHERE metric = 'heldout_loss' ORDER BY value LIMIT 1"
         assert connection.execute(question).fetchall() == [(3,)]
@@ -115,10 +124,11 @@ def test_what_was_shown_live_is_not_doubled(run_context: RunContext) -> None:
                 curves(step, {"train_loss": losses[step], "learning_rate": 1e-4})
     assert not Tracker(run_context.settings.tracking_uri).has(KEY)
     before = histories(run_context)
-    assert before["slimgpt-20_lora/train_loss"] == pairs(CURVES["train_loss"][:2])
+    assert before["slimgpt-20+lora/training/train_loss"] == pairs(CURVES["train_loss"][:2])
     lora = checkpoint(run_context, "recover-lora-v2-0", {"recovery.json": {"curves": CURVES}})
     _record(outcome({"slimgpt-20+lora": lora}), run_context)
-    assert histories(run_context) == {f"slimgpt-20_lora/{metric}": pairs(points) for metric, points in CURVES.items()}
+    whole = {f"slimgpt-20+lora/training/{metric}": pairs(points) for metric, points in CURVES.items()}
+    assert histories(run_context) == whole
     assert Tracker(run_context.settings.tracking_uri).has(KEY)
     (run,) = ResultsStore.of(run_context.settings).runs()
     found = MlflowClient(run_context.settings.tracking_uri).get_run(run.mlflow_run_id)
@@ -131,7 +141,7 @@ def test_a_run_whose_training_failed_gets_its_status(run_context: RunContext) ->
     _record(outcome({}, failed=True, message="diverged"), run_context)
     (run,) = ResultsStore.of(run_context.settings).runs()
     assert ResultsStore.of(run_context.settings).curves() == ()
-    assert histories(run_context) == {"lora/train_loss": [(1, 2.5)]}
+    assert histories(run_context) == {"lora/training/train_loss": [(1, 2.5)]}
     assert MlflowClient(run_context.settings.tracking_uri).get_run(run.mlflow_run_id).info.status == "FAILED"
 
 
@@ -143,4 +153,4 @@ def test_odd_losses_are_recorded_as_what_they_are(run_context: RunContext) -> No
         _record(outcome({"lora": lora}, name=name), run_context)
     values = [str(row.value) for row in ResultsStore.of(run_context.settings).curves()]
     assert values == ["nan", "nan", "inf", "-inf", "nan", "inf"]
-    assert [step for step, _ in histories(run_context)["lora/train_loss"]] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in histories(run_context)["lora/training/train_loss"]] == [1, 2, 3, 4, 5, 6]
