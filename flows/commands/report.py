@@ -11,6 +11,7 @@ import typer
 
 from flows.commands.app import app, prepared
 from flows.commands.results import Form
+from flows.errors import SpecError
 
 
 class ReportForm(StrEnum):
@@ -40,6 +41,8 @@ def report(
     from flows.records.report.papers import TABLES
     from infra.results.store import ResultsStore
 
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise SpecError(f"--out {out} cannot be written: give a file in a folder that exists")
     if table is None:
         for name, known in TABLES.items():
             print(f"{name:{max(map(len, TABLES))}}  {known.title} ({known.paper})")

@@ -260,7 +260,9 @@ class ResultIndex:
 
 
 def _refusal(error: Exception) -> QuestionRefused:
-    return QuestionRefused(f"DuckDB cannot answer that: {_reason(error)}")
+    hints = [line for line in str(error).splitlines()[1:] if line.startswith(("Did you mean", "Candidate bindings"))]
+    words = " ".join([_reason(error), *hints])
+    return QuestionRefused(f"DuckDB cannot answer that: {words} (all tables: slimline help results-schema)")
 
 
 def _check_select(question: str) -> None:

@@ -156,6 +156,28 @@ def test_results_of_one_run_are_found_by_name(smoke: tuple[Home, RunResult]) -> 
     assert "there are: smoke" in only_complaint(home.slimline("results", "--run", "smok", code=2))
 
 
+def test_a_report_and_an_answer_say_what_the_results_say(smoke: tuple[Home, RunResult], tmp_path: Path) -> None:
+    home, result = smoke
+    wanted = {"dense", "slimgpt-20", "slimgpt-20+lora"}
+    asked = home.slimline("sql", "SELECT checkpoint, ppl, num_parameters FROM leaderboard", "--format", "json")
+    rows = {row["checkpoint"]: row for row in json.loads(asked.stdout)}
+    assert rows.keys() == wanted
+    measured = {row.checkpoint: row.value for row in result.metrics if row.metric == first_perplexity(result)}
+    assert {name: row["ppl"] for name, row in rows.items()} == pytest.approx(measured)
+    assert rows["dense"]["num_parameters"] > rows["slimgpt-20"]["num_parameters"] > 0
+    out = tmp_path / "table.md"
+    assert str(out) in home.slimline("report", "slimgpt-1", "--out", str(out)).stdout
+    line = next(line for line in out.read_text().splitlines() if line.startswith("| slimgpt |") and "lora" in line)
+    assert f"{measured['slimgpt-20+lora']:.2f}" in line
+    missing = home.slimline("report", "slimgpt-1", "--out", str(tmp_path / "nowhere" / "table.md"), code=2)
+    assert only_complaint(missing).endswith("cannot be written: give a file in a folder that exists")
+
+
+def first_perplexity(result: RunResult) -> str:
+    """The first perplexity of a run."""
+    return next(row.metric for row in result.metrics if row.metric.startswith("ppl@"))
+
+
 def test_results_of_an_empty_home_say_what_to_do(here: Command) -> None:
     assert "run a spec first" in only_complaint(here("results", code=2))
 

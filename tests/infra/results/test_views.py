@@ -295,6 +295,11 @@ def as_of_format_5(path: Path) -> None:
         ("", "one question at a time: that is 0 statements"),
         ("SELEKT 1", "DuckDB cannot read that: Parser Error"),
         ("SELECT nothing FROM runs", "DuckDB cannot answer that: Binder Error"),
+        (
+            "FROM leaderbord",
+            "DuckDB cannot answer that: Catalog Error: Table with name leaderbord does not exist! "
+            'Did you mean "leaderboard"? (all tables: slimline help results-schema)',
+        ),
         ("SELECT 1 FROM nowhere", "DuckDB cannot answer that: Catalog Error"),
         ("SELECT nextval('numbers')", "DuckDB cannot answer that"),
         ("SELECT CAST('x' AS INTEGER)", "DuckDB cannot answer that: Conversion Error"),
