@@ -141,6 +141,7 @@ def test_links_in_a_circle_are_named(mirror: Path) -> None:
 def test_an_index_names_safetensors_beside_it(sources: Sources, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": name}}))
     with pytest.raises(SourceInvalid, match="which is no safetensors file beside it"):
         describe(sources.find(str(folder), "model"))
