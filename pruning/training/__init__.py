@@ -8,6 +8,7 @@ It may import families, checkpoints and distributed, never a recovery or a metho
 * `adapters`     LoRA on the model's linears
 * `objectives`   what is minimised: cross entropy, or the divergence from a dense model
 * `trainer`      the Hugging Face Trainer, made resumable, watched by held-out loss, and quiet
-* `watching`, `durable`      held-out loss, the best weights, divergence; which checkpoints are whole
+* `watching`      held-out loss, the best weights, divergence
+* `saving`, `durable`        when checkpoints are written; which are whole
 * `memory`       what a training takes, before it starts
 """

@@ -34,10 +34,11 @@ class TrainingConfig(BaseModel):
     epochs: passes over the examples. max_steps: optimizer steps, None for `epochs`. final_learning_rate: share of
     learning_rate that a cosine ends at. dtype: of the forward and backward pass (autocast; what is trained and the
     optimizer stay float32). gradient_checkpointing: activations are computed again instead of kept. optimizer:
-    adamw_8bit needs bitsandbytes and a GPU. save_steps: between resumable checkpoints, None for every tenth of the run
-    and at least every 25 steps. num_heldout: examples that are not trained on, whose loss is watched; heldout_steps:
-    between two looks, None for every tenth of the run. patience: looks without a better loss after which the training
-    ends, None for never. keep: the weights of the last step, or those of the best held-out loss.
+    adamw_8bit needs bitsandbytes and a GPU. save_steps: between resumable checkpoints, None for one a minute, or fewer
+    where writing them would take a twentieth of the time and more. num_heldout: examples that are not trained on, whose
+    loss is watched; heldout_steps: between two looks, None for every tenth of the run. patience: looks without a better
+    loss after which the training ends, None for never. keep: the weights of the last step, or those of the best
+    held-out loss.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -23,17 +23,16 @@ from pruning.training.batches import Batch, Examples, batches, collate, count_pr
 from pruning.training.durable import newest_complete_
 from pruning.training.objectives import CrossEntropy, Objective, precision
 from pruning.training.options import CHECKPOINTS_AT_ONCE, Curves, TrainingConfig, TrainingRun
+from pruning.training.saving import Checkpoints, SavesInTime, load_along_
 from pruning.training.watching import (
     Along,
     BeforeSteps,
     Best,
-    Checkpoints,
     Heldout,
     Reporter,
     StopDiverging,
     Watched,
     curves_of,
-    load_along_,
 )
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "adafactor": "adafactor"}
@@ -104,6 +103,8 @@ def train(
     )
     trainer.objective, trainer.along = objective, along
     trainer.remove_callback(PrinterCallback)
+    if config.save_steps is None:
+        trainer.add_callback(SavesInTime())
     every = config.heldout_steps or max(1, arguments.max_steps // 10)
     if watched is not None:
         other_loss = _MeanLoss(model, CrossEntropy(), watched, config, run, pad_id)
@@ -171,7 +172,8 @@ def training_arguments(config: TrainingConfig, num_examples: int, run: TrainingR
         ddp_find_unused_parameters=False,
         seed=config.seed,
         data_seed=config.seed,
-        save_steps=config.save_steps or min(25, max(1, num_steps // 10)),
+        save_strategy="steps" if config.save_steps else "no",  # by steps, or in time (saving.py)
+        save_steps=config.save_steps or num_steps,
         save_total_limit=CHECKPOINTS_AT_ONCE - 1,  # the last may be half-written when the run is killed
         logging_steps=1,
         logging_nan_inf_filter=False,

@@ -1,4 +1,4 @@
-"""What looks on while the Trainer trains: whole checkpoints, held-out loss, the best weights, divergence, progress."""
+"""What looks on while the Trainer trains: held-out loss, the best weights, divergence, progress."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ _METRICS = {
     "expected_sparsity": "expected_sparsity",
     "multiplier": "multiplier",
 }
-_ALONG_FILE = "along.safetensors"
 #: a loss has diverged if its mean over so many steps is above its lowest such mean, or the held-out one above that
 #: before training, by this factor and so many nats
 _STEPS, _FACTOR, _NATS = 10, 1.5, 0.5
@@ -127,31 +126,6 @@ class BeforeSteps(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """They are whole, and not yet zeroed."""
         self._along.before_step(state.global_step + 1)
-
-
-def load_along_(along: Along, checkpoint: Path) -> None:
-    """Give it the state that lies in a whole checkpoint."""
-    along.load_(load_file(checkpoint / _ALONG_FILE))
-
-
-class Checkpoints(TrainerCallback):  # type: ignore[misc]
-    """Marks a checkpoint complete once the Trainer has written all of it, and what goes along lies beside it."""
-
-    def __init__(self, identity: str, best: Best, along: Along | None = None) -> None:
-        self._identity, self._best, self._along = identity, best, along
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark it."""
-        if not state.is_world_process_zero:
-            return
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if self._along is not None:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._along.state().items()}
-            save_file(tensors, folder / _ALONG_FILE)
-        mark_complete(folder, self._identity)
-        heldout = curves_of(state.log_history).get("heldout_loss")
-        if self._best.enabled and heldout:
-            self._best.drop_others(best_step(heldout))
 
 
 class Watched(TrainerCallback):  # type: ignore[misc]
