@@ -19,9 +19,6 @@ __all__ = ["app", "help", "main", "nights", "report", "results", "retry", "runs"
 
 log = logging.getLogger("slimline")
 
-#: exit code of a night in which everything ran but a gate does not hold
-_GATE = 3
-
 
 def main() -> None:
     """Entry point of the `slimline` command."""
@@ -30,10 +27,8 @@ def main() -> None:
     log_to_terminal(verbose=verbose)
     try:
         app()
-    except StagesFailed as error:
-        _fail(str(error), 2 if error.by_user else 1, verbose)
-    except NightFailed as error:
-        _fail(str(error), _GATE if not error.result.failures else 2 if error.by_user else 1, verbose)
+    except (StagesFailed, NightFailed) as error:
+        _fail(str(error), error.exit_code, verbose)
     except Exception as error:
         log.debug("traceback", exc_info=True)
         words = user_message(error)

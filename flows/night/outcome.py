@@ -131,3 +131,8 @@ class NightFailed(RuntimeError):
     def by_user(self) -> bool:
         """Whether all failures are of the kind that the user can mend."""
         return all(cell.by_user for cell in self.result.failures)
+
+    @property
+    def exit_code(self) -> int:
+        """Of a command that ends with it: 3 if everything ran but a gate does not hold."""
+        return 3 if not self.result.failures else 2 if self.by_user else 1
