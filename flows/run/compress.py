@@ -83,7 +83,7 @@ def compress(
         # the run needs all of them up to its record: `slimline gc` must leave alone what is cached, too
         with (
             claimed(run_context.store.root, [stage.ref for stage in graph.stages], graph.run_key),
-            followed_run(graph, run_context) as tell,
+            followed_run(graph, run_context, refreshed) as tell,
         ):
             if not refreshed and _all_cached(graph, run_context):
                 outcomes = _cached_outcomes(graph, run_context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from prefect.runtime import flow_run
@@ -19,8 +19,10 @@ _TOLD = {"name", "key", "kind", "status", "seconds", "message"}
 
 
 @contextmanager
-def followed_run(graph: StageGraph, run_context: RunContext) -> Iterator[Callable[[Sequence[StageOutcome]], None]]:
-    """The body of a run, which calls what this yields with what its stages came to."""
+def followed_run(
+    graph: StageGraph, run_context: RunContext, refreshed: Collection[str]
+) -> Iterator[Callable[[Sequence[StageOutcome]], None]]:
+    """The body of a run, which calls what this yields with what its stages came to. refreshed: keys to make anew."""
     run = FollowedRun(
         id=str(flow_run.id or graph.run_key),
         kind="run",
@@ -28,7 +30,11 @@ def followed_run(graph: StageGraph, run_context: RunContext) -> Iterator[Callabl
         name=graph.spec.name,
         part_of=str(run_context.part_of) if run_context.part_of else None,
         model=graph.spec.model.id,
-        stages=tuple(StageOfRun(name=stage.name, key=stage.ref.key, kind=stage.ref.kind) for stage in graph.stages),
+        stages=tuple(
+            StageOfRun(name=stage.name, key=key, kind=stage.ref.kind, refreshed=key in refreshed)
+            for stage in graph.stages
+            for key in [stage.ref.key]
+        ),
     )
     came_to: list[StageOfRun] = []
 

@@ -39,13 +39,15 @@ class _File(BaseModel):
 
 
 class StageOfRun(BaseModel):
-    """One stage of a run. status, seconds and message: how it ended, once the run has; seconds as in the store."""
+    """One stage of a run. refreshed: it is made although it was made before the run. status, seconds and message: how
+    it ended, once the run has; seconds as in the store."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     key: str
     kind: str
+    refreshed: bool = False
     status: Literal["completed", "cached", "failed", "skipped"] | None = None
     seconds: float | None = None
     message: str | None = None
@@ -149,10 +151,11 @@ class RunningFiles:
         with _not_worth_a_run(name):
             path.unlink(missing_ok=True)
 
-    def runs(self) -> list[FollowedRun]:
-        """Of the last two weeks, whether they run or not, the newest last."""
-        found = (_read(path, FollowedRun) for path in (self.folder / "runs").glob("*.json"))
-        return sorted(filter(None, found), key=lambda run: run.began_at)
+    def runs(self, since: datetime | None = None) -> list[FollowedRun]:
+        """Of the last two weeks, or that began since then, whether they run or not, the newest last."""
+        found = (_read(path, FollowedRun) for path in (self.folder / "runs").glob("*.json") if _written(path, since))
+        begun = (run for run in found if run and (since is None or run.began_at >= since))
+        return sorted(begun, key=lambda run: run.began_at)
 
     def run(self, id_: str) -> FollowedRun | None:
         """That one, if it is still known."""
@@ -208,6 +211,13 @@ def _replace(path: Path, content: _File) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def _written(path: Path, since: datetime | None) -> bool:
+    """Whether it was since then: what was not need not be read. Clocks of a shared disk may differ a little."""
+    with suppress(FileNotFoundError):
+        return since is None or path.stat().st_mtime > since.timestamp() - 600
+    return False
 
 
 def _read(path: Path, kind: type[F]) -> F | None:
