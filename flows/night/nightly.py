@@ -23,6 +23,7 @@ from pydantic.json_schema import SkipJsonSchema
 from flows.night.outcome import CellFailed, CellOutcome, NightFailed, NightResult
 from flows.night.regressions import compare, pass_gates
 from flows.night.summary import headline, night_title, summary
+from flows.records.lookup import mlflow_pages
 from flows.run.compress import compress, open_run_context, recorded_result, unknown_stage
 from flows.run.follow import followed, stages_of
 from flows.run.leaks import refuse_leaks, trains
@@ -40,7 +41,6 @@ from infra.results.store import ResultsStore
 from infra.running.files import FollowedRun, RunningFiles, ended
 from infra.secrets import redacted
 from infra.settings import Settings, load_settings
-from infra.tracking.pages import address_of_run
 from tasks.stages.pairs import Reports
 from tasks.stages.record_night import record_night
 
@@ -79,7 +79,8 @@ def nightly(
     with followed(RunningFiles(settings.home), _followed_night(night)):
         outcomes = _run_cells(night, wanted)
         result = _compared(night, outcomes, settings, time.monotonic() - clock)
-        text = summary(result, alpha=night.alpha, tolerance=night.tolerance, pages=_pages(settings))
+        pages = mlflow_pages(ResultsStore.of(settings), settings.tracking_uri)
+        text = summary(result, alpha=night.alpha, tolerance=night.tolerance, pages=pages)
         create_markdown_artifact(text, key=f"slimline-night-{slug(night.name)}", description=headline(result))
         record_night(_night_row(night, result, started_at), _cell_rows(result), result.figures, text, settings)
         log.info("night %s: %s", night.name, headline(result))
@@ -194,12 +195,6 @@ def _night_id(night: NightSpec) -> str:
 def _followed_night(night: NightSpec) -> FollowedRun:
     cells = {cell.name: cell.spec.name for cell in night.cells}
     return FollowedRun(id=str(_this_flow_run().id), kind="night", key=_night_id(night), name=night.name, cells=cells)
-
-
-def _pages(settings: Settings) -> dict[str, str]:
-    """Of recorded runs, in MLflow, by run key."""
-    runs = ResultsStore.of(settings).runs()
-    return {run.run_key: address_of_run(settings.tracking_uri, run.mlflow_run_id) for run in runs if run.mlflow_run_id}
 
 
 def _refreshed(night: NightSpec, names: Sequence[str]) -> dict[str, tuple[str, ...]]:

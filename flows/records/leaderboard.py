@@ -92,6 +92,11 @@ _COLUMNS = (
     _Column("latency ms", "latency_ms", "{:.0f}".format),
 )
 _LONGEST_NAME = 48
+#: what is left out first where there is no room
+_DISPENSABLE = (
+    *("latency ms", "ms/token", "spec", "peak GiB", "parameters (M)", "latency / dense"),
+    *("zero-shot acc", "removed"),
+)
 #: of one of these that another spec measured, all go together
 _MEASURED = (
     ("zero_shot", "zero_shot_protocol"),
@@ -197,14 +202,15 @@ def _best(column: _Column, entries: Sequence[Entry]) -> list[int]:
 
 
 def _fitting(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> list[int]:
-    """Places of the columns that fit: the last go first, then the spec; checkpoint and perplexity always stay."""
+    """Places of the columns that fit; checkpoint and perplexity always stay."""
     kept = list(range(len(headings)))
     widths = [max(map(len, column)) + 2 for column in zip(headings, *rows, strict=True)]
-    for place in [*range(len(headings) - 1, 4, -1), 1, 3, 2]:
+    names = [heading.strip() for heading in headings]
+    for name in _DISPENSABLE:
         if width is None or sum(widths[each] for each in kept) - 2 <= width:
             break
-        if place in kept:
-            kept.remove(place)
+        if name in names:
+            kept.remove(names.index(name))
     return kept
 
 

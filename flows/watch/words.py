@@ -39,7 +39,7 @@ _COUNTED: tuple[Status, ...] = ("running", "waiting", "failed", "skipped")
 def ending(state: RunState) -> str:
     """When it will end, as far as that is known."""
     if state.left is None:
-        return "nobody knows yet when it ends: nothing like what is left was timed before"
+        return "no estimate yet: nothing like what is left was timed before"
     at = (state.at + timedelta(seconds=state.left)).astimezone()
     rest = f", {state.uncounted} stages not counted that were never timed" if state.uncounted else ""
     return f"about {duration(state.left)} left, until {at:%H:%M}{rest}"

@@ -96,7 +96,7 @@ def _cut(parts: Iterable[str], table: Sequence[str]) -> str:
     """The parts, then as many lines of the table as there is room for."""
     text = "\n\n".join(part[: MOST_CHARACTERS // 4] for part in parts if part) + "\n"
     for index, line in enumerate(table):
-        rest = f"\n\n{len(table) - index} more rows: `slimline results`"
+        rest = f"\n\n{len(table) - index} more rows: `slimline results --format csv`"
         if len(text) + len(line) + len(rest) >= MOST_CHARACTERS:
             return text + rest
         text += f"\n{line}"

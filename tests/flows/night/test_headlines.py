@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from flows.night.headlines import Headlines, headlines, headlines_of_record, headlines_of_result
 from flows.night.outcome import CellOutcome, GateOutcome, NightResult
-from infra.results.rows import NightCellRow, NightFigureRow, NightRow
+from flows.night.summary import summary, terminal
+from infra.results.rows import NightCellRow, NightFigureRow, NightRow, RunRow
+from infra.results.store import ResultsStore
+from infra.settings import Settings
+from tests.command_line import call
 
 NOON = datetime(2025, 6, 1, 12, tzinfo=UTC)
 LAST = "night-small-1"
@@ -122,3 +127,52 @@ def test_the_record_of_a_night_says_the_same_as_its_result() -> None:
         "gate mmlu/* at least 0.5: it matches no figure, so it guards nothing, "
         "gate longbench/*: it matches no figure, so it guards nothing"
     )
+
+
+def test_the_command_begins_with_them_and_links_to_the_runs(tmp_path: Path) -> None:
+    moments = {"started_at": NOON, "finished_at": NOON, "slimline_version": "0"}
+    counts = dict.fromkeys(("num_run", "num_cached", "num_failed"), 0)
+    results = ResultsStore.of(Settings(home=tmp_path))
+    run = {"run_key": "run-1", "name": "small-a", "spec": "{}", "status": "completed", "mlflow_run_id": "abc"}
+    results.record(RunRow.model_validate(run | moments))
+    night = {"night_id": "night-small-2", "name": "small", "spec": "{}", "status": "failed", "gates_passed": True}
+    told = {"previous_night_id": LAST, "message": "b: no\n<b>", "num_stages": 0}
+    cell = counts | {"night_id": "night-small-2", "seconds": 1.0, "num_skipped": 0}
+    cells = [
+        NightCellRow.model_validate(cell | {"cell": "a", "status": "completed", "run_key": "run-1"}),
+        NightCellRow.model_validate(cell | {"cell": "b", "status": "failed", "message": "no\n<b>"}),
+    ]
+    results.record_night(NightRow.model_validate(night | moments | counts | told), cells, [figure("worse", cell="a")])
+    answer = call("nights", "small", variables={"SLIMLINE_HOME": str(tmp_path)})
+    assert answer.code == 0, answer.errors
+    assert answer.output.splitlines()[1:] == [
+        "",
+        "Worse: 1 of 1 figure: a slimgpt-20 perplexity/wikitext2/ppl@128 2 (before 1)",
+        "Failed: 1 cell: b (no <b>)",
+        "New: nothing",
+        "",
+        "worse  a slimgpt-20 perplexity/wikitext2/ppl@128 = 2, before 1",
+        "a  completed  run-1  http://127.0.0.1:5000/#/runs/abc",
+        "b  failed",
+        "failed: b: no <b>",
+    ]
+
+
+def test_the_page_begins_with_them_and_nothing_in_it_becomes_html() -> None:
+    cells = (
+        CellOutcome(name="a", run_key="run-1", seconds=1.0),
+        CellOutcome(name="b", run_key=None, seconds=1.0, message="<script>alert(1)</script>\nno"),
+    )
+    result = NightResult(
+        night_id="night-small-2", name="small", previous_night_id=LAST, cells=cells,
+        figures=(figure("worse", cell="a"),), gates=(), seconds=2.0,
+    )  # fmt: skip
+    lines = summary(result, alpha=0.05, tolerance=0.1, pages={"run-1": "http://mlflow/#/runs/abc"}).splitlines()
+    assert lines[:3] == [
+        "* **Worse:** 1 of 1 figure: a slimgpt-20 perplexity/wikitext2/ppl@128 2 (before 1)",
+        "* **Failed:** 1 cell: b (&lt;script>alert(1)&lt;/script> no)",
+        "* **New:** nothing",
+    ]
+    assert any("[`run-1`](http://mlflow/#/runs/abc)" in line for line in lines)
+    assert not any("<script" in line for line in lines)
+    assert terminal(result).splitlines()[0].startswith("Worse: 1 of 1 figure: a ")

@@ -32,6 +32,7 @@ class Board:
     def __init__(self, folder: Path) -> None:
         self.store = ResultsStore(folder / "results.duckdb")
         self.runs = 0
+        self._shown: dict[int, str] = {}
 
     def add(
         self,
@@ -73,7 +74,11 @@ class Board:
         self.store.record(run, metrics=metrics, checkpoints=made)
 
     def show(self, **options: Any) -> str:
-        return leaderboard(self.store, **options)
+        if options:
+            return leaderboard(self.store, **options)
+        if self.runs not in self._shown:
+            self._shown[self.runs] = leaderboard(self.store)
+        return self._shown[self.runs]
 
     def line(self, name: str) -> str:
         """The only line that begins with a checkpoint's name."""
