@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -41,10 +42,8 @@ def followed(home: Home, *overrides: str) -> tuple[list[str], list[int]]:
 
     watching = threading.Thread(target=watch)
     watching.start()
-    try:
+    with suppress(StagesFailed):
         home.run("smoke", [*SMALL, *overrides])
-    except StagesFailed:
-        pass
     watching.join(300)
     return said, codes
 
