@@ -40,7 +40,7 @@ def followed(home: Home, *overrides: str) -> tuple[list[str], list[int]]:
         watcher = Watcher(files, home.store, recorded_timings(home.results))
         codes.append(follow(watcher, running[-1], said.append))
 
-    watching = threading.Thread(target=watch)
+    watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     with suppress(StagesFailed):
         home.run("smoke", [*SMALL, *overrides])
@@ -72,7 +72,7 @@ def test_a_run_is_followed_to_its_end(home: Home) -> None:
 
 
 def test_a_run_that_fails_is_followed_to_its_exit_code(home: Home) -> None:
-    said, codes = followed(home, "steps.0.sparsity=0.999")
+    said, codes = followed(home, "steps=[{method: slimgpt, sparsity: 0.999, name: small}]")
     assert codes == [2]
     assert " ended with exit code 2 after " in said[-1]
     (failed,) = [stage for stage in told(home).stages if stage.status == "failed"]
