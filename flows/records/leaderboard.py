@@ -17,18 +17,25 @@ from infra.results.store import ResultsStore
 
 _QUESTION = """
 WITH board AS (SELECT *, row_number() OVER () AS place FROM leaderboard),
+chosen AS (
+    SELECT run_key, checkpoint, suite, task, concat(suite, '/', task, '/', metric) AS figure, protocol,
+        metric = 'acc' AND num_fewshot = 0 AND task NOT LIKE 'mmlu%' AS is_task
+    FROM metrics
+    WHERE run_key IN (SELECT run_key FROM newest_runs)
+        AND (metric LIKE 'ppl@%' OR metric = 'acc' OR (suite = 'profile' AND task = 'profile'))
+),
+alike AS (SELECT protocol, hash(deciding(protocol)) AS how FROM (SELECT DISTINCT protocol FROM chosen)),
 taken AS (
     SELECT b.run_key, b.checkpoint,
-        any_value(hash(deciding(m.protocol))) FILTER (concat(m.suite, '/', m.task, '/', m.metric) = b.ppl_of) AS ppl,
-        hash(list(DISTINCT concat(m.task, deciding(m.protocol)) ORDER BY concat(m.task, deciding(m.protocol)))
-            FILTER (m.metric = 'acc' AND m.suite <> 'profile' AND m.task NOT LIKE 'mmlu%')) AS zero_shot,
-        any_value(hash(deciding(m.protocol))) FILTER (m.suite = 'profile' AND m.task = 'profile') AS profile
-    FROM board AS b JOIN metrics AS m ON m.run_key = b.run_key AND m.checkpoint = b.checkpoint
-    WHERE m.metric LIKE 'ppl@%' OR m.metric = 'acc' OR m.metric IN ('latency_ms_p50', 'peak_memory_gib')
+        any_value(a.how) FILTER (c.figure = b.ppl_of) AS ppl,
+        hash(list(DISTINCT concat(c.task, ' ', a.how) ORDER BY concat(c.task, ' ', a.how)) FILTER (c.is_task)) AS tasks,
+        any_value(a.how) FILTER (c.suite = 'profile') AS profile
+    FROM board AS b JOIN chosen AS c ON c.run_key = b.run_key AND c.checkpoint = b.checkpoint
+    JOIN alike AS a ON a.protocol = c.protocol
     GROUP BY b.run_key, b.checkpoint
 )
 SELECT b.spec, b.checkpoint, b.checkpoint_key, b.model, coalesce(b.sparsity_asked, b.sparsity), b.sparsity,
-    b.num_parameters, b.ppl_of, b.ppl, t.ppl, b.zero_shot_avg, concat(b.zero_shot_tasks, ' ', t.zero_shot),
+    b.num_parameters, b.ppl_of, b.ppl, t.ppl, b.zero_shot_avg, concat(b.zero_shot_tasks, ' ', t.tasks),
     b.latency_ratio, b.latency_ms, b.decode_ms_per_token, b.peak_memory_gib, t.profile, b.status = 'failed'
 FROM board AS b LEFT JOIN taken AS t ON t.run_key = b.run_key AND t.checkpoint = b.checkpoint
 ORDER BY b.finished_at DESC, b.place
