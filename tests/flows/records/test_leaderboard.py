@@ -13,7 +13,8 @@ import pytest
 
 from flows.errors import SpecError
 from flows.records.leaderboard import leaderboard
-from infra.results.rows import CheckpointRow, MetricRow, RunRow
+from infra.results.files import Record
+from infra.results.rows import RUN, CheckpointRow, MetricRow, RunRow
 from infra.results.store import ResultsStore
 from tests.flows.recorded_runs import NOON
 
@@ -71,7 +72,9 @@ class Board:
             for name, figures in checkpoints.items()
             for (suite, task, metric), value in figures.items()
         ]  # fmt: skip
-        self.store.record(run, metrics=metrics, checkpoints=made)
+        # the index takes in all files at once, when it is asked
+        rows = dict.fromkeys(RUN.tables, ()) | {"runs": (run,), "metrics": metrics, "checkpoints": made}
+        self.store.files.write(Record(RUN, rows))
 
     def show(self, **options: Any) -> str:
         if options:
