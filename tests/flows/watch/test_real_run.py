@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -16,8 +17,10 @@ from flows.spec.load import load_spec
 from flows.watch.forecast import recorded_timings
 from flows.watch.screen import follow
 from flows.watch.state import Watcher
+from infra.offline.default import OfflineDefault
 from infra.running.files import FollowedRun, RunningFiles
 from tests.flows.home import Home
+from tests.flows.models import with_nan
 
 pytestmark = pytest.mark.slow
 
@@ -71,14 +74,16 @@ def test_a_run_is_followed_to_its_end(home: Home) -> None:
     assert "prune:small (magnitude 20 %)" in names
 
 
-def test_a_run_that_fails_is_followed_to_its_exit_code(home: Home) -> None:
-    said, codes = followed(home, "steps=[{method: slimgpt, sparsity: 0.999, name: small}]")
+def test_a_run_that_fails_is_followed_to_its_exit_code(home: Home, offline_root: Path, tmp_path: Path) -> None:
+    model = with_nan(OfflineDefault(offline_root).folder("slimline/tiny-random-llama"), tmp_path / "nan")
+    said, codes = followed(home, f"model.id={model}")
     assert codes == [2]
     assert " ended with exit code 2 after " in said[-1]
-    (failed,) = [stage for stage in told(home).stages if stage.status == "failed"]
-    assert failed.name == "prune:small"
+    assert [stage.status for stage in told(home).stages] == ["failed", "skipped", "skipped", "skipped"]
+    failed = told(home).stages[0]
     assert failed.message
     assert failed.message in said[-1]
+    assert any("import-model: failed: " in line for line in said)
 
 
 def test_a_title_tells_methods_and_sparsities() -> None:
