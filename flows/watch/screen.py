@@ -67,13 +67,17 @@ def _plain(say: Callable[[str], None]) -> _Shown:
         nonlocal before
         lines = [f"{title(state)}: {overview(state)}"] if before is None else []
         lines += changes(before, state)
-        if lines and before is not None and state.alive:
+        if before is not None and state.alive and _statuses(before) != _statuses(state):
             lines.append(overview(state))
         for line in lines:
             say(f"{datetime.now():%H:%M:%S} {printable(line)}")
         before = state
 
     return show
+
+
+def _statuses(state: RunState) -> list[tuple[str, str]]:
+    return [(stage.key, stage.status) for stage in state.stages]
 
 
 def _table(state: RunState, console: Console) -> RenderableType:

@@ -50,7 +50,7 @@ def stage_words(stage: StageState) -> str:
     match stage.status:
         case "running":
             left = "" if stage.left is None else f"about {duration(stage.left)} left"
-            share = f"{stage.share:.0%}" if stage.share else ""
+            share = f"{100 * stage.share:.0f} %" if stage.share else ""
             return ", ".join(
                 filter(None, [f"running for {duration(stage.seconds or 0.0)}", share, stage.message, left])
             )

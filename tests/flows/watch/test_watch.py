@@ -102,7 +102,7 @@ def test_each_stage_is_found_in_its_state(scene: Scene) -> None:
             now = scene.watcher.look(before.run)
             assert statuses(now) == ["cached", "running", "waiting"]
             assert list(changes(before, now)) == [
-                "prune:ä/b <script>: running for 0 s, 50%, layer 2 of 4, about 0 s left"
+                "prune:ä/b <script>: running for 0 s, 50 %, layer 2 of 4, about 0 s left"
             ]
             scene.make(1)
         with pytest.raises(ValueError, match="no"), scene.files.making(NAMES[2], KEYS[2]):
