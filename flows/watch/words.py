@@ -38,6 +38,8 @@ _COUNTED: tuple[Status, ...] = ("running", "waiting", "failed", "skipped")
 
 def ending(state: RunState) -> str:
     """When it will end, as far as that is known."""
+    if state.stages and not state.not_begun and not state.count("running", "waiting"):
+        return "every stage has ended, now it is recorded"
     if state.left is None:
         return "no estimate yet: nothing like what is left was timed before"
     at = (state.at + timedelta(seconds=state.left)).astimezone()

@@ -14,6 +14,7 @@ from flows.night.headlines import distinct
 from flows.night.outcome import NightFailed, NightResult
 from flows.spec.load import load_night
 from infra.results.rows import NightFigureRow
+from infra.running.files import RunningFiles
 from infra.settings import Settings
 from tests.flows.home import Home, stages_run
 
@@ -80,6 +81,16 @@ def test_a_night_is_recorded(first: tuple[Home, NightResult, list[str]]) -> None
     assert home.results.night_figures(night.night_id) == result.figures
     assert verdicts(result.figures) == {"first": len(result.figures)}
     assert {row.gate for row in result.figures} == {"passed"}
+
+
+def test_a_night_and_its_cells_say_what_they_are_and_how_they_ended(
+    first: tuple[Home, NightResult, list[str]],
+) -> None:
+    home, result, _ = first
+    runs = RunningFiles(home.folder).runs()
+    (told,) = [run for run in runs if run.kind == "night"]
+    assert (told.key, told.exit_code, list(told.cells)) == (result.night_id, 0, [cell.name for cell in result.cells])
+    assert {run.name: run.exit_code for run in runs if run.part_of == told.id} == dict.fromkeys(told.cells.values(), 0)
 
 
 def test_a_night_is_in_mlflow_and_a_prefect_artifact(first: tuple[Home, NightResult, list[str]]) -> None:

@@ -153,6 +153,16 @@ def test_nobody_knows_without_earlier_times(scene: Scene) -> None:
         assert "no estimate yet" in overview(scene.watcher.look(one()))
 
 
+def test_when_all_stages_have_ended_it_is_recorded(scene: Scene) -> None:
+    for place in range(3):
+        scene.make(place)
+    with scene.files.following(one()):
+        assert (
+            overview(scene.watcher.look(one()))
+            == "3 stages: 3 found in the store; every stage has ended, now it is recorded"
+        )
+
+
 def test_timings_are_read_from_the_results_store(scene: Scene) -> None:
     assert recorded_timings(scene.results).expected(KEYS[1], "owner/model") is None
     run = RunRow(
