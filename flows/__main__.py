@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import NoReturn
 
-from flows.commands import help, nights, report, results, retry, runs, serve, store
+from flows.commands import help, nights, report, results, retry, runs, serve, store, watch
 from flows.commands.app import app
 from flows.night.outcome import NightFailed
 from flows.run.outcome import StagesFailed
@@ -15,12 +15,9 @@ from flows.runtime.user_errors import user_message
 from flows.spec.validation import one_line
 from infra.secrets import redacted
 
-__all__ = ["app", "help", "main", "nights", "report", "results", "retry", "runs", "serve", "store"]
+__all__ = ["app", "help", "main", "nights", "report", "results", "retry", "runs", "serve", "store", "watch"]
 
 log = logging.getLogger("slimline")
-
-#: exit code of a night in which everything ran but a gate does not hold
-_GATE = 3
 
 
 def main() -> None:
@@ -30,10 +27,8 @@ def main() -> None:
     log_to_terminal(verbose=verbose)
     try:
         app()
-    except StagesFailed as error:
-        _fail(str(error), 2 if error.by_user else 1, verbose)
-    except NightFailed as error:
-        _fail(str(error), _GATE if not error.result.failures else 2 if error.by_user else 1, verbose)
+    except (StagesFailed, NightFailed) as error:
+        _fail(str(error), error.exit_code, verbose)
     except Exception as error:
         log.debug("traceback", exc_info=True)
         words = user_message(error)

@@ -18,6 +18,8 @@ from infra.registry import did_you_mean
 if TYPE_CHECKING:
     from flows.night.outcome import NightResult
     from flows.spec.night import NightSpec
+    from infra.results.rows import NightRow
+    from infra.results.store import ResultsStore
     from infra.settings import Settings
 
 
@@ -60,16 +62,29 @@ def nights(
         good = "good" if row.status == "completed" and row.gates_passed else "not good"
         counts = f"{row.num_stages} stages, {row.num_run} run, {row.num_cached} cached, {row.num_failed} failed"
         print(f"{row.night_id}  {row.finished_at:%Y-%m-%d %H:%M} UTC  {good}: {counts}")
-    newest = found[-1]
-    for figure in store.night_figures(newest.night_id):
-        if figure.verdict in ("better", "worse", "gone") or figure.gate == "failed":
-            place = f"{figure.cell} {figure.checkpoint} {figure.suite}/{figure.task}/{figure.metric}"
-            before = "" if figure.before_value is None else f", before {figure.before_value:.4g}"
-            print(f"{figure.verdict:6} {place} = {figure.value:.4g}{before}")
-    if newest.message:
-        print(f"failed: {newest.message}")
+    _print_page(store, found[-1], settings)
     if as_json:
         print(json.dumps([json.loads(row.model_dump_json()) for row in found]))
+
+
+def _print_page(store: ResultsStore, night: NightRow, settings: Settings) -> None:
+    """What got worse, what failed, what is new; the figures that say so; the cells with their runs."""
+    from flows.night.headlines import headlines_of_record, place
+    from flows.records.lookup import mlflow_pages
+    from flows.records.render import printable
+
+    cells, figures = store.night_cells(night.night_id), store.night_figures(night.night_id)
+    print("\n" + "\n".join(map(printable, headlines_of_record(night, cells, figures))) + "\n")
+    for figure in figures:
+        if figure.verdict in ("better", "worse", "gone") or figure.gate == "failed":
+            before = "" if figure.before_value is None else f", before {figure.before_value:.4g}"
+            print(f"{figure.verdict:6} {place(figure)} = {figure.value:.4g}{before}")
+    pages, width = mlflow_pages(store, settings.tracking_uri), max((len(row.cell) for row in cells), default=0)
+    for row in cells:
+        run = f"{row.run_key}  {pages.get(row.run_key, '')}" if row.run_key else ""
+        print(f"{row.cell:{width}}  {row.status:9}  {run}".rstrip())
+    if night.message:
+        print(f"failed: {printable(night.message)}")
 
 
 def run_night(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.commands.app import app, prepared
+
+if TYPE_CHECKING:
+    from infra.settings import Settings
 
 
 class Noun(StrEnum):
@@ -38,12 +43,32 @@ _READABLE = (Form.table, Form.markdown)
 @app.command()
 def results(
     form: Annotated[
-        Form, typer.Option("--format", help="table and markdown: chosen figures; json and csv: all.")
-    ] = Form.table,
-    run_key: Annotated[str | None, typer.Option("--run", help="Run key or spec name; default: the newest run.")] = None,
+        Form | None, typer.Option("--format", help="Of a run. table and markdown: chosen figures; json and csv: all.")
+    ] = None,
+    run_key: Annotated[
+        str | None, typer.Option("--run", help="Only this run, by key or spec name; with --format alone the newest.")
+    ] = None,
 ) -> None:
-    """Print what a run measured, from the results store."""
+    """Print the leaderboard: the checkpoints of every spec's newest run, the best marked; or what one run measured."""
     settings = prepared()
+    if form is None and run_key is None:
+        _print_leaderboard(settings)
+    else:
+        _print_run(settings, form or Form.table, run_key)
+
+
+def _print_leaderboard(settings: Settings) -> None:
+    from flows.records.leaderboard import leaderboard
+    from infra.results.store import ResultsStore
+
+    # what is piped or written into a file is not cut
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else None
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") in ("", "dumb")
+    print(leaderboard(ResultsStore.of(settings), width=width, bold=terminal and not plain))
+
+
+def _print_run(settings: Settings, form: Form, run_key: str | None) -> None:
     from flows.records.lookup import find_run
     from flows.records.tables import protocol_lines, render
     from infra.results.store import ResultsStore

@@ -103,7 +103,7 @@ def print_result(result: RunResult, settings: Settings, as_json: bool) -> None:
     print(f"\nrun {result.run_key}")
     for name, folder in result.checkpoints.items():
         print(f"checkpoint {name}: {folder or 'not made'}")
-    print("all figures with their protocol: slimline results; dashboards: see `make ui`")
+    print(f"all figures with their protocol: slimline results --run {result.name}; dashboards: see `make ui`")
     if as_json:
         print(json.dumps(_as_json(result)))
 

@@ -22,8 +22,10 @@ from pydantic.json_schema import SkipJsonSchema
 
 from flows.night.outcome import CellFailed, CellOutcome, NightFailed, NightResult
 from flows.night.regressions import compare, pass_gates
-from flows.night.summary import headline, summary
+from flows.night.summary import headline, night_title, summary
+from flows.records.lookup import mlflow_pages
 from flows.run.compress import compress, open_run_context, recorded_result, unknown_stage
+from flows.run.follow import followed, stages_of
 from flows.run.leaks import refuse_leaks, trains
 from flows.run.outcome import RunResult, StagesFailed
 from flows.run.stages import Stage, plan_stages
@@ -36,6 +38,8 @@ from infra.keys import slug
 from infra.provenance import git_revision, versions
 from infra.results.rows import NightCellRow, NightRow
 from infra.results.store import ResultsStore
+from infra.running.files import FollowedRun, RunningFiles, ended
+from infra.secrets import redacted
 from infra.settings import Settings, load_settings
 from tasks.stages.pairs import Reports
 from tasks.stages.record_night import record_night
@@ -48,7 +52,7 @@ _CELLS_AT_ONCE = 4
 
 def _flow_run_name() -> str:
     spec = running.parameters["spec"]
-    return spec.name if isinstance(spec, NightSpec) else spec["name"] if isinstance(spec, dict) else str(spec)
+    return night_title(spec) if isinstance(spec, NightSpec) else spec["name"] if isinstance(spec, dict) else str(spec)
 
 
 @flow(
@@ -72,15 +76,17 @@ def nightly(
     settings, started_at, clock = load_settings(), datetime.now(UTC), time.monotonic()
     wanted = _refreshed(night, refresh)
     _refuse_leaks(night)
-    outcomes = _run_cells(night, wanted)
-    result = _compared(night, outcomes, settings, time.monotonic() - clock)
-    text = summary(result, alpha=night.alpha, tolerance=night.tolerance)
-    create_markdown_artifact(text, key=f"slimline-night-{slug(night.name)}", description=headline(result))
-    record_night(_night_row(night, result, started_at), _cell_rows(result), result.figures, text, settings)
-    log.info("night %s: %s", night.name, headline(result))
-    if result.message is not None:
-        raise NightFailed(result)
-    return result
+    with followed(RunningFiles(settings.home), _followed_night(night)):
+        outcomes = _run_cells(night, wanted)
+        result = _compared(night, outcomes, settings, time.monotonic() - clock)
+        pages = mlflow_pages(ResultsStore.of(settings), settings.tracking_uri)
+        text = summary(result, alpha=night.alpha, tolerance=night.tolerance, pages=pages)
+        create_markdown_artifact(text, key=f"slimline-night-{slug(night.name)}", description=headline(result))
+        record_night(_night_row(night, result, started_at), _cell_rows(result), result.figures, text, settings)
+        log.info("night %s: %s", night.name, headline(result))
+        if result.message is not None:
+            raise NightFailed(result)
+        return result
 
 
 def on_runner(name: RunnerName, settings: Settings) -> Flow[..., NightResult]:
@@ -123,12 +129,26 @@ def run_cell(cell: Cell, refresh: tuple[str, ...], since: datetime | None, night
 
     try:
         known = None if refresh else recorded_result(cell.spec)
+        if known:
+            _tell_ended(cell, night, outcome(known))
         return outcome(known or compress(cell.spec, refresh, since, night))
     except StagesFailed as error:
         raise CellFailed(outcome(error.result, str(error), error.by_user)) from error
     except Exception as error:
         words = user_message(error)
-        raise CellFailed(outcome(None, words or f"{type(error).__name__}: {error}", words is not None)) from error
+        failed = outcome(None, words or f"{type(error).__name__}: {error}", words is not None)
+        _tell_ended(cell, night, failed)
+        raise CellFailed(failed) from error
+
+
+def _tell_ended(cell: Cell, night: UUID, outcome: CellOutcome) -> None:
+    """Tell who follows the night of a cell that ended without a run of its own, or in the middle of it."""
+    run = FollowedRun(
+        id=f"{night}-{cell.name}", kind="run", key=outcome.run_key or "", name=cell.spec.name, part_of=str(night)
+    )
+    code = 0 if outcome.message is None else 2 if outcome.by_user else 1
+    message = None if outcome.message is None else redacted(outcome.message)
+    RunningFiles(load_settings().home).write(ended(run, code, message, stages_of(outcome.stages)))
 
 
 def _outcome(cell: Cell, future: PrefectFuture[CellOutcome]) -> CellOutcome:
@@ -145,8 +165,7 @@ def _outcome(cell: Cell, future: PrefectFuture[CellOutcome]) -> CellOutcome:
 def _compared(night: NightSpec, cells: tuple[CellOutcome, ...], settings: Settings, seconds: float) -> NightResult:
     """The cells' figures compared with the last good night's, and the outcome of every gate."""
     results = ResultsStore.of(settings)
-    # the same when Prefect retries the flow run: a night that goes on is one night
-    night_id = f"night-{slug(night.name)}-{_this_flow_run().id.hex[-12:]}"
+    night_id = _night_id(night)
     good = [
         row.night_id
         for row in results.nights(night.name)
@@ -166,6 +185,16 @@ def _compared(night: NightSpec, cells: tuple[CellOutcome, ...], settings: Settin
         gates=gates,
         seconds=seconds,
     )
+
+
+def _night_id(night: NightSpec) -> str:
+    # the same when Prefect retries the flow run: a night that goes on is one night
+    return f"night-{slug(night.name)}-{_this_flow_run().id.hex[-12:]}"
+
+
+def _followed_night(night: NightSpec) -> FollowedRun:
+    cells = {cell.name: cell.spec.name for cell in night.cells}
+    return FollowedRun(id=str(_this_flow_run().id), kind="night", key=_night_id(night), name=night.name, cells=cells)
 
 
 def _refreshed(night: NightSpec, names: Sequence[str]) -> dict[str, tuple[str, ...]]:

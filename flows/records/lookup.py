@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from flows.errors import SpecError
 from infra.registry import did_you_mean
+from infra.tracking.pages import address_of_run
 
 if TYPE_CHECKING:
     from infra.results.rows import NightRow, RunRow
@@ -40,6 +41,11 @@ def find_recorded(store: ResultsStore, name: str) -> RunRow | NightRow:
         f"no run or night {name!r}{close}; there are: {', '.join(names)} (one that was killed is not recorded: "
         "give its command again)"
     )
+
+
+def mlflow_pages(store: ResultsStore, tracking_uri: str) -> dict[str, str]:
+    """Addresses of the pages of all recorded runs that are in MLflow, by run key."""
+    return {row.run_key: address_of_run(tracking_uri, row.mlflow_run_id) for row in store.runs() if row.mlflow_run_id}
 
 
 def recorded_runs(store: ResultsStore) -> tuple[RunRow, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -34,18 +34,25 @@ def csv_table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     return text.getvalue().rstrip("\n")
 
 
-def aligned_table(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:
-    """Columns side by side, numbers to the right; a character that a terminal would obey is a space."""
-    lines = [[_one_line(cell) for cell in line] for line in (headings, *rows)]
+def aligned_table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numeric: Sequence[bool],
+    bold: Collection[tuple[int, int]] = (),
+) -> str:
+    """Columns side by side, numbers to the right; a character that a terminal would obey is a space.
+
+    bold: cells (row, column) in the terminal's bold letters.
+    """
+    lines = [[printable(cell) for cell in line] for line in (headings, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = (
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
-        ).rstrip()
-        for line in lines
-    )
-    return "\n".join(shown)
+    sides = ["rjust" if right else "ljust" for right in numeric]
+    cells = [
+        [getattr(cell, side)(width) for cell, width, side in zip(line, widths, sides, strict=True)] for line in lines
+    ]
+    for row, column in bold:
+        cells[row + 1][column] = f"\x1b[1m{cells[row + 1][column]}\x1b[0m"
+    return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
 def latex_table(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool]) -> str:
@@ -70,17 +77,18 @@ def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: 
 
 def latex_text(text: str) -> str:
     """Text as LaTeX prints it."""
-    return "".join(_LATEX.get(char, char) for char in _one_line(text))
+    return "".join(_LATEX.get(char, char) for char in printable(text))
 
 
 def markdown_text(text: str) -> str:
     """Text of one line that begins no HTML tag."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", _one_line(text))
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", printable(text))
 
 
 def _markdown_cell(text: str) -> str:
     return markdown_text(text).replace("|", "\\|")
 
 
-def _one_line(text: str) -> str:
+def printable(text: str) -> str:
+    """The text in one line; a character that a terminal would obey is a space."""
     return "".join(char if char.isprintable() else " " for char in text)

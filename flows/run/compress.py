@@ -17,8 +17,10 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.errors import SpecError
 from flows.records.tables import table_rows
+from flows.run.follow import followed_run
 from flows.run.leaks import Leak, find_leaks
 from flows.run.lineage import lineage
+from flows.run.names import stage_title, title_of_running
 from flows.run.outcome import RunResult, StageOutcome, StagesFailed
 from flows.run.preflight import check
 from flows.run.stages import Stage, StageGraph, plan_stages
@@ -54,7 +56,7 @@ log = logging.getLogger("slimline")
 
 @flow(
     name="compress",
-    flow_run_name="{spec.name}",
+    flow_run_name=title_of_running,
     task_runner=cast("TaskRunner[PrefectFuture[Any]]", ThreadPoolTaskRunner(max_workers=THREADS)),
     persist_result=False,
 )
@@ -79,7 +81,10 @@ def compress(
         check(graph, run_context)
         refreshed = _keys_to_refresh(graph, refresh)
         # the run needs all of them up to its record: `slimline gc` must leave alone what is cached, too
-        with claimed(run_context.store.root, [stage.ref for stage in graph.stages], graph.run_key):
+        with (
+            claimed(run_context.store.root, [stage.ref for stage in graph.stages], graph.run_key),
+            followed_run(graph, run_context, refreshed) as tell,
+        ):
             if not refreshed and _all_cached(graph, run_context):
                 outcomes = _cached_outcomes(graph, run_context)
             else:
@@ -88,6 +93,7 @@ def compress(
                 finally:
                     evict_idle_models()
                 refuse_interrupted(run_context.settings, part_of)
+            tell(outcomes)
             return _finish(graph, outcomes, run_context, started_at)
 
 
@@ -137,7 +143,10 @@ def _run_stages(
         for stage in in_order_of_submission(graph):
             # the key is no tag: Prefect takes seconds per task to ask its server for a concurrency limit on every tag
             task = stage.task.with_options(
-                refresh_cache=stage.ref.key in refreshed, on_completion=[log_when_cached(stage.ref)], **retries
+                task_run_name=stage_title(stage).replace("{", "{{").replace("}", "}}"),
+                refresh_cache=stage.ref.key in refreshed,
+                on_completion=[log_when_cached(stage.name, stage.ref)],
+                **retries,
             )
             after = [futures[ref.key] for ref in stage.request.inputs]
             context = replace(run_context, in_run=_in_run(stage, graph, started_at))

@@ -62,6 +62,11 @@ class StagesFailed(RuntimeError):
         self.result = result
         self.by_user = by_user
 
+    @property
+    def exit_code(self) -> int:
+        """Of a command that ends with it."""
+        return 2 if self.by_user else 1
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Of keyword arguments pickle knows nothing; a cell of a night may run in another process."""
         return partial(StagesFailed, result=self.result, by_user=self.by_user), self.args

@@ -42,6 +42,12 @@ def user_message(error: BaseException) -> str | None:
     return next((words for cause in causes(error) if (words := _of_file_system(cause))), None)
 
 
+def exit_code(error: BaseException) -> int:
+    """What a command ends with because of it: as it says itself, 2 if the user can mend it, else 1."""
+    own = getattr(error, "exit_code", None)
+    return own if isinstance(own, int) else 1 if user_message(error) is None else 2
+
+
 def _of_file_system(error: BaseException) -> str | None:
     if not isinstance(error, OSError) or error.errno not in _WAYS_OUT:
         return None

@@ -6,5 +6,6 @@ mlflow_store.py  one experiment: finding runs again, bringing them what they lac
 live.py          LiveCurves: points of a training gathered, and handed to MLflow by a thread
 records.py       what is logged: MetricPoint, RunContent, CheckpointRecord, RunRecord
 database.py      what is at a tracking URI, looked at before any work and without mlflow
+pages.py         where a browser finds a run
 mlflow_rules.py  which keys, lengths and numbers MLflow accepts
 """

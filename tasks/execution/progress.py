@@ -1,4 +1,4 @@
-"""Progress of long stages: a bar in a terminal, a progress artifact in Prefect's UI."""
+"""Progress of long stages: a bar in a terminal, a progress artifact in Prefect's UI, and who else takes note."""
 
 from __future__ import annotations
 
@@ -38,10 +38,15 @@ def settle_bars() -> None:
 
 
 @contextmanager
-def stage_progress(stage: str, refuse: Callable[[str], None] = lambda reached: None) -> Iterator[Progress]:
+def stage_progress(
+    stage: str,
+    refuse: Callable[[str], None] = lambda reached: None,
+    note: Callable[[float, str], None] = lambda share, message: None,
+) -> Iterator[Progress]:
     """A Progress for one running stage; the bar closes with the block. Outside a Prefect task only the bar is shown.
 
-    refuse: called with the words while the stage is not finished; what it raises passes on.
+    refuse: called with the words while the stage is not finished; what it raises passes on. note: called with the
+    share and the words each time.
     """
     form = "{l_bar}{bar}| {postfix}"
     bar = tqdm(total=100, desc=stage, unit="%", file=sys.stderr, disable=None, leave=False, bar_format=form)
@@ -55,6 +60,7 @@ def stage_progress(stage: str, refuse: Callable[[str], None] = lambda reached: N
         nonlocal reported
         if share < 1:
             refuse(message)
+        note(share, message)
         bar.set_postfix_str(message, refresh=False)
         bar.n = min(100.0, 100 * share)
         bar.refresh()

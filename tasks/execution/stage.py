@@ -20,6 +20,7 @@ from prefect.context import TaskRunContext
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 from infra.provenance import versions
 from infra.remote.store import remote_store
+from infra.running.files import RunningFiles
 from infra.secrets import secrets_kept
 from infra.settings import Settings, load_settings
 from tasks.devices.placement import Placement
@@ -127,7 +128,8 @@ def _make(request: Request, stage_name: str, run_context: RunContext, fill: Fill
         started = time.monotonic()
         try:
             with (
-                stage_progress(stage_name, ended_by_marks(settings, run_context.part_of)) as progress,
+                RunningFiles(settings.home).making(stage_name, ref.key) as note,
+                stage_progress(stage_name, ended_by_marks(settings, run_context.part_of), note) as progress,
                 store.writing(
                     ref, request=request.model_dump(mode="json"), versions=versions(), replace=_refreshing()
                 ) as folder,
@@ -153,12 +155,12 @@ def _clear_frames(error: BaseException) -> None:
         cause = cause.__cause__ or cause.__context__
 
 
-def log_when_cached(ref: ArtifactRef) -> Callable[[Task[..., StageResult], TaskRun, State[Any]], None]:
+def log_when_cached(stage_name: str, ref: ArtifactRef) -> Callable[[Task[..., StageResult], TaskRun, State[Any]], None]:
     """A completion hook that says when a stage was a hit: then the stage itself does not run and cannot say so."""
 
     def log_if_cached(task: Task[..., StageResult], task_run: TaskRun, state: State[Any]) -> None:
         if state.name == "Cached":
-            log_cached(task_run.name, ref)
+            log_cached(stage_name, ref)
 
     return log_if_cached
 

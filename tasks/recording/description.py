@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 
 from infra.results.rows import MetricRow
 
@@ -30,6 +31,19 @@ def run_description(
         rows.append([name, *(given.get(word, "") for word in headings[1:4]), *values])
     failed = f"**Failed:** {_plain(message)}" if message else ""
     return _cut([_plain(words), failed], _table(headings, rows))
+
+
+def run_page(
+    description: str, run_key: str, checkpoints: Mapping[str, Path], records: Path, address: str | None
+) -> str:
+    """Of a run in Prefect: its description, and where all of it lies.
+
+    checkpoints: their folders. records: the file with its rows. address: of its page in MLflow, if it has one.
+    """
+    places = [f"* [MLflow run]({address})"] if address else []
+    places += [f"* checkpoint {_plain(name)}: `{folder}`" for name, folder in checkpoints.items()]
+    places += [f"* rows of the results store: `{records}`", f"* all figures: `slimline results --run {run_key}`"]
+    return "\n".join(filter(None, [description, "\n## Where it lies\n", *places]))
 
 
 def checkpoint_description(label: str, params: Mapping[str, str], metrics: Sequence[MetricRow], key: str) -> str:
@@ -82,7 +96,7 @@ def _cut(parts: Iterable[str], table: Sequence[str]) -> str:
     """The parts, then as many lines of the table as there is room for."""
     text = "\n\n".join(part[: MOST_CHARACTERS // 4] for part in parts if part) + "\n"
     for index, line in enumerate(table):
-        rest = f"\n\n{len(table) - index} more rows: `slimline results`"
+        rest = f"\n\n{len(table) - index} more rows: `slimline results --format csv`"
         if len(text) + len(line) + len(rest) >= MOST_CHARACTERS:
             return text + rest
         text += f"\n{line}"

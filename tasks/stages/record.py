@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 
@@ -18,20 +20,25 @@ from evaluation.profile.report import ProfileReport
 from evaluation.report import EvalReport, Metric
 from infra.artifacts.manifest import Manifest
 from infra.errors import SourceInvalid, TrackingUnusable
+from infra.keys import slug
 from infra.models.card import parameters_of_folder
 from infra.provenance import git_revision, versions
 from infra.results.lineage import checkpoint_rows
 from infra.results.rows import CheckpointRow, CurveRow, LayerRow, MetricRow, RunRow
 from infra.results.store import ResultsStore
 from infra.secrets import secrets_kept
+from infra.tracking.pages import address_of_run
 from infra.tracking.tracker import Tracker
 from tasks.execution.context import RunContext
+from tasks.recording.description import run_page
 from tasks.recording.outcome import RunOutcome
 from tasks.recording.run_record import Rows, run_record, visit_tags
 from tasks.stages.pairs import as_json, beside_dense
 
 #: what can change a figure; Prefect, MLflow and DuckDB only carry it
 _MEASURING = frozenset({"python", "torch", "transformers", "lm-eval", "datasets", "slimline"})
+
+log = logging.getLogger("slimline")
 
 
 @task(name="record", task_run_name="record", cache_policy=NO_CACHE, persist_result=False)
@@ -68,9 +75,24 @@ def _record(outcome: RunOutcome, run_context: RunContext) -> tuple[MetricRow, ..
         message=outcome.message,
     )
     ResultsStore.of(run_context.settings).record(run, outcome.stages, metrics, layers, pairs, curves, checkpoints)
+    folders = {name: run_context.store.path(ref) for name, ref in outcome.checkpoints.items()}
+    address = address_of_run(run_context.settings.tracking_uri, mlflow_run_id) if mlflow_run_id else None
+    file = ResultsStore.of(run_context.settings).export_file(outcome.run_key)
+    _show(outcome, run_page(told.content.description, outcome.run_key, folders, file, address))
     if problem:
         raise problem
     return metrics
+
+
+def _show(outcome: RunOutcome, page: str) -> None:
+    """Show the page in Prefect. Everything is recorded by then: a server that is gone must not take that back."""
+    if TaskRunContext.get() is None:
+        return
+    try:
+        key = f"slimline-run-{slug(outcome.name)}"
+        create_markdown_artifact(page, key=key, description=f"{outcome.name}: {outcome.run_key}")
+    except Exception as error:  # of its client, of its answer
+        log.debug("%s: its page could not be given to Prefect's server: %s", outcome.name, error)
 
 
 def tracked(write: Callable[[], str]) -> tuple[str | None, TrackingUnusable | None]:

@@ -117,7 +117,7 @@ def test_the_command_says_which_branch_failed(smoke_copy: Home) -> None:
     told = json.loads(lines[-1])
     assert told["checkpoints"]["slimgpt-99.9+lora"] is None
     assert (Path(told["checkpoints"]["slimgpt-20+lora"]) / "model.safetensors").exists()
-    results = smoke_copy.slimline("results").stdout.splitlines()
+    results = smoke_copy.slimline("results", "--format", "table").stdout.splitlines()
     assert ", failed, " in results[0]
     assert results[-1].startswith("failed: prune:slimgpt-99.9: ")
 

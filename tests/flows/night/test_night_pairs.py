@@ -110,7 +110,7 @@ def test_the_summary_says_which_tests(nights: Nights) -> None:
         gates=(),
         seconds=1.0,
     )
-    text = summary(result, alpha=0.05, tolerance=0.1)
+    text = summary(result, alpha=0.05, tolerance=0.1, pages={})
     assert "Tests: 1 paired on the same items (McNemar's exact test" in text
     assert "0 of fewer items or without samples by a two-sided z test" in text
 

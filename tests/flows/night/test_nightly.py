@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from flows.night.headlines import distinct
 from flows.night.outcome import NightFailed, NightResult
 from flows.spec.load import load_night
 from infra.results.rows import NightFigureRow
+from infra.running.files import RunningFiles
 from infra.settings import Settings
 from tests.flows.home import Home, stages_run
 
@@ -81,6 +83,16 @@ def test_a_night_is_recorded(first: tuple[Home, NightResult, list[str]]) -> None
     assert {row.gate for row in result.figures} == {"passed"}
 
 
+def test_a_night_and_its_cells_say_what_they_are_and_how_they_ended(
+    first: tuple[Home, NightResult, list[str]],
+) -> None:
+    home, result, _ = first
+    runs = RunningFiles(home.folder).runs()
+    (told,) = [run for run in runs if run.kind == "night"]
+    assert (told.key, told.exit_code, list(told.cells)) == (result.night_id, 0, [cell.name for cell in result.cells])
+    assert {run.name: run.exit_code for run in runs if run.part_of == told.id} == dict.fromkeys(told.cells.values(), 0)
+
+
 def test_a_night_is_in_mlflow_and_a_prefect_artifact(first: tuple[Home, NightResult, list[str]]) -> None:
     from mlflow import MlflowClient
     from prefect.client.orchestration import get_client
@@ -92,7 +104,16 @@ def test_a_night_is_in_mlflow_and_a_prefect_artifact(first: tuple[Home, NightRes
     run = client.get_run(str(night.mlflow_run_id))
     assert run.data.tags["slimline.kind"] == "night"
     assert run.data.metrics["night/num_run"] == len(made)
-    assert run.data.tags["mlflow.note.content"].startswith("# small")
+    page = run.data.tags["mlflow.note.content"].splitlines()
+    assert page[:2] == [
+        "* **Worse:** nothing to compare with, there is no good night before this one",
+        "* **Failed:** nothing",
+    ]
+    assert page[2] == f"* **New:** all {len(distinct(result.figures))} figures"
+    ids = {row.run_key: row.mlflow_run_id for row in home.results.runs()}
+    for cell in result.cells:
+        link = f"[`{cell.run_key}`](http://127.0.0.1:5000/#/runs/{ids[str(cell.run_key)]})"
+        assert any(link in line and cell.name in line for line in page)
     cells = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
     assert {cell.data.tags["slimline.run_key"] for cell in cells} == {cell.run_key for cell in result.cells}
     for cell in cells:

@@ -265,6 +265,11 @@ def test_prefect_shows_every_stage_and_a_table(smoke: tuple[Home, RunResult]) ->
         shown = client.read_artifacts(flow_run_filter=only_run_of(home, result))
     (table,) = [artifact for artifact in shown if artifact.key == "slimline-results"]
     assert all(name in str(table.data) for name in CHECKPOINTS)
+    (page,) = [artifact for artifact in shown if artifact.key == "slimline-run-smoke"]
+    row = home.results.runs()[0]
+    assert all(f"| {name} |" in str(page.data) for name in CHECKPOINTS)
+    assert f"[MLflow run](http://127.0.0.1:5000/#/runs/{row.mlflow_run_id})" in str(page.data)
+    assert f"`{result.checkpoint}`" in str(page.data)
     progress = [artifact for artifact in shown if artifact.type == "progress"]
     assert len(progress) == len(STAGES)
     assert {float(artifact.data) for artifact in progress} == {100.0}

@@ -264,7 +264,7 @@ def test_a_leak_is_recorded_with_the_figures_that_it_makes_doubtful(smoke_copy: 
     for _ in range(2):
         ran = smoke_copy.slimline("run", "smoke", *leaky)
         assert told in ran.stdout
-        assert told in smoke_copy.slimline("results").stdout
+        assert told in smoke_copy.slimline("results", "--format", "table").stdout
         (run,) = [row for row in smoke_copy.results.runs() if row.run_key in ran.stdout]
         leaks = {
             (row.checkpoint, row.suite): json.loads(row.protocol).get("leaks")

@@ -207,7 +207,7 @@ def test_a_long_description_ends_with_whole_lines() -> None:
         assert len(text) < MOST_CHARACTERS
         *_, last = [line for line in text.splitlines() if line.startswith("|")]
         assert last.endswith("|")
-        assert text.endswith("more rows: `slimline results`")
+        assert text.endswith("more rows: `slimline results --format csv`")
 
 
 def test_aliases(store: ArtifactStore, checkpoints: dict[str, ArtifactRef]) -> None:
