@@ -70,7 +70,7 @@ def _print_leaderboard(settings: Settings) -> None:
 
 def _print_run(settings: Settings, form: Form, run_key: str | None) -> None:
     from flows.records.lookup import find_run
-    from flows.records.tables import protocol_lines, render
+    from flows.records.tables import protocol_lines, render, with_sizes
     from infra.results.store import ResultsStore
 
     store = ResultsStore.of(settings)
@@ -78,7 +78,8 @@ def _print_run(settings: Settings, form: Form, run_key: str | None) -> None:
     metrics = store.metrics(newest.run_key)
     if form is Form.table:
         print(f"{newest.name} ({newest.run_key}, {newest.status}, {newest.finished_at:%Y-%m-%d %H:%M} UTC)")
-    print(render(metrics, form))
+    shown = with_sizes(metrics, store.checkpoints(newest.run_key)) if form in _READABLE else metrics
+    print(render(shown, form))
     if form in _READABLE:
         print("\n" + "\n".join(protocol_lines(metrics, json.loads(newest.spec))))
         if newest.message:

@@ -97,9 +97,11 @@ def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:
 
 def print_result(result: RunResult, settings: Settings, as_json: bool) -> None:
     """The table with its warnings, where the checkpoints are, and on request everything as one line of JSON."""
-    from flows.records.tables import aligned, table_rows, warnings_of
+    from flows.records.tables import aligned, table_rows, warnings_of, with_sizes
+    from infra.results.store import ResultsStore
 
-    print("\n".join([aligned(table_rows(result.metrics)), *warnings_of(result.metrics)]))
+    figures = with_sizes(result.metrics, ResultsStore.of(settings).checkpoints(result.run_key))
+    print("\n".join([aligned(table_rows(figures)), *warnings_of(result.metrics)]))
     print(f"\nrun {result.run_key}")
     for name, folder in result.checkpoints.items():
         print(f"checkpoint {name}: {folder or 'not made'}")

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any
 
 from flows.records.render import csv_table, markdown_table
-from infra.results.rows import DENSE, MetricRow
+from infra.results.rows import DENSE, CheckpointRow, MetricRow
 
 #: which figure of the profile stands in the table, under which heading, divided by what
 _PROFILE_COLUMNS = {
@@ -27,8 +27,8 @@ _PROFILE_COLUMNS = {
     "power_w": ("power W", 1.0),
     "out_of_memory": ("out of memory", 1.0),
 }
-#: the first of them stand at the head of the table
-_NUM_SIZES = 2
+#: the first of them stand at the head of the table, and are known of checkpoints that were not profiled
+_SIZES = ("num_parameters", "num_decoder_parameters")
 #: of a point of a grid, whose task is "profile b1 p128 n32" and not "profile", only these
 _GRID_COLUMNS = ("tokens_per_s", "latency_ms_p50", "latency_ratio", "peak_memory_gib", "power_w", "out_of_memory")
 _MOST_DIGITS = 6
@@ -50,6 +50,32 @@ def table_rows(metrics: Iterable[MetricRow]) -> Table:
     return [{"checkpoint": name} | {h: cells.get(h, "") for h in ordered} for name, cells in rows.items()]
 
 
+def with_sizes(metrics: Sequence[MetricRow], checkpoints: Iterable[CheckpointRow]) -> list[MetricRow]:
+    """The figures, and of measured checkpoints that were not profiled the number of parameters."""
+    measured = {row.checkpoint for row in metrics}
+    known = {(row.checkpoint, row.metric) for row in metrics if row.suite == "profile"}
+    found = list(metrics)
+    for checkpoint in checkpoints:
+        for metric in _SIZES:
+            size = getattr(checkpoint, metric)
+            name = checkpoint.checkpoint
+            if size is not None and name in measured and (name, metric) not in known:
+                found.append(
+                    MetricRow(
+                        run_key=checkpoint.run_key,
+                        checkpoint=name,
+                        checkpoint_key=checkpoint.checkpoint_key,
+                        stage_key=checkpoint.checkpoint_key,
+                        suite="profile",
+                        task="profile",
+                        metric=metric,
+                        value=size,
+                        protocol="{}",
+                    )
+                )
+    return found
+
+
 def _checkpoints(rows: Iterable[MetricRow]) -> list[str]:
     """Dense, then the others in the order of the suite that measured most of them: one may measure only some."""
     measured: dict[str, list[str]] = {}
@@ -68,7 +94,7 @@ def _in_order(rows: Sequence[MetricRow], columns: Mapping[tuple[str, str, str], 
         if row.suite != "profile":
             return (1, 0, 0)
         index = names.index(row.metric)
-        return (0, 0, index) if index < _NUM_SIZES else (2, tasks.index(row.task), index)
+        return (0, 0, index) if index < len(_SIZES) else (2, tasks.index(row.task), index)
 
     return list(dict.fromkeys(columns[row.suite, row.task, row.metric] for row in sorted(rows, key=place)))
 

@@ -9,8 +9,8 @@ import math
 
 import pytest
 
-from flows.records.tables import aligned, protocol_lines, render, table_rows, warnings_of
-from infra.results.rows import MetricRow
+from flows.records.tables import aligned, protocol_lines, render, table_rows, warnings_of, with_sizes
+from infra.results.rows import CheckpointRow, MetricRow
 
 
 def row(checkpoint: str, suite: str, task: str, metric: str, value: float, **more: object) -> MetricRow:
@@ -48,6 +48,22 @@ def test_one_row_per_checkpoint_and_the_size_first() -> None:
         "decode / dense",
     ]
     assert list(rows[0]) == list(rows[1])
+
+
+def test_checkpoints_that_are_not_profiled_have_their_sizes_too() -> None:
+    sizes = [("dense", 10, 8), ("pruned", 9_500_000, 7_250_000), ("unmeasured", 1, 1), ("unknown", None, None)]
+    checkpoints = [
+        CheckpointRow(
+            run_key="run-x-v1-0", checkpoint=name, checkpoint_key=f"key-{name}", action="prune", model="m", config="{}",
+            num_parameters=total, num_decoder_parameters=decoder,
+        )
+        for name, total, decoder in sizes
+    ]  # fmt: skip
+    rows = table_rows(with_sizes(ROWS, checkpoints))
+    assert [cells["checkpoint"] for cells in rows] == ["dense", "pruned"]
+    assert [cells["parameters (M)"] for cells in rows] == ["134.52", "9.50"], "what was profiled stands as it is"
+    assert [cells["decoder (M)"] for cells in rows] == ["106.20", "7.25"]
+    assert list(rows[0]) == list(table_rows(ROWS)[0])
 
 
 def test_dense_stands_first_whatever_was_measured_first() -> None:
