@@ -106,7 +106,7 @@ WITH once AS (
         AND (q.figure = quality_figure OR q.figure GLOB quality_figure)
 ), ranked AS (
     SELECT *,
-        min(loss) OVER (upto RANGE BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW) AS best,
+        min(loss) OVER (upto RANGE BETWEEN UNBOUNDED PRECEDING AND abs(cost) * 0.005 FOLLOWING) AS best,
         min(loss) OVER (upto RANGE BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW EXCLUDE GROUP) AS best_of_smaller
     FROM points
     WINDOW upto AS (PARTITION BY size_name, quality_name, alike ORDER BY cost)
