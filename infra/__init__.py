@@ -10,5 +10,6 @@ sources/     finding models and data sets, their identities, reading their text 
 models/      a model of any format in, a plain checkpoint out
 results/     what was measured: a parquet file per run, DuckDB as the index over them
 tracking/    MLflow
+figures/     drawings as SVG, PNG, PDF
 Read keys.py (what names a stage) and artifacts/store.py (where it lies) first.
 """

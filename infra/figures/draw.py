@@ -152,7 +152,7 @@ def _fill(axes: Axes, panel: Panel) -> dict[str, Any]:
     for index, series in enumerate(panel.series):
         # of equal lines the lower ones have larger markers, so that all are seen
         covered = sum((series.x, series.y) == (above.x, above.y) for above in panel.series[index + 1 :])
-        handle = _curve(axes, series, 4 + 1.8 * covered)
+        handle = _curve(axes, series, panel, 4 + 1.6 * covered)
         if series.label:
             handles[series.label] = handle
     axes.margins(x=0.12 if any(len(name) > 3 for series in panel.series for name in series.names) else 0.05, y=0.1)
@@ -161,8 +161,8 @@ def _fill(axes: Axes, panel: Panel) -> dict[str, Any]:
     return handles
 
 
-def _curve(axes: Axes, series: Series, size: float) -> Any:
-    y = [value if math.isfinite(value) else math.nan for value in series.y]
+def _curve(axes: Axes, series: Series, panel: Panel, size: float) -> Any:
+    y = [value if panel.shows(x, value) else math.nan for x, value in zip(series.x, series.y, strict=True)]
     colour = _GREY if series.style is None else _COLOURS[series.style % len(_COLOURS)]
     marker = _MARKERS[(series.style or 0) % len(_MARKERS)] if series.markers else None
     # what comes round to a colour again has other dashes

@@ -52,7 +52,7 @@ class Panel:
     """One pair of axes, with series or a heat map. Labels of axes have their units.
 
     x_ticks: positions with their labels, () for numbers. whole_x: only whole numbers at the x axis. height: in inches,
-    of a row of panels the largest counts.
+    of a row of panels the largest counts. y_max: what is above is not drawn, but told.
     """
 
     title: str
@@ -65,6 +65,12 @@ class Panel:
     x_ticks: tuple[tuple[float, str], ...] = ()
     whole_x: bool = False
     height: float = 2.4
+    y_max: float = math.inf
+
+    def shows(self, x: float, y: float) -> bool:
+        """Whether the axes have such a point: not NaN, infinity, above y_max, or on a logarithmic axis zero."""
+        finite = math.isfinite(x) and math.isfinite(y) and y <= self.y_max
+        return finite and (x > 0 or not self.x_log) and (y > 0 or not self.y_log)
 
 
 @dataclass(frozen=True)
@@ -80,17 +86,15 @@ class Drawing:
         return (panel for row in self.rows for panel in row if panel is not None)
 
     def not_drawn(self) -> tuple[str, ...]:
-        """A sentence for each series with values that no axis has: NaN, infinity, on a logarithmic axis zero."""
+        """A sentence for each series with values that its axes do not have."""
         found: dict[str, None] = {}
         for panel in self.panels():
             for series in panel.series:
-                lost = [y for x, y in zip(series.x, series.y, strict=True) if not (_shown(x, panel.x_log) and
-                        _shown(y, panel.y_log))]  # fmt: skip
+                lost = [y for x, y in zip(series.x, series.y, strict=True) if not panel.shows(x, y)]
                 if lost:
                     where = f" in {panel.title}" if panel.title else ""
-                    found[f"not drawn of {series.label or 'the grey lines'}{where}: {', '.join(map(_word, lost))}"] = (
-                        None
-                    )
+                    values = ", ".join(f"{value:g}" for value in lost)
+                    found[f"off the scale{where}: {series.label or 'a grey line'} {values}"] = None
         return tuple(found)
 
 
@@ -99,11 +103,3 @@ def in_rows(panels: list[Panel], columns: int) -> tuple[tuple[Panel | None, ...]
     columns = max(1, min(columns, len(panels)))
     padded: list[Panel | None] = [*panels, *[None] * (-len(panels) % columns)]
     return tuple(tuple(padded[start : start + columns]) for start in range(0, len(padded), columns))
-
-
-def _shown(value: float, logarithmic: bool) -> bool:
-    return math.isfinite(value) and (value > 0 or not logarithmic)
-
-
-def _word(value: float) -> str:
-    return f"{value:g}"

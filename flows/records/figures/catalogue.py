@@ -38,7 +38,7 @@ FIGURES: Mapping[str, KnownFigure] = {
     ),
     "slimgpt-5": KnownFigure(
         f"Loss while tuning ({_SLIMGPT}, figure 5)", training.losses,
-        "slimline run llama-7b-slimgpt, or on two cores slimline run demo or smollm2-135m-figures",
+        "slimline run llama-7b-slimgpt, or on two cores slimline run demo or smollm2-135m-tuning",
     ),
     "pareto": KnownFigure(
         "Perplexity and accuracy against parameters, latency and memory, with the Pareto front",

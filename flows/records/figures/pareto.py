@@ -18,6 +18,8 @@ _COSTS = {
 }
 _PARAMETERS = "parameters (millions)"
 _FRONT = "Pareto front"
+#: so many times the best perplexity of a panel: what is above would press all others together
+_OFF_SCALE = 50
 #: black, with no marker of its own
 _FRONT_STYLE = -1
 
@@ -97,7 +99,9 @@ def _panel(
     points = {key: (known[key], value) for key, value in measured.items() if math.isfinite(value)}
     ranked = front([(x, y if is_ppl else -y) for x, y in points.values()])
     best = [list(points)[index] for index in ranked]
-    line = sorted(points[key] for key in best)
+    lowest = min((value for _, value in points.values() if value > 0), default=math.inf)
+    y_max = _OFF_SCALE * lowest if is_ppl else math.inf
+    line = sorted(points[key] for key in best if points[key][1] <= y_max)
     series = [
         Series(_FRONT, tuple(x for x, _ in line), tuple(y for _, y in line), _FRONT_STYLE, "dotted", markers=False)
     ]
@@ -109,4 +113,4 @@ def _panel(
             series.append(Series(maker, x, y, style, "none", names=names))
     word = "lower" if is_ppl else "higher"
     y_label = f"{'perplexity' if is_ppl else 'accuracy'} ({word} is better)"
-    return Panel(name, cost, y_label, tuple(series), y_log=is_ppl)
+    return Panel(name, cost, y_label, tuple(series), y_log=is_ppl, y_max=y_max)
