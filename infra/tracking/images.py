@@ -6,18 +6,17 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from infra.tracking import mlflow_rules as rules
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient as MlflowClient
 
 log = logging.getLogger("slimline")
 
 
-def log_images(client: MlflowClient, run_id: str, images: Mapping[str, Callable[[], bytes]]) -> None:
-    """Draw each image and log it under its path; one that cannot be drawn costs a warning."""
+def log_images(log_file: Callable[[str, str | None], None], images: Mapping[str, Callable[[], bytes]]) -> None:
+    """Draw each image and log it under its path; one that cannot be drawn costs a warning.
+
+    log_file: takes a local file, and the folder in the run, None for its root.
+    """
     for path, draw in rules.accepted_keys(images).items():
         try:
             content = draw()
@@ -28,4 +27,4 @@ def log_images(client: MlflowClient, run_id: str, images: Mapping[str, Callable[
         with TemporaryDirectory() as folder:
             file = Path(folder) / place.name
             file.write_bytes(content)
-            client.log_artifact(run_id, str(file), str(place.parent) if place.parent.name else None)
+            log_file(str(file), str(place.parent) if place.parent.name else None)

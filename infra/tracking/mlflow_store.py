@@ -143,7 +143,7 @@ class MlflowStore:
         self.log_points(run, content.metrics, partial(self.logged_values, run), model_id)
         for path, text in rules.accepted_keys(content.artifacts).items():
             self.client.log_text(run_id, text, path)
-        log_images(self.client, run_id, content.images)
+        log_images(partial(self.client.log_artifact, run_id), content.images)
         if content.inputs:
             self._log_inputs(run_id, content.inputs)
         tags = {**content.tags, _DESCRIPTION_TAG: content.description} if content.description else content.tags
