@@ -10,12 +10,12 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from infra.figures.panels import Drawing, HeatMap, Panel, Series
+from infra.figures.text import Measure, plain, short, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,10 +53,11 @@ _WIDTH, _PER_COLUMN, _MARGIN, _LINE = 7.2, 3.4, 0.08, 0.102
 _NOTE_SIZE, _TITLE_SIZE, _LEGEND_SIZE, _LABEL_SIZE = 6.0, 9.5, 7.0, 7.5
 #: what axes need beside what they show
 _AROUND = 0.6
-_LONGEST_LABEL = 60
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 #: of this many decades and more only powers of ten are labelled
 _MANY_DECADES = 3
+#: a name of so many signs is as wide as a marker
+_SHORT_NAME = 3
 #: rcParams belong to the process
 _ONE_AT_A_TIME = Lock()
 
@@ -78,11 +79,6 @@ def draw(drawing: Drawing, form: Form) -> bytes:
     return out.getvalue()
 
 
-def plain(text: str) -> str:
-    """Text of one line without signs that no file may hold."""
-    return "".join(char if char.isprintable() else " " for char in text)
-
-
 def _figure(drawing: Drawing) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -92,9 +88,10 @@ def _figure(drawing: Drawing) -> Figure:
     width = max(_WIDTH, columns * _PER_COLUMN)
     figure = Figure(figsize=(width, 1))
     measure = _measure(FigureCanvasAgg(figure).get_renderer())  # type: ignore[no-untyped-call]
-    title = _wrapped(drawing.title, _TITLE_SIZE, width, measure)
+    room = width - 2 * _MARGIN
+    title = wrapped(drawing.title, _TITLE_SIZE, room, measure)
     notes = [line for note in (*drawing.notes, *drawing.not_drawn()) for line in
-             _wrapped(note, _NOTE_SIZE, width, measure)]  # fmt: skip
+             wrapped(note, _NOTE_SIZE, room, measure)]  # fmt: skip
     heights = [max(panel.height for panel in row if panel is not None) for row in drawing.rows]
     axes = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     handles: dict[str, Any] = {}
@@ -105,7 +102,7 @@ def _figure(drawing: Drawing) -> Figure:
             else:
                 handles |= _fill(place, _fitted(panel, width / columns, measure))
     _colour_bar(figure, drawing, axes)
-    labels = [_short(label) for label in handles]
+    labels = [short(label) for label in handles]
     widest = max((measure(label, _LEGEND_SIZE) for label in labels), default=0) + 0.55
     beside = max(1, min(len(labels), int((width - 2 * _MARGIN) / widest)))
     legend_height = math.ceil(len(labels) / beside) * 0.155 + 0.12 if labels else 0.0
@@ -129,10 +126,10 @@ def _figure(drawing: Drawing) -> Figure:
     return figure
 
 
-def _fitted(panel: Panel, width: float, measure: Callable[[str, float], float]) -> Panel:
+def _fitted(panel: Panel, width: float, measure: Measure) -> Panel:
     """With title and label of the y axis in lines that do not reach the panels beside, above and below."""
-    title = "\n".join(_wrapped(panel.title, _LABEL_SIZE, width - _AROUND, measure))
-    y_label = "\n".join(_wrapped(panel.y_label, _LABEL_SIZE, panel.height - _AROUND, measure))
+    title = "\n".join(wrapped(panel.title, _LABEL_SIZE, width - _AROUND, measure))
+    y_label = "\n".join(wrapped(panel.y_label, _LABEL_SIZE, panel.height - _AROUND, measure))
     return replace(panel, title=title, y_label=y_label)
 
 
@@ -155,7 +152,9 @@ def _fill(axes: Axes, panel: Panel) -> dict[str, Any]:
         handle = _curve(axes, series, panel, 4 + 1.6 * covered)
         if series.label:
             handles[series.label] = handle
-    axes.margins(x=0.12 if any(len(name) > 3 for series in panel.series for name in series.names) else 0.05, y=0.1)
+    axes.margins(
+        x=0.08 if any(len(name) > _SHORT_NAME for series in panel.series for name in series.names) else 0.05, y=0.1
+    )
     axes.autoscale_view()
     _ticks(axes, panel)
     return handles
@@ -181,11 +180,20 @@ def _curve(axes: Axes, series: Series, panel: Panel, size: float) -> Any:
             axes.errorbar([x], [value], yerr=[[spread]] * 2, color=colour, elinewidth=0.7, capsize=1.5, fmt="none")
     for x, value, name in zip(series.x, y, series.names, strict=False):
         if name and math.isfinite(value):
+            side = _side(x, panel) if len(name) > _SHORT_NAME else 0
             axes.annotate(
-                plain(_short(name)), (x, value), xytext=(0, 4.5), textcoords="offset points", size=5.5, ha="center",
-                color="#303030", annotation_clip=True,
+                plain(short(name)), (x, value), xytext=(2 * side, 4.5), textcoords="offset points", size=5.5,
+                ha=("right", "center", "left")[side + 1], color="#303030",
             )  # fmt: skip
     return line
+
+
+def _side(x: float, panel: Panel) -> int:
+    """Where a name goes so that it stays within the axes: 1 to the right of its point, -1 to the left, 0 above."""
+    values = [value for series in panel.series for value in series.x]
+    low, high = min(values), max(values)
+    place = 0.5 if low == high else (x - low) / (high - low)
+    return 1 if place < 0.3 else -1 if place > 0.7 else 0
 
 
 def _ticks(axes: Axes, panel: Panel) -> None:
@@ -194,8 +202,9 @@ def _ticks(axes: Axes, panel: Panel) -> None:
     for axis, logarithmic in ((axes.xaxis, panel.x_log), (axes.yaxis, panel.y_log)):
         if logarithmic:
             low, high = sorted(axis.get_view_interval())
-            few = low > 0 and math.log10(high / low) < _MANY_DECADES
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+            decades = math.log10(high / low) if low > 0 else math.inf
+            subs = (1, 2, 3, 4, 5, 6, 8) if decades < 1 else (1, 2, 5) if decades < _MANY_DECADES else (1,)
+            axis.set_major_locator(LogLocator(subs=subs))
             axis.set_major_formatter(FuncFormatter(_number))
             axis.set_minor_formatter(NullFormatter())
     if panel.x_ticks:
@@ -223,7 +232,7 @@ def _heat(axes: Axes, heat: HeatMap, panel: Panel) -> None:
     axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     many = len(heat.rows) > 12 and all(label.isdigit() for label in heat.rows)
     shown = range(0, len(heat.rows), 5 if many else 1)
-    axes.set_yticks(list(shown), [plain(_short(heat.rows[index])) for index in shown])
+    axes.set_yticks(list(shown), [plain(short(heat.rows[index])) for index in shown])
     for index, end in enumerate(heat.ends):
         axes.annotate(
             plain(end), (1, index), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points",
@@ -249,7 +258,7 @@ def _colour_bar(figure: Figure, drawing: Drawing, axes: Any) -> None:
         bar.set_label(plain(unit))
 
 
-def _measure(renderer: Any) -> Callable[[str, float], float]:
+def _measure(renderer: Any) -> Measure:
     """Width of a text of a size in points, in inches, as the sum of the widths of its signs."""
     from matplotlib.font_manager import FontProperties
 
@@ -262,32 +271,3 @@ def _measure(renderer: Any) -> Callable[[str, float], float]:
         return sum(known[char] for char in text) * size
 
     return measure
-
-
-def _wrapped(text: str, size: float, width: float, measure: Callable[[str, float], float]) -> list[str]:
-    """Lines of at most `width` inches less the margins; words that are longer are cut."""
-    room = 0.97 * width - 2 * _MARGIN  # small signs are rounded to pixels
-    lines = [""]
-    for word in plain(text).split(" "):
-        if measure(f"{lines[-1]} {word}", size) <= room or not lines[-1]:
-            lines[-1] = f"{lines[-1]} {word}".lstrip()
-        else:
-            lines.append(word)
-        while measure(lines[-1], size) > room:
-            fits = _fitting(lines[-1], size, room, measure)
-            lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
-    return lines
-
-
-def _fitting(text: str, size: float, room: float, measure: Callable[[str, float], float]) -> int:
-    used = 0.0
-    for index, char in enumerate(text):
-        used += measure(char, size)
-        if used > room:
-            return max(1, index)
-    return len(text)
-
-
-def _short(text: str) -> str:
-    text = plain(text)
-    return text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"

@@ -86,16 +86,17 @@ class Drawing:
         return (panel for row in self.rows for panel in row if panel is not None)
 
     def not_drawn(self) -> tuple[str, ...]:
-        """A sentence for each series with values that its axes do not have."""
-        found: dict[str, None] = {}
+        """A sentence for each title of panels whose axes do not have all values."""
+        found: dict[str, dict[str, None]] = {}
         for panel in self.panels():
             for series in panel.series:
                 lost = [y for x, y in zip(series.x, series.y, strict=True) if not panel.shows(x, y)]
                 if lost:
-                    where = f" in {panel.title}" if panel.title else ""
-                    values = ", ".join(f"{value:g}" for value in lost)
-                    found[f"off the scale{where}: {series.label or 'a grey line'} {values}"] = None
-        return tuple(found)
+                    values = ", ".join(f"{value:.4g}" for value in lost)
+                    found.setdefault(panel.title, {})[f"{series.label or 'a grey line'} {values}"] = None
+        return tuple(
+            f"off the scale{f' in {title}' if title else ''}: {'; '.join(texts)}" for title, texts in found.items()
+        )
 
 
 def in_rows(panels: list[Panel], columns: int) -> tuple[tuple[Panel | None, ...], ...]:

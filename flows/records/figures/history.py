@@ -30,6 +30,7 @@ class _Point:
     stage_key: str
     verdict: str
     gate: str | None
+    higher_is_better: bool
 
     @property
     def bad(self) -> bool:
@@ -85,8 +86,8 @@ def _read(results: ResultsStore, name: str) -> tuple[list[datetime], dict[_Name,
     started = {night.night_id: night.started_at for night in results.nights(name)}
     places = {night_id: place for place, night_id in enumerate(started)}
     rows = results.select(
-        "SELECT night_id, suite, task, metric, cell, checkpoint, value, stage_key, verdict, gate FROM history "
-        "WHERE night = ? AND verdict <> 'gone' ORDER BY started_at, suite, task, metric, cell, checkpoint",
+        "SELECT night_id, suite, task, metric, cell, checkpoint, value, stage_key, verdict, gate, higher_is_better "
+        "FROM history WHERE night = ? AND verdict <> 'gone' ORDER BY started_at, suite, task, metric, cell, checkpoint",
         (name,),
     ).rows
     figures: dict[_Name, _Lines] = {}
@@ -120,13 +121,20 @@ def _panel(figure: _Name, lines: _Lines, ticks: tuple[tuple[float, str], ...]) -
             series.append(Series(_UNCHANGED, x, y, None, "solid"))
             continue
         crossed = tuple(index for index, point in enumerate(points) if point.bad)
-        names = tuple("gate" if point.gate == "failed" else point.verdict * (point.verdict in ("worse", "better"))
-                      for point in points)  # fmt: skip
+        names = tuple(map(_event, points))
         series.append(Series(_label(who), x, y, style, names=names, crossed=crossed))
         style += 1
     suite, task, metric = figure
     is_ppl = metric.startswith("ppl@")
-    return Panel(f"{suite}: {task}", "night", metric, tuple(series), x_ticks=ticks, y_log=is_ppl)
+    word = "higher" if next(iter(shared))[0].higher_is_better else "lower"
+    title = suite if suite == task else f"{suite}: {task}"
+    return Panel(title, "night", f"{metric} ({word} is better)", tuple(series), x_ticks=ticks, y_log=is_ppl)
+
+
+def _event(point: _Point) -> str:
+    """What is said at a point, if anything."""
+    verdict = point.verdict if point.verdict in ("worse", "better") else ""
+    return ", ".join(filter(None, (verdict, "gate failed" if point.gate == "failed" else "")))
 
 
 def _interest(points: Sequence[_Point]) -> int:

@@ -6,10 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flows.records.report.entries import Entry, read_entries
-from flows.records.report.protocol import figure_lines, model_lines, runs_of
+from flows.records.report.protocol import calibration_of, figure_lines, model_line, runs_of
 from flows.records.tables import in_one_line
 from infra.artifacts.store import ArtifactStore
 from infra.results.rows import CurveRow, LayerRow, MetricRow, OfRun
@@ -82,7 +82,7 @@ def protocol_of(entries: Sequence[Entry], columns: Mapping[str, Sequence[MetricR
     for entry in entries:
         same = {path: value for path, value in entry.options.items() if path.startswith("model.")}
         models.setdefault(json.dumps(same, sort_keys=True), []).append(entry)
-    lines = [line for group in models.values() for line in model_lines(group)]
+    lines = [*map(model_line, models.values()), *_calibrations(entries)]
     runs = runs_of(entries, columns or {})
     more = f" and {len(runs) - _MOST_RUNS} more" if len(runs) > _MOST_RUNS else ""
     names = f"runs: {', '.join(runs[:_MOST_RUNS])}{more}"
@@ -102,6 +102,13 @@ def amount_of(entry: Entry) -> str:
     return " + ".join(f"{value} layers" for value in asked)
 
 
+def _calibrations(entries: Iterable[Entry]) -> Iterator[str]:
+    """The options that all calibration sets share, and of the others their values."""
+    sets = [found for entry in entries if (found := calibration_of(entry))]
+    if sets:
+        yield f"calibration: {_told(sets, with_values=True)}"
+
+
 def _steps(entries: Iterable[Entry]) -> Iterator[str]:
     """The options of each chain of steps that all its checkpoints share; of the others the names."""
     chains: dict[str, list[Entry]] = {}
@@ -114,14 +121,24 @@ def _steps(entries: Iterable[Entry]) -> Iterator[str]:
 
 
 def _options(start: str, group: Sequence[Entry]) -> str:
-    """Those of one step that all have; of the others the names."""
-    paths = dict.fromkeys(path for entry in group for path in entry.options if path.startswith(start))
-    names = [path.removeprefix(start) for path in paths]
-    names = [name for name in names if name not in ("method", "recovery") and not name.startswith("calibration.")]
-    values = {name: {json.dumps(entry.options.get(start + name)) for entry in group} for name in names}
-    same = in_one_line({name: group[0].options.get(start + name) for name in names if len(values[name]) == 1})
-    differing = ", ".join(name for name in names if len(values[name]) > 1)
-    return ", ".join(filter(None, (same, f"differing {differing}" if differing else "")))
+    """Those of one step."""
+    options = [{path.removeprefix(start): value for path, value in entry.options.items() if path.startswith(start)}
+               for entry in group]  # fmt: skip
+    hidden = ("method", "recovery")
+    return _told([
+        {name: value for name, value in each.items() if name not in hidden and not name.startswith("calibration.")}
+        for each in options
+    ])  # fmt: skip
+
+
+def _told(options: Sequence[Mapping[str, Any]], *, with_values: bool = False) -> str:
+    """What all have in common; of what differs the names, or the values too."""
+    values = {name: dict.fromkeys(json.dumps(each.get(name)) for each in options) for each in options for name in each}
+    same = in_one_line({name: options[0].get(name) for name, found in values.items() if len(found) == 1})
+    other = [
+        f"{name} ({', '.join(found)})" if with_values else name for name, found in values.items() if len(found) > 1
+    ]
+    return ", ".join(filter(None, (same, f"differing {', '.join(other)}" if other else "")))
 
 
 def _place(entry: Entry) -> tuple[object, ...]:

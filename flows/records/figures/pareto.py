@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from flows.records.figures.inputs import Recorded, counted, labels_of, protocol_of
 from flows.records.report.entries import Entry
@@ -20,6 +21,8 @@ _PARAMETERS = "parameters (millions)"
 _FRONT = "Pareto front"
 #: so many times the best perplexity of a panel: what is above would press all others together
 _OFF_SCALE = 50
+_CLOSE = 0.02
+_MEAN = "mean acc of "
 #: black, with no marker of its own
 _FRONT_STYLE = -1
 
@@ -28,7 +31,7 @@ def quality_by_cost(recorded: Recorded) -> Drawing | None:
     """A row of panels per perplexity and for the mean accuracy: against parameters, decode latency and memory."""
     condition = "metric LIKE 'ppl@%' OR metric IN ('acc', 'acc_norm') OR suite = 'profile'"
     entries = recorded.entries(lambda entry: True, condition)
-    qualities = columns_of(entries, quality)
+    qualities = columns_of([replace(entry, metrics=(*entry.metrics, *_means(entry))) for entry in entries], _quality)
     costs = columns_of(entries, _cost)
     sizes = {entry.row.checkpoint_key: number / 1e6 for entry in entries if (number := _parameters(entry))}
     values = {_PARAMETERS: sizes} | {
@@ -77,6 +80,37 @@ def _parameters(entry: Entry) -> float | None:
     return entry.row.num_parameters or next(counted, None)
 
 
+def _named(best: Sequence[tuple[str, float, float, str]]) -> dict[str, str]:
+    """What stands at the points of the front, (label, cost, quality, key): those that nearly touch share a text."""
+    width = max((cost for _, cost, _, _ in best), default=0.0) - min((cost for _, cost, _, _ in best), default=0.0)
+    named: dict[str, str] = {}
+    last: tuple[float, float, str] | None = None
+    for label, cost, value, key in sorted(best, key=lambda point: point[1:]):
+        if last and abs(cost - last[0]) <= _CLOSE * width and abs(value - last[1]) <= _CLOSE * abs(value):
+            named[last[2]] += f", {label}"
+        else:
+            named[key] = label
+            last = cost, value, key
+    return named
+
+
+def _means(entry: Entry) -> Iterator[MetricRow]:
+    """The mean accuracy of each suite's tasks, where the papers' average of seven is not recorded."""
+    suites: dict[str, list[MetricRow]] = {}
+    for row in entry.metrics:
+        if row.metric == "acc" and row.num_fewshot == 0 and not row.suite.startswith("mmlu"):
+            suites.setdefault(row.suite, []).append(row)
+    for rows in suites.values():
+        tasks = sorted(row.task for row in rows)
+        if len(rows) > 1 and "average" not in tasks:
+            mean = sum(row.value for row in rows) / len(rows)
+            yield rows[0].model_copy(update={"task": f"{_MEAN}{', '.join(tasks)}", "value": mean, "stderr": None})
+
+
+def _quality(row: MetricRow) -> str | None:
+    return row.task if row.task.startswith(_MEAN) else quality(row)
+
+
 def _made_by(entry: Entry) -> str:
     return " + ".join(filter(None, (entry.row.method, entry.row.recovery))) or "dense"
 
@@ -105,11 +139,12 @@ def _panel(
     series = [
         Series(_FRONT, tuple(x for x, _ in line), tuple(y for _, y in line), _FRONT_STYLE, "dotted", markers=False)
     ]
+    named = _named([(labels[key], *points[key], key) for key in best if points[key][1] <= y_max])
     for maker, style in styles.items():
         keys = [e.row.checkpoint_key for e in entries if _made_by(e) == maker and e.row.checkpoint_key in measured]
         if keys:
             x, y = tuple(known[key] for key in keys), tuple(measured[key] for key in keys)
-            names = tuple(labels[key] if key in best else "" for key in keys)
+            names = tuple(named.get(key, "") for key in keys)
             series.append(Series(maker, x, y, style, "none", names=names))
     word = "lower" if is_ppl else "higher"
     y_label = f"{'perplexity' if is_ppl else 'accuracy'} ({word} is better)"

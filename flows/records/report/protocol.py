@@ -68,20 +68,20 @@ def calibration_name(entry: Entry) -> str:
 
 def section_lines(entries: Sequence[Entry], columns: Mapping[str, Sequence[MetricRow]]) -> Iterator[str]:
     """The model, every calibration set, the protocol of every column, data, versions, warnings and runs."""
-    yield from model_lines(entries)
+    yield model_line(entries)
+    for options in dict.fromkeys(in_one_line(calibration_of(entry)) for entry in entries):
+        if options:
+            yield f"calibration: {options}"
     yield from figure_lines(columns)
     yield f"runs: {', '.join(runs_of(entries, columns))}"
 
 
-def model_lines(entries: Sequence[Entry]) -> Iterator[str]:
-    """The model of the entries, and every calibration set that its steps read."""
+def model_line(entries: Sequence[Entry]) -> str:
+    """The model of the entries, which have one."""
     model = {
         path.removeprefix("model."): value for path, value in entries[0].options.items() if path.startswith("model.")
     }
-    yield f"model: {in_one_line(model)}"
-    for options in dict.fromkeys(in_one_line(calibration_of(entry)) for entry in entries):
-        if options:
-            yield f"calibration: {options}"
+    return f"model: {in_one_line(model)}"
 
 
 def figure_lines(columns: Mapping[str, Sequence[MetricRow]]) -> Iterator[str]:
