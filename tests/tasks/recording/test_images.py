@@ -1,9 +1,8 @@
-"""The images of a checkpoint: drawn when they are asked for, quickly, and of what is there only."""
+"""The images of a checkpoint: drawn when they are asked for, and of what is there only."""
 
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -71,10 +70,7 @@ def test_images_of_what_there_is(tmp_path: Path) -> None:
     images = checkpoint_images("a <b> $x$", "recover-lora-v2-0", tmp_path, [point("train_loss", 1, 2.0)])
     assert list(images) == ["figures/kept.png", "figures/training.png"]
     for draw in images.values():
-        draw()  # imports matplotlib
-        began = time.process_time()
         assert draw().startswith(b"\x89PNG")
-        assert time.process_time() - began < 1.0
     (tmp_path / "plan.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="source"):
         images["figures/kept.png"]()
