@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -80,50 +81,62 @@ def draw(drawing: Drawing, form: Form) -> bytes:
 
 
 def _figure(drawing: Drawing) -> Figure:
+    """From top to bottom: title, panels, legend, notes; as high as they need."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = len(drawing.rows[0])
     width = max(_WIDTH, columns * _PER_COLUMN)
+    room = width - 2 * _MARGIN
     figure = Figure(figsize=(width, 1))
     measure = _measure(FigureCanvasAgg(figure).get_renderer())  # type: ignore[no-untyped-call]
-    room = width - 2 * _MARGIN
     title = wrapped(drawing.title, _TITLE_SIZE, room, measure)
     notes = [line for note in (*drawing.notes, *drawing.not_drawn()) for line in
              wrapped(note, _NOTE_SIZE, room, measure)]  # fmt: skip
     heights = [max(panel.height for panel in row if panel is not None) for row in drawing.rows]
-    axes = figure.subplots(len(heights), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    handles = _panels(figure, drawing, heights, lambda panel: _fitted(panel, width / columns, measure))
+    beside, legend = _legend_size(handles, room, measure)
+    head, foot = len(title) * 0.17 + _MARGIN, len(notes) * _LINE + 2 * _MARGIN
+    height = head + sum(heights) + legend + foot
+    figure.set_size_inches(width, height)
+    rect = (0, (foot + legend) / height, 1, sum(heights) / height)
+    figure.set_layout_engine(ConstrainedLayoutEngine(rect=rect))
+    left, top, below = _MARGIN / width, 1 - _MARGIN / height, (foot - _MARGIN) / height
+    figure.text(left, top, "\n".join(title), size=_TITLE_SIZE, weight="bold", va="top")
+    figure.text(left, below, "\n".join(notes), size=_NOTE_SIZE, va="top", color="#404040", linespacing=1.2)
+    if handles:
+        figure.legend(
+            list(handles.values()), [short(label) for label in handles], loc="upper center",
+            bbox_to_anchor=(0.5, (foot + legend) / height), ncols=beside, frameon=False, handlelength=2.6,
+            columnspacing=1.2, borderaxespad=0.2,
+        )  # fmt: skip
+    return figure
+
+
+def _panels(
+    figure: Figure, drawing: Drawing, heights: Sequence[float], fitted: Callable[[Panel], Panel]
+) -> dict[str, Any]:
+    """Draw all of them; returns what the legend shows, by label."""
+    axes = figure.subplots(len(heights), len(drawing.rows[0]), squeeze=False, gridspec_kw={"height_ratios": heights})
     handles: dict[str, Any] = {}
     for row, places in zip(drawing.rows, axes, strict=True):
         for panel, place in zip(row, places, strict=True):
             if panel is None:
                 place.set_axis_off()
             else:
-                handles |= _fill(place, _fitted(panel, width / columns, measure))
+                handles |= _fill(place, fitted(panel))
     _colour_bar(figure, drawing, axes)
-    labels = [short(label) for label in handles]
-    widest = max((measure(label, _LEGEND_SIZE) for label in labels), default=0) + 0.55
-    beside = max(1, min(len(labels), int((width - 2 * _MARGIN) / widest)))
-    legend_height = math.ceil(len(labels) / beside) * 0.155 + 0.12 if labels else 0.0
-    head, foot = len(title) * 0.17 + _MARGIN, len(notes) * _LINE + 2 * _MARGIN
-    height = head + sum(heights) + legend_height + foot
-    figure.set_size_inches(width, height)
-    figure.set_layout_engine(
-        ConstrainedLayoutEngine(rect=(0, (foot + legend_height) / height, 1, sum(heights) / height))
-    )
-    top = 1 - _MARGIN / height
-    figure.text(_MARGIN / width, top, "\n".join(title), size=_TITLE_SIZE, weight="bold", va="top")
-    figure.text(
-        _MARGIN / width, (foot - _MARGIN) / height, "\n".join(notes), size=_NOTE_SIZE, va="top", color="#404040",
-        linespacing=1.2,
-    )  # fmt: skip
-    if labels:
-        figure.legend(
-            list(handles.values()), labels, loc="upper center", bbox_to_anchor=(0.5, (foot + legend_height) / height),
-            ncols=beside, frameon=False, handlelength=2.6, columnspacing=1.2, borderaxespad=0.2,
-        )  # fmt: skip
-    return figure
+    return handles
+
+
+def _legend_size(labels: Iterable[str], room: float, measure: Measure) -> tuple[int, float]:
+    """How many stand beside each other, and how high all of them are, in inches."""
+    widths = [measure(short(label), _LEGEND_SIZE) + 0.55 for label in labels]
+    if not widths:
+        return 1, 0.0
+    beside = max(1, min(len(widths), int(room / max(widths))))
+    return beside, math.ceil(len(widths) / beside) * 0.155 + 0.12
 
 
 def _fitted(panel: Panel, width: float, measure: Measure) -> Panel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from flows.errors import SpecError
 from flows.records.figures.catalogue import FIGURES, build_figure
 from flows.records.figures.inputs import Recorded
 from flows.records.figures.pareto import front
+from flows.spec.load import shipped_nights, shipped_specs
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 from infra.figures.draw import draw
 from infra.figures.panels import Drawing, Panel, Series
@@ -319,6 +321,13 @@ def test_an_empty_figure_says_what_fills_it(recorded: Recorded) -> None:
             with pytest.raises(SpecError, match=f"nothing for {name} .*; what fills it: slimline (run|nightly) "):
                 build_figure(recorded, name)
         add(recorded, "r1", metrics=[ppl("r1", "dense", 12.0)])  # of the dense model alone there is nothing to say
+
+
+def test_what_fills_a_figure_is_shipped() -> None:
+    shipped = {*shipped_specs(), *shipped_nights()}
+    for known in FIGURES.values():
+        named = re.findall(r"(?<=run |tly | or )[\w-]*\w-[\w-]+", known.fill)
+        assert set(named) <= shipped, known.fill
 
 
 def test_unknown_names_are_refused_with_the_nearest(recorded: Recorded) -> None:
