@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import NoReturn
 
-from flows.commands import help, nights, report, results, retry, runs, serve, store, watch
+from flows.commands import figure, help, nights, report, results, retry, runs, serve, store, watch
 from flows.commands.app import app
 from flows.night.outcome import NightFailed
 from flows.run.outcome import StagesFailed
@@ -15,7 +15,7 @@ from flows.runtime.user_errors import user_message
 from flows.spec.validation import one_line
 from infra.secrets import redacted
 
-__all__ = ["app", "help", "main", "nights", "report", "results", "retry", "runs", "serve", "store", "watch"]
+__all__ = ["app", "figure", "help", "main", "nights", "report", "results", "retry", "runs", "serve", "store", "watch"]
 
 log = logging.getLogger("slimline")
 

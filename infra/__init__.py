@@ -11,5 +11,6 @@ models/      a model of any format in, a plain checkpoint out
 results/     what was measured: a parquet file per run, DuckDB as the index over them
 tracking/    MLflow
 running/     what runs now, for who wants to follow it
+figures/     drawings as SVG, PNG, PDF
 Read keys.py (what names a stage) and artifacts/store.py (where it lies) first.
 """

@@ -37,6 +37,7 @@ ONLY_IMPORTER = {
     "lm_eval": "evaluation/harness/run_tasks.py",
     "peft": "pruning/training/adapters.py",
     "datasets": "infra/sources/datasets.py",
+    "matplotlib": "infra/figures/draw.py",
 }
 #: files of a folder, without `__init__.py`
 MOST_FILES = 12
@@ -44,7 +45,7 @@ MOST_FILES = 12
 TRAINED_METHOD = (
     *("check_model", "check_training", "needs_statistics", "order_config", "reads", "scratch_bytes", "train"),
 )
-HEAVY = ("torch", "transformers", "datasets", "mlflow", "lm_eval", "peft", "duckdb")
+HEAVY = ("torch", "transformers", "datasets", "mlflow", "lm_eval", "peft", "duckdb", "matplotlib")
 PLUGINS = {
     "pruning.methods": ("needs_statistics", "order_config", "prune"),
     "pruning.recovery": ("check_model", "reads", "recover", "scratch_bytes"),

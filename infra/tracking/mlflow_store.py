@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from infra.tracking import mlflow_rules as rules
+from infra.tracking.images import log_images
 from infra.tracking.records import CheckpointRecord, DataInput, MetricPoint, RunContent, new_points
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ class MlflowStore:
         self.log_points(run, content.metrics, partial(self.logged_values, run), model_id)
         for path, text in rules.accepted_keys(content.artifacts).items():
             self.client.log_text(run_id, text, path)
+        log_images(partial(self.client.log_artifact, run_id), content.images)
         if content.inputs:
             self._log_inputs(run_id, content.inputs)
         tags = {**content.tags, _DESCRIPTION_TAG: content.description} if content.description else content.tags

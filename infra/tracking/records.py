@@ -45,7 +45,8 @@ class DataInput:
 
 @dataclass(frozen=True, slots=True)
 class RunContent:
-    """What one MLflow run holds. artifacts: a text by its path in the run. description: markdown.
+    """What one MLflow run holds. artifacts: a text by its path in the run. images: what draws one, by its path; only
+    their paths make a record new, for they show what else is in it. description: markdown.
 
     began_ms, ended_ms (since 1970): when what it tells of was done; None for the moments in which it is recorded. A
     run keeps the beginning that it was made with, and moments alone do not make a record new.
@@ -57,6 +58,7 @@ class RunContent:
     metrics: Sequence[MetricPoint] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     artifacts: Mapping[str, str] = field(default_factory=dict)
+    images: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
     description: str = ""
     inputs: Sequence[DataInput] = ()
     began_ms: int | None = None
@@ -67,7 +69,8 @@ class RunContent:
         points = [(point.key, point.value, point.step) for point in self.metrics]
         inputs = [(data.name, data.digest, data.context, dict(data.hub)) for data in self.inputs]
         mappings = [dict(self.params), dict(self.tags), dict(self.artifacts)]
-        return [self.name, self.status, points, inputs, self.description, mappings]
+        images = [sorted(self.images)] if self.images else []  # records without any have the digest they always had
+        return [self.name, self.status, points, inputs, self.description, mappings, *images]
 
 
 @dataclass(frozen=True, slots=True)

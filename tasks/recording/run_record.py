@@ -14,6 +14,7 @@ from infra.results.rows import CurveRow, LayerRow, MetricRow, StageRow
 from infra.tracking.records import TRAINING, CheckpointRecord, MetricPoint, RunContent, RunRecord
 from tasks.recording.best import aliases
 from tasks.recording.description import checkpoint_description, run_description
+from tasks.recording.images import checkpoint_images
 from tasks.recording.lineage import Lineage, inputs_of, lineage_of
 from tasks.recording.outcome import Measured, RunOutcome
 
@@ -97,6 +98,7 @@ def _checkpoint(
         metrics=list(_points(ref, metrics, rows)),
         tags={f"stage.{each.label}": each.report.key for each in measured},
         artifacts=_checkpoint_texts(ref, measured, lineage, store),
+        images=checkpoint_images(name, ref.key, store.path(ref), rows.curves),
         description=checkpoint_description(name, params, metrics, ref.key),
         inputs=[
             *lineage.inputs(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from flows.errors import SpecError
 from flows.records.report.entries import Entry, read_entries
 from flows.records.report.papers import TABLES, PaperTable
-from flows.records.report.protocol import calibration_name, identity, section_lines
+from flows.records.report.protocol import calibration_name, columns_of, section_lines
 from flows.records.tables import cell
 from infra.registry import did_you_mean
 from infra.results.rows import MetricRow
@@ -97,7 +96,7 @@ def _short(path: str) -> str:
 
 
 def _section(table: PaperTable, entries: Sequence[Entry], published: Sequence[Mapping[str, Any]]) -> Section:
-    columns = _columns(table, entries)
+    columns = columns_of(entries, table.figure)
     varying = _varying(entries)
     lines = [_measured(entry, columns, varying) for entry in entries]
     ours = _PAPER_NAMES.get(entries[0].row.model.rpartition("/")[2].lower())
@@ -108,23 +107,6 @@ def _section(table: PaperTable, entries: Sequence[Entry], published: Sequence[Ma
         shown.remove("source")
     model = entries[0].row.model
     return Section(model, tuple(shown), tuple(columns), tuple(lines), tuple(section_lines(entries, columns)))
-
-
-def _columns(table: PaperTable, entries: Iterable[Entry]) -> dict[str, list[MetricRow]]:
-    """The figures of each column, one of each checkpoint: that of the newest run. Of one name under several protocols
-    there are several columns, which are numbered."""
-    found: dict[tuple[str, str], dict[str, MetricRow]] = {}
-    for entry in entries:
-        for row in entry.metrics:
-            if (heading := table.figure(row)) is not None:
-                found.setdefault((heading, identity(row)), {}).setdefault(row.checkpoint_key, row)
-    several = Counter(heading for heading, _ in found)
-    numbers: Counter[str] = Counter()
-    columns: dict[str, list[MetricRow]] = {}
-    for (heading, _), rows in sorted(found.items(), key=lambda item: "average" in item[0][0]):
-        numbers[heading] += 1
-        columns[f"{heading} [{numbers[heading]}]" if several[heading] > 1 else heading] = list(rows.values())
-    return columns
 
 
 def _varying(entries: Iterable[Entry]) -> set[tuple[str, str]]:

@@ -44,7 +44,8 @@ def _zero_shot(row: MetricRow) -> str | None:
     return f"{row.task} {row.metric}" if AVERAGE_RECIPE.get(row.task) == row.metric else None
 
 
-def _mean_of_both(row: MetricRow) -> str | None:
+def quality(row: MetricRow) -> str | None:
+    """The perplexities and the papers' zero-shot average."""
     return _perplexity(row) or ("zero-shot average" if _zero_shot(row) == "average" else None)
 
 
@@ -83,28 +84,28 @@ TABLES: Mapping[str, PaperTable] = {
     ),
     "slimgpt-5": PaperTable(
         "SlimGPT without its parts: -GCD (grouped_cholesky=false), -DGS (a fixed group_size)", f"{_SLIMGPT}, table 5",
-        f"{_PPL} OR {_ACC}", _mean_of_both,
+        f"{_PPL} OR {_ACC}", quality,
         "slimline run llama-7b-slimgpt-table5, or on two cores slimline run smollm2-135m-ablation",
         _slimgpt_alone, ("grouped_cholesky", "group_size"),
     ),
     "slimgpt-6": PaperTable(
-        "Curves of the pruning ratio over depth", f"{_SLIMGPT}, table 6", f"{_PPL} OR {_ACC}", _mean_of_both,
+        "Curves of the pruning ratio over depth", f"{_SLIMGPT}, table 6", f"{_PPL} OR {_ACC}", quality,
         "slimline run llama-7b-slimgpt-table6, or on two cores slimline run smollm2-135m-ablation",
         _slimgpt_alone, ("curve", "start_over_end", "end_points"),
     ),
     "slimgpt-14": PaperTable(
-        "Calibration sets", f"{_SLIMGPT}, table 14", f"{_PPL} OR {_ACC}", _mean_of_both,
+        "Calibration sets", f"{_SLIMGPT}, table 14", f"{_PPL} OR {_ACC}", quality,
         "slimline run llama-7b-slimgpt-table14, or any spec whose step has variants with another calibration "
         "(slimline help ablations)",
         _slimgpt_alone, ("calibration.data", "calibration.join"),
     ),
     "shortened-criteria": PaperTable(
-        "Which layers go: criteria and ratios, not retrained", _SHORTENED, f"{_PPL} OR {_ACC}", _mean_of_both,
+        "Which layers go: criteria and ratios, not retrained", _SHORTENED, f"{_PPL} OR {_ACC}", quality,
         "slimline nightly shortened-llama, or on two cores slimline nightly smollm2-135m-comparison",
         lambda entry: _depth(entry) and _untrained(entry),
     ),
     "shortened-retraining": PaperTable(
-        "Depth pruning, retrained and not", _SHORTENED, f"{_PPL} OR {_ACC}", _mean_of_both,
+        "Depth pruning, retrained and not", _SHORTENED, f"{_PPL} OR {_ACC}", quality,
         "slimline nightly shortened-llama, or on two cores slimline nightly smollm2-135m-recovery",
         _depth,
     ),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flows.records.protocol_diff import deciding
@@ -25,6 +26,23 @@ def identity(row: MetricRow) -> str:
     if _OF_RATIOS not in row.metric:
         options = {key: value for key, value in options.items() if not key.startswith(_OF_RATIOS)}
     return json.dumps(options, sort_keys=True)
+
+
+def columns_of(entries: Iterable[Entry], figure: Callable[[MetricRow], str | None]) -> dict[str, list[MetricRow]]:
+    """The figures of each column, one of each checkpoint: that of the newest run. figure: names the column, None: not
+    shown. Of one name under several protocols there are several columns, which are numbered; averages come last."""
+    found: dict[tuple[str, str], dict[str, MetricRow]] = {}
+    for entry in entries:
+        for row in entry.metrics:
+            if (heading := figure(row)) is not None:
+                found.setdefault((heading, identity(row)), {}).setdefault(row.checkpoint_key, row)
+    several = Counter(heading for heading, _ in found)
+    numbers: Counter[str] = Counter()
+    columns: dict[str, list[MetricRow]] = {}
+    for (heading, _), rows in sorted(found.items(), key=lambda item: "average" in item[0][0]):
+        numbers[heading] += 1
+        columns[f"{heading} [{numbers[heading]}]" if several[heading] > 1 else heading] = list(rows.values())
+    return columns
 
 
 def calibration_of(entry: Entry) -> dict[str, Any]:
@@ -50,13 +68,24 @@ def calibration_name(entry: Entry) -> str:
 
 def section_lines(entries: Sequence[Entry], columns: Mapping[str, Sequence[MetricRow]]) -> Iterator[str]:
     """The model, every calibration set, the protocol of every column, data, versions, warnings and runs."""
-    model = {
-        path.removeprefix("model."): value for path, value in entries[0].options.items() if path.startswith("model.")
-    }
-    yield f"model: {in_one_line(model)}"
+    yield model_line(entries)
     for options in dict.fromkeys(in_one_line(calibration_of(entry)) for entry in entries):
         if options:
             yield f"calibration: {options}"
+    yield from figure_lines(columns)
+    yield f"runs: {', '.join(runs_of(entries, columns))}"
+
+
+def model_line(entries: Sequence[Entry]) -> str:
+    """The model of the entries, which have one."""
+    model = {
+        path.removeprefix("model."): value for path, value in entries[0].options.items() if path.startswith("model.")
+    }
+    return f"model: {in_one_line(model)}"
+
+
+def figure_lines(columns: Mapping[str, Sequence[MetricRow]]) -> Iterator[str]:
+    """The protocol of every column, data, versions and warnings."""
     for protocol, headings in _by_protocol(columns).items():
         yield f"{', '.join(headings)}: {protocol}"
     metrics = [row for rows in columns.values() for row in rows]
@@ -69,8 +98,12 @@ def section_lines(entries: Sequence[Entry], columns: Mapping[str, Sequence[Metri
         if shown := " / ".join(filter(None, texts)):
             yield f"{topic}: {shown}"
     yield from warnings_of(metrics)
+
+
+def runs_of(entries: Sequence[Entry], columns: Mapping[str, Sequence[MetricRow]]) -> list[str]:
+    """Names of the runs that have the figures; without any column, those that have the entries."""
     runs = {key: name for entry in entries for key, name in entry.runs.items()}
-    yield f"runs: {', '.join(sorted({runs[row.run_key] for row in metrics}))}"
+    return sorted({runs[row.run_key] for rows in columns.values() for row in rows} or set(runs.values()))
 
 
 def _by_protocol(columns: Mapping[str, Sequence[MetricRow]]) -> dict[str, list[str]]:

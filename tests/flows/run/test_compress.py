@@ -209,8 +209,9 @@ def test_mlflow_has_curves_and_files(smoke: tuple[Home, RunResult]) -> None:
 
     assert files(mlflow_run_id(home, result)) == {"spec.json", "stages.json", "paired.json"}
     names = {name: files(run.info.run_id) for name, run in runs.items()}
-    assert {"plan.json", "pruning.json", "steps.json"} <= names["slimgpt-20"]
-    assert {"plan.json", "recovery.json", "reports/zero_shot.json"} <= names["slimgpt-20+lora"]
+    assert {"plan.json", "pruning.json", "steps.json", "figures/kept.png"} <= names["slimgpt-20"]
+    trained = {"plan.json", "recovery.json", "reports/zero_shot.json", "figures/kept.png", "figures/training.png"}
+    assert trained <= names["slimgpt-20+lora"]
     assert "reports/zero_shot.json" in names["dense"]
     assert not [name for each in names.values() for name in each if name.endswith(".safetensors")]
 

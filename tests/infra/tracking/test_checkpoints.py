@@ -227,3 +227,29 @@ def test_two_processes_at_once_make_no_second_one(tracker: Tracker) -> None:
     assert {parent: sorted(names) for parent, names in below.items()} == {
         run_id: ["dense", "slimgpt-20"] for run_id in {*ids[0], *ids[1]}
     }
+
+
+def test_images_are_drawn_when_they_are_logged_and_fail_no_run(
+    tracker: Tracker, caplog: pytest.LogCaptureFixture
+) -> None:
+    drawn = []
+
+    def draw() -> bytes:
+        drawn.append(1)
+        return b"\x89PNG"
+
+    def broken() -> bytes:
+        raise RuntimeError("no such font")
+
+    images = {"figures/kept.png": draw, "figures/größe <b>.png": broken}
+    one = checkpoint("slimgpt-20", images=images)
+    assert one.digest() != checkpoint("slimgpt-20").digest()
+    for _ in range(2):
+        record(tracker, checkpoints=[one])
+    assert drawn == [1], "a record that is there already is not drawn again"
+    assert "RuntimeError: no such font" in caplog.text
+    run = children(tracker)["slimgpt-20"]
+    assert run.info.status == "FINISHED"
+    (found,) = client(tracker).list_artifacts(run.info.run_id, "figures")
+    path = client(tracker).download_artifacts(run.info.run_id, found.path)
+    assert (found.path, Path(path).read_bytes()) == ("figures/kept.png", b"\x89PNG")

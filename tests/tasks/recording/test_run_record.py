@@ -154,6 +154,8 @@ def test_layers_are_steps_of_the_checkpoint_that_was_pruned(
     ]
     assert [point.key for point in trained.content.metrics] == ["perplexity/wikitext2/ppl@2048"]
     assert set(pruned.content.artifacts) == {"plan.json", "steps.json"}
+    assert list(pruned.content.images) == ["figures/kept.png"]
+    assert not trained.content.images, "it has no plan of its own here, and no curves"
     assert [step["plugin"] for step in json.loads(trained.content.artifacts["steps.json"])] == ["slimgpt", "lora"]
 
 
