@@ -57,6 +57,15 @@ def section_lines(entries: Sequence[Entry], columns: Mapping[str, Sequence[Metri
     for options in dict.fromkeys(in_one_line(calibration_of(entry)) for entry in entries):
         if options:
             yield f"calibration: {options}"
+    yield from column_lines(columns)
+    metrics = [row for rows in columns.values() for row in rows]
+    yield from warnings_of(metrics)
+    runs = {key: name for entry in entries for key, name in entry.runs.items()}
+    yield f"runs: {', '.join(sorted({runs[row.run_key] for row in metrics}))}"
+
+
+def column_lines(columns: Mapping[str, Sequence[MetricRow]]) -> Iterator[str]:
+    """The protocol of every column by its heading, then data and versions."""
     for protocol, headings in _by_protocol(columns).items():
         yield f"{', '.join(headings)}: {protocol}"
     metrics = [row for rows in columns.values() for row in rows]
@@ -68,9 +77,6 @@ def section_lines(entries: Sequence[Entry], columns: Mapping[str, Sequence[Metri
     for topic, texts in {"data": data, "versions": versions}.items():
         if shown := " / ".join(filter(None, texts)):
             yield f"{topic}: {shown}"
-    yield from warnings_of(metrics)
-    runs = {key: name for entry in entries for key, name in entry.runs.items()}
-    yield f"runs: {', '.join(sorted({runs[row.run_key] for row in metrics}))}"
 
 
 def _by_protocol(columns: Mapping[str, Sequence[MetricRow]]) -> dict[str, list[str]]:
