@@ -44,6 +44,9 @@ class CellFailed(RuntimeError):
         return str(self.outcome.message)
 
 
+GUARDS_NOTHING = "it matches no figure, so it guards nothing"
+
+
 class GateOutcome(BaseModel):
     """One gate of the spec. num_figures: how many it guards. problems: a sentence for each that does not hold."""
 
@@ -57,6 +60,11 @@ class GateOutcome(BaseModel):
     def passed(self) -> bool:
         """Whether it guards something and all of that holds."""
         return self.num_figures > 0 and not self.problems
+
+    @property
+    def problem(self) -> str | None:
+        """Why it does not hold; None if it does."""
+        return None if self.passed else "; ".join(self.problems) or GUARDS_NOTHING
 
 
 class NightResult(BaseModel):
@@ -105,12 +113,8 @@ class NightResult(BaseModel):
     def message(self) -> str | None:
         """Why the night is not good, in one line; None if it is."""
         problems = [f"{cell.name}: {cell.message}" for cell in self.failures]
-        problems += [f"gate {gate.gate}: {_gate_problem(gate)}" for gate in self.gates if not gate.passed]
+        problems += [f"gate {gate.gate}: {gate.problem}" for gate in self.gates if not gate.passed]
         return "; ".join(problems) or None
-
-
-def _gate_problem(gate: GateOutcome) -> str:
-    return "; ".join(gate.problems) or "it matches no figure, so it guards nothing"
 
 
 class NightFailed(RuntimeError):
