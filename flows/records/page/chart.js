@@ -28,8 +28,9 @@ function buildAxes() {
     document.getElementById("plot").replaceWith(element("p", { className: "quiet" }, "A chart needs two figures that were measured."));
     return false;
   }
-  axes.x = usable.find(column => column.name === "size/num_parameters" && new Set(column.values).size > 2)
-    ?? usable.find(column => column.name === "sparsity_asked") ?? usable[0];
+  const known = column => column.values.filter(value => value !== null).length;
+  const sizes = usable.filter(column => column.name === "size/num_parameters" || column.name === "sparsity_asked");
+  axes.x = sizes.sort((one, other) => known(other) - known(one) || (one.better ? -1 : 1))[0] ?? usable[0];
   axes.y = usable.find(column => /\/ppl@/.test(column.name)) ?? usable.find(column => column !== axes.x && column.better) ?? usable[1];
   const select = axis => element("select", { id: `axis-${axis}`, onchange: event => {
     axes[axis] = usable[Number(event.target.value)];

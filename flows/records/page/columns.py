@@ -96,7 +96,8 @@ def own_columns(checkpoints: Sequence[Checkpoint], figures: Figures) -> tuple[Co
     removed = Column("removed", "sparsity", None, True)
     parameters = Column("parameters (M)", "size/num_parameters", "low", True)
     for place, each in enumerate(checkpoints):
-        for column, share in ((asked, each.sparsity), (removed, each.removed)):
+        share_asked = 0.0 if each.method is None else each.sparsity
+        for column, share in ((asked, share_asked), (removed, each.removed)):
             if share is not None:
                 column.values[place], column.texts[place] = share, f"{100 * share:.4g} %"
         if each.num_parameters is not None:

@@ -9,7 +9,7 @@ function drawComparison() {
   document.getElementById("chosen").textContent = picked.length > 1 ? `${picked.length} checkpoints are compared${full}` :
     picked.length ? `${checkpoints.name[picked[0]]} is ticked: tick another one` :
       "Tick two to six checkpoints in the table, or click them in the chart.";
-  const parts = picked.length > 1 ? [optionsTable(), metricsTable(), untested(), plansTable()] : [];
+  const parts = picked.length > 1 ? [metricsTable(), untested(), optionsTable(), plansTable()] : [];
   document.getElementById("comparison").replaceChildren(...parts.filter(Boolean).flat());
 }
 
@@ -52,14 +52,15 @@ function optionsTable() {
   const caption = differing.length ? "Options that differ; marked: not as in the reference" : "No option differs";
   return [
     element("h3", {}, "What was asked for"),
-    scrollBox("Options that differ", element("table", { id: "options" }, element("caption", {}, caption), heads("option", true), lines(differing))),
+    scrollBox("Options that differ", element("table", { id: "options" }, element("caption", {}, caption), heads("option"), lines(differing)), true),
     same.length && element("details", {}, element("summary", {}, `${same.length} options are the same`),
-      scrollBox("Options that are the same", element("table", {}, element("caption", {}, "Options that are the same"), heads("option"), lines(same)))),
+      scrollBox("Options that are the same", element("table", {}, element("caption", {}, "Options that are the same"), heads("option"), lines(same)), true)),
   ].filter(Boolean);
 }
 
 function metricsTable() {
-  const rows = data.columns.map((column, index) => [column, index])
+  const columns = data.columns.map((column, index) => [column, index]);
+  const rows = [...columns.filter(([column]) => column.board), ...columns.filter(([column]) => !column.board)]
     .filter(([column]) => state.picked.some(place => column.values[place] !== null))
     .map(([column, index]) => element("tr", {}, element("th", { scope: "row", title: column.name }, column.heading,
       column.better && element("span", { className: "links quiet" }, `${column.better === "high" ? "higher" : "lower"} is better`)),
@@ -68,7 +69,7 @@ function metricsTable() {
     "The pointer over a figure shows all its digits.";
   return [
     element("h3", {}, "What it is worth"),
-    scrollBox("Figures side by side", element("table", { id: "metrics" }, element("caption", {}, caption), heads("figure"), element("tbody", {}, rows))),
+    scrollBox("Figures side by side", element("table", { id: "metrics" }, element("caption", {}, caption), heads("figure", true), element("tbody", {}, rows))),
   ];
 }
 

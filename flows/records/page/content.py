@@ -77,9 +77,9 @@ def build_page(
         "verdicts": None if verdicts is None else [_verdict_data(each, len(own)) for each in verdicts],
         "night": None if night is None else _night_data(night),
     }
-    names = {run.name for run in chosen}
+    called = {run.name for run in chosen}
     return Page(
-        title=f"Night {night.row.name}" if night else f"Run {names.pop()}" if len(names) == 1 else "Checkpoints",
+        title=f"Night {night.row.name}" if night else f"Run {called.pop()}" if len(called) == 1 else "Checkpoints",
         lines=tuple(night.lines) if night else (),
         good=night is None or night.good,
         about=_about(checkpoints, chosen, night),

@@ -19,7 +19,8 @@ function drawNight() {
 function buildHistory() {
   const { night } = data;
   const changed = new Set(night.changes.map(change => change.slice(1, 4).join(" · ")));
-  const first = Math.max(0, night.figures.findIndex(figure => changed.has(figure)));
+  const notDense = figure => figure.split(" · ")[1] !== "dense";
+  const first = Math.max(0, night.figures.findIndex(changed.size ? figure => changed.has(figure) : notDense));
   const select = element("select", { id: "history-figure", onchange: drawHistory },
     night.figures.map((figure, index) => element("option", { value: String(index), selected: index === first }, figure)));
   document.getElementById("history").append(element("h3", {}, "History"),

@@ -72,7 +72,6 @@ function boardColumns() {
   const several = texts => new Set(texts).size > 1;
   const some = texts => texts.some(each => each !== "");
   const columns = [{ ...text("checkpoint", checkpoints.name), isName: true }];
-  if (several(checkpoints.spec)) columns.push(text("run", checkpoints.spec, true));
   if (several(checkpoints.model)) columns.push(text("model", checkpoints.model, true));
   if (some(checkpoints.method)) columns.push(text("method", checkpoints.method));
   if (some(checkpoints.recovery)) columns.push(text("recovery", checkpoints.recovery));
@@ -82,6 +81,7 @@ function boardColumns() {
   if (against.some(each => each.text)) {
     columns.push({ heading: "against dense", texts: against.map(each => each.text), values: against.map(each => each.value) });
   }
+  if (several(checkpoints.spec)) columns.push(text("run", checkpoints.spec, true));
   return columns;
 }
 
@@ -106,7 +106,7 @@ function element(tag, attributes = {}, ...children) {
     else if (name in made && typeof value === "boolean") made[name] = value;
     else made.setAttribute(name, value);
   }
-  made.append(...children.flat().filter(child => child !== null && child !== undefined && child !== false));
+  made.append(...children.flat(Infinity).filter(child => child !== null && child !== undefined && child !== false));
   return made;
 }
 
