@@ -54,9 +54,9 @@ def fill_odd(store: ResultsStore) -> None:
             accuracy("r1", name, value)
             for name, value in (("dense", 0.7), ("slimgpt-20", 0.65), ("slimgpt-20+lora", 0.66))
         ),
-        measured("r1", "dense", "profile/profile/latency_ms_p50", 1500.0),
-        measured("r1", "slimgpt-20", "profile/profile/latency_ms_p50", 1200.0),
-        measured("r1", "slimgpt-20", "profile/profile/macs_64_tokens", 8.748e9),
+        measured("r1", "dense", "profile/profile/latency_ms_p50", 1500.0, higher_is_better=False),
+        measured("r1", "slimgpt-20", "profile/profile/latency_ms_p50", 1200.0, higher_is_better=False),
+        measured("r1", "slimgpt-20", "profile/profile/macs_64_tokens", 8.748e9, higher_is_better=False),
     ]
     layers = [
         LayerRow(
@@ -76,7 +76,11 @@ def fill_odd(store: ResultsStore) -> None:
         run_row(
             "r2", name="another", status="failed", message="it <b>broke</b>", finished_at=NOON + timedelta(hours=1)
         ),
-        metrics=[ppl("r2", "slimgpt-20", 44.0, protocol=json.dumps(OTHER_PROTOCOL), checkpoint_key="key-other")],
+        metrics=[
+            ppl(
+                "r2", "slimgpt-20", 44.0, protocol=json.dumps(OTHER_PROTOCOL), checkpoint_key="key-other", stage_key="o"
+            )
+        ],
         checkpoints=other,
     )
     store.record(run_row("r0", name=ODD), metrics=[ppl("r0", "dense", 1.0)], checkpoints=checkpoints("r0", pruned(0.9)))
