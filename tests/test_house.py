@@ -37,6 +37,7 @@ ONLY_IMPORTER = {
     "lm_eval": "evaluation/harness/run_tasks.py",
     "peft": "pruning/training/adapters.py",
     "datasets": "infra/sources/datasets.py",
+    "plotly": "flows/records/page/document.py",
 }
 #: files of a folder, without `__init__.py`
 MOST_FILES = 12

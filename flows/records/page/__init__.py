@@ -1,6 +1,7 @@
 """One HTML file with every checkpoint: sort, filter, compare, Pareto chart, lineage; works without network.
 
 * content.py: from the results store to the content of a page. Read it first.
+* encode.py: its parts as plain data.
 * checkpoints.py: the checkpoints, each once, how each was made, what is kept of its layers.
 * columns.py: their figures, a column for each name and protocol.
 * significance.py: the verdicts between two checkpoints, from recorded pairs and from samples in the store.

@@ -16,8 +16,9 @@ from flows.__main__ import main
 from flows.errors import SpecError
 from flows.night.headlines import headlines_of_record
 from flows.records.compare import ComparisonRequest, compare_checkpoints
-from flows.records.page.content import Page, build_page, run_url
+from flows.records.page.content import Page, build_page
 from flows.records.page.document import page_html
+from flows.records.page.encode import run_url
 from flows.records.page.nights import read_night
 from infra.artifacts.store import ArtifactStore
 from infra.results.store import ResultsStore
