@@ -7,7 +7,7 @@
 * significance.py: the verdicts between two checkpoints, from recorded pairs and from samples in the store.
 * nights.py: a night: its lines, what changed, its history.
 * document.py: the file: content as JSON, our script and style, Plotly; the only importer of plotly.
-* *.js, *.css: what runs in the browser, in the order in which document.py names them.
+* assets/: what runs in the browser, in the order in which document.py names it; state.js first.
 
 May import the rest of flows.records, flows.errors, tasks, evaluation and infra.
 """

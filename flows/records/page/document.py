@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flows.records.page.content import Page
 
-_FOLDER = Path(__file__).parent
+_ASSETS = Path(__file__).parent / "assets"
 _SCRIPTS = ("state.js", "board.js", "compare.js", "chart.js", "lineage.js", "night.js", "main.js")
 #: points above which Plotly draws by WebGL, whose programs it makes by Function(): chart.js has the same number
 _MOST_IN_SVG = 2000
@@ -30,7 +30,7 @@ def page_html(page: Page) -> str:
     parts = {
         "policy": _policy((plotly, script), len(page.data["checkpoints"]["key"]) > _MOST_IN_SVG),
         "title": escape(page.title),
-        "style": (_FOLDER / "page.css").read_text(encoding="utf-8"),
+        "style": (_ASSETS / "page.css").read_text(encoding="utf-8"),
         "lines": _headlines(page),
         "about": escape(page.about),
         "links": "\n".join(f'<li><a href="#{name}">{text}</a></li>' for name, text in _links(page)),
@@ -40,13 +40,13 @@ def page_html(page: Page) -> str:
         "plotly": plotly,
         "script": script,
     }
-    template = (_FOLDER / "page.html").read_text(encoding="utf-8")
+    template = (_ASSETS / "page.html").read_text(encoding="utf-8")
     # in one pass: what is filled in is not searched for more places
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
 
 
 def _script() -> str:
-    parts = ((_FOLDER / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    parts = ((_ASSETS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     return '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
 
 

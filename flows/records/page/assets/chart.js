@@ -8,7 +8,6 @@ const axes = { x: null, y: null, logX: null, logY: null };
 
 /** Plotly reads some tags in texts. */
 const plotText = text => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
-const colourOf = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 /** A colour that depends on the theme, as the browser paints it. */
 function painted(name) {
@@ -90,16 +89,15 @@ function trace(name, places, index, type, mode = "markers") {
   };
 }
 
+/** What the chart tells apart by colour and marker. */
+const kindOf = place => [checkpoints.method[place] || "dense", checkpoints.recovery[place]].filter(Boolean).join(" + ");
+const kinds = [...new Set(checkpoints.key.map((_, place) => kindOf(place)))];
+
 function traces(places, front) {
   const type = places.length > MOST_IN_SVG ? "scattergl" : "scatter";
-  const groups = new Map();
-  for (const place of places) {
-    const name = [checkpoints.method[place] || "dense", checkpoints.recovery[place]].filter(Boolean).join(" + ");
-    groups.set(name, [...(groups.get(name) ?? []), place]);
-  }
-  const kinds = [...new Set(checkpoints.method.map((method, place) =>
-    [method || "dense", checkpoints.recovery[place]].filter(Boolean).join(" + ")))];
-  const made = [...groups].map(([name, group]) => trace(name, group, kinds.indexOf(name), type));
+  const groups = new Map(kinds.map(kind => [kind, []]));
+  for (const place of places) groups.get(kindOf(place)).push(place);
+  const made = [...groups].filter(([, group]) => group.length).map(([kind, group]) => trace(kind, group, kinds.indexOf(kind), type));
   const line = trace("no other is better in both", front, 0, type, "lines");
   made.push({ ...line, hoverinfo: "skip", hovertemplate: undefined, line: { dash: "dot", width: 2, color: painted("--text") } });
   const picked = state.picked.filter(isFinitePair);

@@ -14,7 +14,8 @@ function drawLineage() {
     if (!wanted.has(place)) continue;
     const source = ways.source[place];
     if (source < 0) roots.push(place);
-    else children.set(source, [...(children.get(source) ?? []), place]);
+    else if (children.has(source)) children.get(source).push(place);
+    else children.set(source, [place]);
   }
   let left = nodesShown;
   const branch = places => {
