@@ -14,7 +14,7 @@ from infra.results.rows import MetricRow
 from infra.results.store import ResultsStore
 
 #: a page with more figures has only those of the leaderboard
-MOST_FIGURES = 250_000
+MOST_FIGURES = 200_000
 
 _OF_PROFILE = ("latency_ms_p50", "decode_ms_per_token_p50", "latency_ratio", "peak_memory_gib")
 _BOARD = f"metric LIKE 'ppl@%' OR (suite = 'profile' AND task = 'profile' AND metric IN {_OF_PROFILE})"

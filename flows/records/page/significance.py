@@ -16,7 +16,7 @@ from infra.results.store import ResultsStore
 from tasks.stages.pairs import Reports
 
 #: recorded pairs; a page with more leaves them out
-MOST_PAIRS = 60_000
+MOST_PAIRS = 100_000
 #: each reads samples and resamples them, which takes half a second
 MOST_TESTS = 30
 #: of a larger page, no two checkpoints but those recorded beside each other are tested

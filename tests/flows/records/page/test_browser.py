@@ -293,9 +293,10 @@ def test_ten_thousand_checkpoints_stay_usable(browser: Browser, tmp_path: Path) 
       return performance.now() - began;
     }).reduce((one, other) => Math.min(one, other))"""
     assert page.evaluate(script, "") < 1000
-    assert page.evaluate(script, "slimgpt-50") < 1000
-    assert page.locator("#count").inner_text().startswith("1000 of 10000 checkpoints")
+    assert page.evaluate(script, "flap 5") < 1000
+    assert page.evaluate(script, "slimgpt-5") < 1000
+    assert page.locator("#count").inner_text().startswith("374 of 10000 checkpoints")
     page.get_by_role("button", name="Next").click()
-    assert "Page 2 of 20" in page.locator("#pager").inner_text()
+    assert "Page 2 of 8" in page.locator("#pager").inner_text()
     assert [each for each in opened.complaints if "GPU stall" not in each and "WebGL" not in each] == []
     page.context.close()

@@ -211,3 +211,18 @@ def test_the_command_writes_the_page(
 def test_numbers_that_json_cannot_hold_are_words(store: ResultsStore) -> None:
     text = json.dumps(page_of(store).data, allow_nan=False)
     assert math.isinf(float(json.loads(text)["columns"][4]["values"][3]))
+
+
+def test_a_page_that_would_be_too_large_says_what_it_leaves_out(
+    store: ResultsStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("columns.MOST_FIGURES", "checkpoints.MOST_LAYERS", "significance.MOST_PAIRS"):
+        monkeypatch.setattr(f"flows.records.page.{name}", 1)
+    page = page_of(store)
+    assert page.data["plans"] is page.data["verdicts"] is None
+    headings = {each["heading"] for each in page.data["columns"]}
+    assert headings >= {"wikitext-2-raw-v1 ppl@1024 [1]", "latency ms", "parameters (M)"}
+    assert "piqa acc" not in headings
+    assert (
+        "Left out of a page this large: figures that are not in the table, layers kept, significance." in page.notes[0]
+    )
