@@ -135,8 +135,8 @@ def _protocol(results: ResultsStore, keys: Sequence[str], figures: Figures, ways
     yield from column_lines({column.heading: [column.example] for column in figures.columns if column.example})
     names = list(MetricRow.model_fields)
     leaks = results.select(
-        f"SELECT DISTINCT ON (checkpoint, protocol) {', '.join(names)} FROM metrics WHERE list_contains(?, run_key) "
-        "AND protocol LIKE '%\"leaks\"%'",
+        f"SELECT {', '.join(names)} FROM metrics WHERE list_contains(?, run_key) AND protocol LIKE '%\"leaks\"%' "
+        "QUALIFY row_number() OVER (PARTITION BY checkpoint, protocol ORDER BY rowid) = 1 ORDER BY rowid",
         (list(keys),),
     )
     yield from warnings_of(MetricRow.model_validate(dict(zip(names, row, strict=True))) for row in leaks.rows)
