@@ -242,6 +242,9 @@ def test_it_fits_a_phone_and_can_be_read_in_light_and_dark(browser: Browser, fol
     page = opened.page
     opened.tick(0, 1)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    name = page.locator("#metrics tbody th").first.bounding_box()
+    assert name is not None
+    assert name["width"] > 100, "names of figures are not broken letter by letter"
     assert page.evaluate(CONTRAST) == []
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert page.get_by_role("button", name="Dark").get_attribute("aria-pressed") == str(scheme == "dark").lower()
