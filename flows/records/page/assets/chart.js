@@ -133,7 +133,14 @@ function drawChart() {
   const log = axis => document.getElementById(`log-${axis}`).checked;
   plot.setAttribute("role", "group");
   plot.setAttribute("aria-label", `Chart of ${axes.y.heading} over ${axes.x.heading}; the table below has its front`);
-  Plotly.react(plot, traces(places, front), chartLayout([directed(axes.x), log("x")], [directed(axes.y), log("y")]), PLOT_OPTIONS);
+  const drawn = traces(places, front);
+  const layout = chartLayout([directed(axes.x), log("x")], [directed(axes.y), log("y")]);
+  if (window.innerWidth < 640) {
+    // on a phone the legend stands below, a line for each kind
+    layout.legend = { orientation: "h", yanchor: "top", y: -0.2, x: 0 };
+    layout.height = 430 + 20 * drawn.length;
+  }
+  Plotly.react(plot, drawn, layout, PLOT_OPTIONS);
   if (!plot.dataset.listens) {
     plot.dataset.listens = "yes";
     plot.on("plotly_click", event => {
