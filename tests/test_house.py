@@ -38,6 +38,7 @@ ONLY_IMPORTER = {
     "peft": "pruning/training/adapters.py",
     "datasets": "infra/sources/datasets.py",
     "matplotlib": "infra/figures/draw.py",
+    "plotly": "flows/records/page/document.py",
 }
 #: files of a folder, without `__init__.py`
 MOST_FILES = 12

@@ -1,17 +1,21 @@
-"""`slimline sql`, `slimline report`: questions to the results store, and the tables of the papers from it."""
+"""`slimline sql`, `slimline report`: questions to the results store, the tables of the papers, the page of all."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.commands.app import app, prepared
 from flows.commands.results import Form
 from flows.errors import SpecError
+
+if TYPE_CHECKING:
+    from infra.settings import Settings
 
 
 class ReportForm(StrEnum):
@@ -33,9 +37,22 @@ def report(
         list[str], typer.Option(help="Only this run (key or spec name); repeatable. Default: the newest of each spec.")
     ] = [],
     out: Annotated[Path | None, typer.Option(help="Write into this file instead.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write one page of all checkpoints, to sort, compare and send around."),
+    ] = None,
+    night: Annotated[
+        str | None, typer.Option(help="With --html: the runs of this night (name or id), and what changed in it.")
+    ] = None,
 ) -> None:
-    """Print a table of the papers from what is recorded, with its protocol."""
+    """Print a table of the papers from what is recorded, with its protocol; or write a page of all checkpoints."""
     settings = prepared()
+    if html is not None:
+        _check_page(html, table, out)
+        _write_page(html, settings, run, night)
+        return
+    if night is not None:
+        raise SpecError(f"--night {night} is of the page of checkpoints: give --html FILE as well")
     from flows.records.report.build import build_report
     from flows.records.report.draw import draw
     from flows.records.report.papers import TABLES
@@ -53,6 +70,39 @@ def report(
     else:
         out.write_text(f"{text}\n", encoding="utf-8")
         print(f"{table} is in {out}")
+
+
+def _check_page(html: Path, table: str | None, out: Path | None) -> None:
+    if table is not None:
+        raise SpecError(
+            f"--html writes a page of all checkpoints, without a table; {table} as HTML: slimline report {table} "
+            f"--format html --out {html}"
+        )
+    if out is not None:
+        raise SpecError(f"--html {html} and --out {out}: the page goes into one file; leave --out out")
+    if html.is_dir() or not html.parent.is_dir():
+        raise SpecError(f"--html {html} cannot be written: give a file in a folder that exists")
+
+
+def _write_page(html: Path, settings: Settings, runs: Sequence[str], night: str | None) -> None:
+    from flows.night.headlines import headlines_of_record
+    from flows.records.lookup import find_night
+    from flows.records.page.content import build_page
+    from flows.records.page.document import page_html
+    from flows.records.page.nights import read_night
+    from infra.artifacts.store import ArtifactStore
+    from infra.results.store import ResultsStore
+
+    results = ResultsStore.of(settings)
+    recorded = None
+    if night is not None:
+        row = find_night(results, night)
+        cells, figures = results.night_cells(row.night_id), results.night_figures(row.night_id)
+        recorded = read_night(results, row, headlines_of_record(row, cells, figures))
+    store = ArtifactStore(settings.store_root)
+    page = build_page(results, store, tracking_uri=settings.tracking_uri, runs=runs, night=recorded)
+    html.write_text(page_html(page), encoding="utf-8")
+    print(f"{page.about}: {html}")
 
 
 @app.command()

@@ -77,7 +77,13 @@ def compare_checkpoints(request: ComparisonRequest, results: ResultsStore, store
     compared."""
     sides = list(_sides(request, results))
     _check_suite(request.suite, sides)
-    reports = Reports(store)
+    return compare_sides(sides, request, store, Reports(store))
+
+
+def compare_sides(
+    sides: Sequence[tuple[Side, Side]], request: ComparisonRequest, store: ArtifactStore, reports: Reports
+) -> Comparison:
+    """The same for sides that were found. Raises SpecError if nothing of them can be compared."""
     paired: list[tuple[tuple[str, str], PairRow, Versions]] = []
     problems: list[str] = []
     without_samples: list[str] = []
@@ -104,17 +110,28 @@ def compare_checkpoints(request: ComparisonRequest, results: ResultsStore, store
     problems = list(dict.fromkeys(problems))
     if not paired:
         raise SpecError("nothing can be compared: " + ("; ".join(problems) or _nothing_common(sides)))
-    significant = holm([row.p_value for _, row, _ in paired], request.alpha)
+    verdicts = judged([row for _, row, _ in paired], request.alpha)
     return Comparison(
         rows=tuple(
-            ComparedFigure(labels, row, _verdict(row, differs), versions)
-            for (labels, row, versions), differs in zip(paired, significant, strict=True)
+            ComparedFigure(labels, row, verdict, versions)
+            for (labels, row, versions), verdict in zip(paired, verdicts, strict=True)
         ),
         problems=tuple(problems),
         without_samples=tuple(dict.fromkeys(without_samples)),
         run=sides[0][0].run,
         measured=tuple(measured.values()),
     )
+
+
+def judged(rows: Sequence[PairRow], alpha: float) -> tuple[Verdict, ...]:
+    """The verdict on each, Holm-corrected over them all at level `alpha`."""
+    significant = holm([row.p_value for row in rows], alpha)
+    return tuple(_verdict(row, differs) for row, differs in zip(rows, significant, strict=True))
+
+
+def measured_side(run: RunRow, checkpoint: str, results: ResultsStore) -> Side:
+    """A checkpoint of a run. Raises SpecError if nothing that has samples was measured on it."""
+    return _side(run, checkpoint, _measured(run, results))
 
 
 def _sides(request: ComparisonRequest, results: ResultsStore) -> Iterator[tuple[Side, Side]]:

@@ -48,6 +48,19 @@ def mlflow_pages(store: ResultsStore, tracking_uri: str) -> dict[str, str]:
     return {row.run_key: address_of_run(tracking_uri, row.mlflow_run_id) for row in store.runs() if row.mlflow_run_id}
 
 
+def find_night(store: ResultsStore, name: str) -> NightRow:
+    """The night of that id, or the newest of that name. Raises SpecError with the nearest name."""
+    nights = store.nights()
+    if not nights:
+        raise SpecError(f"there are no nights in {store.path} yet; run one first: slimline nightly smoke")
+    for night in reversed(nights):
+        if name in (night.night_id, night.name):
+            return night
+    names = sorted({night.name for night in nights})
+    close = did_you_mean(name, [*names, *(night.night_id for night in nights)])
+    raise SpecError(f"no night {name!r}{close}; there are: {', '.join(names)}")
+
+
 def recorded_runs(store: ResultsStore) -> tuple[RunRow, ...]:
     """All recorded runs, the newest last."""
     return tuple(sorted(store.runs(), key=lambda row: row.finished_at))

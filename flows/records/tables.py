@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 from flows.records.render import csv_table, markdown_table
 from infra.results.rows import DENSE, CheckpointRow, MetricRow
@@ -36,6 +36,26 @@ _MOST_DIGITS = 6
 _PREFERRED = ("acc", "acc_norm", "exact_match", "f1", "score")
 
 Table = list[dict[str, str]]
+
+
+class Measured(Protocol):
+    """What the text of a figure is made of."""
+
+    @property
+    def suite(self) -> str:
+        """The evaluation."""
+
+    @property
+    def metric(self) -> str:
+        """E.g. "ppl@1024"."""
+
+    @property
+    def value(self) -> float:
+        """In the unit in which it is recorded."""
+
+    @property
+    def stderr(self) -> float | None:
+        """None if it has none."""
 
 
 def table_rows(metrics: Iterable[MetricRow]) -> Table:
@@ -223,12 +243,12 @@ def heading(row: MetricRow) -> str | None:
     return f"{row.task} {row.metric}"
 
 
-def cell(row: MetricRow) -> str:
+def cell(row: Measured) -> str:
     """The figure as text, with its standard error."""
     if row.suite == "profile":
         if row.metric == "out_of_memory":
             return "yes"
-        value = row.value / _PROFILE_COLUMNS[row.metric][1]
+        value = row.value / scale(row)
         if row.stderr is not None:
             return f"{value:.3f} ± {row.stderr:.3f}"
         return f"{value:.2f}" if value < 1000 else f"{value:.0f}"
@@ -237,7 +257,12 @@ def cell(row: MetricRow) -> str:
     return f"{row.value:.{digits}f}{error}"
 
 
-def _digits(row: MetricRow) -> int:
+def scale(row: Measured) -> float:
+    """By what the figure is divided where it is shown, as its heading says."""
+    return _PROFILE_COLUMNS[row.metric][1] if row.suite == "profile" else 1.0
+
+
+def _digits(row: Measured) -> int:
     """Behind the point: at least so many that two digits of the standard error, or of a value without one, are seen."""
     usual = 2 if row.metric.startswith("ppl@") else 3
     smallest = abs(row.value) if row.stderr is None else row.stderr

@@ -43,11 +43,13 @@ SELECT r.name, s.run_key, s.checkpoint, s.checkpoint_key, 'size/num_decoder_para
     NULL, NULL, false, '{}', r.finished_at
 FROM sizes AS s JOIN newest_runs AS r USING (run_key) WHERE s.num_decoder_parameters IS NOT NULL;
 
--- One row per checkpoint of the newest run of each spec. sparsity: the share of the dense decoder's parameters that is
+-- One row per checkpoint of these runs. sparsity: the share of the dense decoder's parameters that is
 -- gone. perplexities: all of them by "suite/task/metric"; ppl: the first that the spec asks for. zero_shot_avg: the
 -- papers' average of seven tasks, else the plain mean of acc over the tasks that there are.
-CREATE OR REPLACE VIEW leaderboard AS
-WITH wanted AS (
+CREATE OR REPLACE MACRO leaderboard_of(run_keys) AS TABLE
+WITH chosen AS (
+    SELECT unnest(run_keys) AS run_key
+), wanted AS (
     SELECT run_key, checkpoint, suite, task, metric, value, rowid AS place,
         metric LIKE 'ppl@%' AS is_ppl,
         suite = 'profile' AND task = 'profile' AS is_profile,
@@ -55,7 +57,7 @@ WITH wanted AS (
     FROM metrics
     WHERE (metric LIKE 'ppl@%' OR metric IN ('acc', 'latency_ms_p50', 'decode_ms_per_token_p50', 'prefill_ms_p50',
         'tokens_per_s', 'peak_memory_gib', 'latency_ratio'))
-        AND run_key IN (SELECT run_key FROM newest_runs)
+        AND run_key IN (SELECT run_key FROM chosen)
 ), measured AS (
     SELECT run_key, checkpoint,
         map_from_entries(list({'key': concat(suite, '/', task, '/', metric), 'value': value} ORDER BY place)
@@ -81,12 +83,17 @@ SELECT r.name AS spec, c.checkpoint, c.model, c.method, c.recovery, c.variant,
     m.ppl, m.ppl_of, m.perplexities, m.zero_shot_avg, m.zero_shot_tasks,
     m.latency_ms, m.prefill_ms, m.decode_ms_per_token, m.tokens_per_s, m.latency_ratio, m.peak_memory_gib,
     r.status, r.finished_at, c.run_key, c.checkpoint_key
-FROM newest_runs AS r
+FROM runs AS r
+JOIN chosen USING (run_key)
 JOIN checkpoints AS c USING (run_key)
 LEFT JOIN sizes AS s ON s.run_key = c.run_key AND s.checkpoint = c.checkpoint
 LEFT JOIN sizes AS d ON d.run_key = c.run_key AND d.checkpoint = 'dense'
 LEFT JOIN measured AS m ON m.run_key = c.run_key AND m.checkpoint = c.checkpoint
 ORDER BY c.model, r.name, c.rowid;
+
+-- The same of the newest run of each spec.
+CREATE OR REPLACE VIEW leaderboard AS
+SELECT * FROM leaderboard_of((SELECT list(run_key) FROM newest_runs));
 
 -- The checkpoints that no other beats in both of two figures, each a name of `figures` or a pattern with * ? [..].
 -- Only figures of the same name and protocol are set against each other; a checkpoint of several specs counts once.

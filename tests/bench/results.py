@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from statistics import median
 
+from flows.records.page.content import build_page
+from flows.records.page.document import page_html
+from infra.artifacts.store import ArtifactStore
 from infra.results.files import Record
 from infra.results.lineage import Made, checkpoint_rows
 from infra.results.rows import NIGHT, RUN, MetricRow, NightFigureRow, NightRow, RunRow
@@ -26,7 +29,8 @@ _PROTOCOL = '{"dataset": "Salesforce/wikitext", "split": "test", "bos": "none", 
 
 
 def run(materials: Materials, options: Options) -> Result:
-    """Milliseconds of the leaderboard, a figure's history and one run, each by a process that opens the store anew."""
+    """Milliseconds of the leaderboard, a figure's history and one run, each by a process that opens the store anew; and
+    the page of all checkpoints."""
     path = options.scratch / "results" / "results.duckdb"
     started = time.monotonic()
     fill(ResultsStore(path), options.results_runs, options.results_metrics)
@@ -34,6 +38,11 @@ def run(materials: Materials, options: Options) -> Result:
     ResultsStore(path).select("SELECT count(*) FROM runs")
     indexed = time.monotonic()
     history = "SELECT * FROM history WHERE night = 'night' AND cell = 'cell 3' AND checkpoint = 'slimgpt-10'"
+    page = options.scratch / "results" / "page.html"
+    asked = time.monotonic()
+    content = build_page(ResultsStore(path), ArtifactStore(options.scratch / "store"), tracking_uri="")
+    page.write_text(page_html(content), encoding="utf-8")
+    page_seconds = time.monotonic() - asked
     one = f"SELECT * FROM metrics WHERE run_key = '{_key(options.results_runs // 2)}'"
     figures = Figures(
         results_runs=options.results_runs,
@@ -44,6 +53,9 @@ def run(materials: Materials, options: Options) -> Result:
         results_leaderboard_ms=_milliseconds(lambda: ResultsStore(path).select("SELECT * FROM leaderboard")),
         results_front_ms=_milliseconds(lambda: ResultsStore(path).select("SELECT * FROM pareto")),
         results_history_ms=_milliseconds(lambda: ResultsStore(path).select(history)),
+        results_page_checkpoints=len(content.data["checkpoints"]["key"]),
+        results_page_seconds=page_seconds,
+        results_page_mib=page.stat().st_size / 2**20,
         results_run_ms=_milliseconds(lambda: ResultsStore(path).select(one)),
     )
     details = (

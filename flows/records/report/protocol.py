@@ -85,7 +85,13 @@ def model_line(entries: Sequence[Entry]) -> str:
 
 
 def figure_lines(columns: Mapping[str, Sequence[MetricRow]]) -> Iterator[str]:
-    """The protocol of every column, data, versions and warnings."""
+    """The same with the warnings."""
+    yield from column_lines(columns)
+    yield from warnings_of([row for rows in columns.values() for row in rows])
+
+
+def column_lines(columns: Mapping[str, Sequence[MetricRow]]) -> Iterator[str]:
+    """The protocol of every column by its heading, then data and versions."""
     for protocol, headings in _by_protocol(columns).items():
         yield f"{', '.join(headings)}: {protocol}"
     metrics = [row for rows in columns.values() for row in rows]
@@ -97,7 +103,6 @@ def figure_lines(columns: Mapping[str, Sequence[MetricRow]]) -> Iterator[str]:
     for topic, texts in {"data": data, "versions": versions}.items():
         if shown := " / ".join(filter(None, texts)):
             yield f"{topic}: {shown}"
-    yield from warnings_of(metrics)
 
 
 def runs_of(entries: Sequence[Entry], columns: Mapping[str, Sequence[MetricRow]]) -> list[str]:
