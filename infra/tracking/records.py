@@ -13,6 +13,8 @@ from infra.tracking import mlflow_rules as rules
 
 #: before the name of what a training measures, in the run of the checkpoint that it makes
 TRAINING = "training"
+#: before the name of what pruning measures layer by layer
+LAYERS = "layers"
 
 Status = Literal["completed", "failed"]
 

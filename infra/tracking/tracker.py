@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _SQLITE = "sqlite:///"
 _RUN_AGAIN = "correct SLIMLINE_MLFLOW_URI or the server and run again: finished stages are not repeated"
-_GOES_ON = "the training goes on, and its curves are recorded with the run"
+_GOES_ON = "the stage goes on, and its curves are recorded with the run"
 
 
 class Tracker:
@@ -136,7 +136,7 @@ class Tracker:
 
 
 class LiveRun:
-    """The run of a checkpoint while it is trained: made by the first points, with the run that it belongs to if that
+    """The run of a checkpoint while it is made: begun by the first points, with the run that it belongs to if that
     is not there, and both RUNNING until they are recorded.
 
     Nobody says that a run was killed: it stays RUNNING until the same command, which goes on with it, records it. A

@@ -11,9 +11,10 @@ from infra.artifacts.manifest import Manifest
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 from infra.provenance import git_revision, versions
 from infra.results.rows import CurveRow, LayerRow, MetricRow, StageRow
-from infra.tracking.records import TRAINING, CheckpointRecord, MetricPoint, RunContent, RunRecord
+from infra.tracking.records import LAYERS, TRAINING, CheckpointRecord, MetricPoint, RunContent, RunRecord
 from tasks.recording.best import aliases
 from tasks.recording.description import checkpoint_description, run_description
+from tasks.recording.layers import layer_figures
 from tasks.recording.lineage import Lineage, inputs_of, lineage_of
 from tasks.recording.outcome import Measured, RunOutcome
 
@@ -112,10 +113,9 @@ def _points(ref: ArtifactRef, metrics: Iterable[MetricRow], rows: Rows) -> Itera
     for row in metrics:
         yield MetricPoint(metric_name(row), row.value)
     for layer in rows.layers:
-        if layer.stage_key == ref.key and layer.measured_error is not None:
-            yield MetricPoint(f"layers/{layer.sub_layer}_error", layer.measured_error, layer.layer)
-        if layer.stage_key == ref.key and layer.score is not None:
-            yield MetricPoint(f"layers/{layer.sub_layer}_score", layer.score, layer.layer)
+        if layer.stage_key == ref.key:
+            for name, value in layer_figures(layer.sub_layer, layer.measured_error, layer.score).items():
+                yield MetricPoint(f"{LAYERS}/{name}", value, layer.layer)
     for point in rows.curves:
         if point.stage_key == ref.key:
             yield MetricPoint(f"{TRAINING}/{point.metric}", point.value, point.step)

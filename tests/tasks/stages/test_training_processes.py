@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import torch
 from infra.settings import load_settings
 from pruning.checkpoints.save_load import load_checkpoint
 from pruning.recovery import RecoveryReport
-from tasks.execution.processes import Send, run_processes
+from tasks.execution.processes import Reports, run_processes
 from tests.pruning.recovery.test_contract import checkpoint, figures, pruned, run
 
 if TYPE_CHECKING:
@@ -31,16 +30,13 @@ class Job:
     folder: Path
     options: dict[str, Any]
 
-    def __call__(self, process_group: ProcessGroup, device: torch.device, send: Send) -> None:
-        def curves(step: int, values: Mapping[str, float]) -> None:
-            send("curves", step, dict(values))
-
+    def __call__(self, process_group: ProcessGroup, device: torch.device, reports: Reports) -> None:
         model = load_checkpoint(self.source)
         report = run(
             self.case,
             model,
             self.folder / "scratch",
-            curves=curves,
+            curves=reports.curves,
             device=device,
             rank=process_group.rank,
             num_processes=process_group.size,
@@ -55,12 +51,13 @@ def test_two_processes_learn_what_one_learns(case: str, tmp_path: Path) -> None:
     options = OPTIONS | ({"dropout": 0.0} if case == "lora" else {})
     alone = pruned()
     expected = figures(run(case, alone, tmp_path / "alone", **options))
-    shown: list[tuple[Any, ...]] = []
+    shown: list[tuple[int, dict[str, float]]] = []
     job = Job(case, checkpoint(), tmp_path, options)
-    run_processes(2, job, load_settings(), lambda *message: shown.append(message), what="training", kept="nothing")
+    reports = Reports(lambda share, message: None, lambda step, values, section: shown.append((step, dict(values))))  # type: ignore[misc]
+    run_processes(2, job, load_settings(), reports, what="training", kept="nothing")
     states = [torch.load(tmp_path / f"model-{rank}") for rank in range(2)]
-    reports = [(tmp_path / f"report-{rank}.json").read_text(encoding="utf-8") for rank in range(2)]
-    found = [figures(RecoveryReport.model_validate_json(text)) for text in reports]
+    written = [(tmp_path / f"report-{rank}.json").read_text(encoding="utf-8") for rank in range(2)]
+    found = [figures(RecoveryReport.model_validate_json(text)) for text in written]
     assert found[0] == found[1]
     for name in ("train_loss", "heldout_loss", "learning_rate", "grad_norm"):
         steps, values = zip(*expected["curves"][name], strict=True)
@@ -71,5 +68,4 @@ def test_two_processes_learn_what_one_learns(case: str, tmp_path: Path) -> None:
     for key, value in alone.state_dict().items():
         assert torch.equal(states[0][key], states[1][key])
         torch.testing.assert_close(states[0][key], value, atol=2e-4, rtol=1e-3)
-    assert [step for kind, step, values in shown if "train_loss" in values] == [1, 2, 3, 4]
-    assert {kind for kind, *_ in shown} == {"curves"}
+    assert [step for step, values in shown if "train_loss" in values] == [1, 2, 3, 4]
