@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flows.commands.app import app, prepared
+from flows.errors import SpecError
 
 
 class Noun(StrEnum):
@@ -32,6 +34,13 @@ class Form(StrEnum):
     csv = "csv"
 
 
+class ExportForm(StrEnum):
+    """What `slimline results --export` writes."""
+
+    lm_eval = "lm-eval"
+    every_eval_ever = "every-eval-ever"
+
+
 _READABLE = (Form.table, Form.markdown)
 
 
@@ -41,15 +50,26 @@ def results(
         Form, typer.Option("--format", help="table and markdown: chosen figures; json and csv: all.")
     ] = Form.table,
     run_key: Annotated[str | None, typer.Option("--run", help="Run key or spec name; default: the newest run.")] = None,
+    export: Annotated[
+        ExportForm | None, typer.Option(help="Write its evaluations for other tools instead: a JSON file a checkpoint.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder of the exported files.")] = None,
 ) -> None:
     """Print what a run measured, from the results store."""
     settings = prepared()
+    _check_export(export, out)
     from flows.records.lookup import find_run
     from flows.records.tables import protocol_lines, render
     from infra.results.store import ResultsStore
 
     store = ResultsStore.of(settings)
     newest = find_run(store, run_key)
+    if export is not None and out is not None:
+        from flows.records.export.write import export_run
+
+        for file in export_run(store, newest, export.value, out):
+            print(file)
+        return
     metrics = store.metrics(newest.run_key)
     if form is Form.table:
         print(f"{newest.name} ({newest.run_key}, {newest.status}, {newest.finished_at:%Y-%m-%d %H:%M} UTC)")
@@ -58,6 +78,17 @@ def results(
         print("\n" + "\n".join(protocol_lines(metrics, json.loads(newest.spec))))
         if newest.message:
             print(f"failed: {newest.message}")
+
+
+def _check_export(export: ExportForm | None, out: Path | None) -> None:
+    """Raise SpecError if one is given without the other, or if `out` is a file."""
+    if export is not None and out is None:
+        raise SpecError(f"--export {export.value} needs --out DIR, the folder of its files")
+    if out is not None and export is None:
+        forms = " or ".join(form.value for form in ExportForm)
+        raise SpecError(f"--out {out} is the folder of what --export writes: give --export {forms}")
+    if out is not None and out.exists() and not out.is_dir():
+        raise SpecError(f"--out {out} is a file: give a folder, which may be a new one")
 
 
 @app.command(name="list")

@@ -5,7 +5,7 @@
 * answers.py: what an SQL question gave, as text.
 * compare.py: two checkpoints item by item. compare_tables.py: that as tables. protocol_diff.py: what was measured
   otherwise.
-* report/: the tables of the papers.
+* report/: the tables of the papers. export/: evaluations in the formats of other tools.
 * retention.py: which artifacts recorded runs need. verify.py: whether the store still has them whole.
 
 May import tasks, evaluation and infra, not flows.run.
