@@ -5,6 +5,8 @@ tracker.py       Tracker: one MLflow run per run key, a run per checkpoint below
 mlflow_store.py  one experiment: finding runs again, bringing them what they lack; the only importer of mlflow
 live.py          LiveCurves: points of a training gathered, and handed to MLflow by a thread
 records.py       what is logged: MetricPoint, RunContent, CheckpointRecord, RunRecord
+experiment.py    the experiment, made as its users expect it
+saved_view.py    the table of all checkpoints that MLflow's page of the experiment offers
 database.py      what is at a tracking URI, looked at before any work and without mlflow
 mlflow_rules.py  which keys, lengths and numbers MLflow accepts
 """

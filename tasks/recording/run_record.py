@@ -13,7 +13,7 @@ from infra.provenance import git_revision, versions
 from infra.results.rows import CurveRow, LayerRow, MetricRow, StageRow
 from infra.tracking.records import LAYERS, TRAINING, CheckpointRecord, MetricPoint, RunContent, RunRecord
 from tasks.recording.best import aliases
-from tasks.recording.description import checkpoint_description, run_description
+from tasks.recording.description import checkpoint_description, chosen_figures, run_description
 from tasks.recording.layers import layer_figures
 from tasks.recording.lineage import Lineage, inputs_of, lineage_of
 from tasks.recording.outcome import Measured, RunOutcome
@@ -59,7 +59,10 @@ def run_record(outcome: RunOutcome, rows: Rows, store: ArtifactStore) -> RunReco
         inputs=[data for each in checkpoints for data in each.content.inputs],
         began_ms=_ms(outcome.started_at),
     )
-    return RunRecord(outcome.run_key, content, checkpoints, aliases(lineages, rows.metrics, outcome.failed))
+    named = {(row.suite, row.task, row.metric): metric_name(row) for row in rows.metrics}
+    columns = [named[figure] for figure in chosen_figures(rows.metrics)]
+    best = aliases(lineages, rows.metrics, outcome.failed)
+    return RunRecord(outcome.run_key, content, checkpoints, best, columns=columns)
 
 
 def visit_tags(flow_run_id: str | None) -> dict[str, str]:

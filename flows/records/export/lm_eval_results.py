@@ -5,6 +5,7 @@ Perplexity windows are no task of lm-eval; they stand there as tasks all the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -65,7 +66,8 @@ def _figures(name: str, rows: Sequence[MetricRow]) -> dict[str, Any]:
     for row in rows:
         _, _, filtered = row.metric.partition(",")
         figures[f"{_base(row)},{filtered or 'none'}"] = row.value
-        figures[f"{_base(row)}_stderr,{filtered or 'none'}"] = _NONE if row.stderr is None else row.stderr
+        known = row.stderr is not None and math.isfinite(row.stderr)
+        figures[f"{_base(row)}_stderr,{filtered or 'none'}"] = row.stderr if known else _NONE
     return figures
 
 
