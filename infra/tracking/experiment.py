@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from infra.tracking import mlflow_rules as rules
 from infra.tracking import saved_view
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 DESCRIPTION_TAG = "mlflow.note.content"
 
@@ -23,8 +20,9 @@ _ABOUT = "A run per spec, with a run per checkpoint below it."
 class Experiment:
     """One experiment of an MLflow store, made or brought back if it is not there; what a user chose for it stays."""
 
-    def __init__(self, client: MlflowClient, name: str, files: str | None) -> None:
-        """files: where it keeps the files of its runs, if it is made now; None: where MLflow likes."""
+    def __init__(self, client: Any, name: str, files: str | None) -> None:
+        """client: an MlflowClient. files: where it keeps the files of its runs, if it is made now; None: where MLflow
+        likes."""
         self._client = client
         found = client.get_experiment_by_name(name)
         if found is None:

@@ -18,6 +18,8 @@ _PARAMS = ("method", "sparsity", "recovery", "model")
 #: more columns than a screen has room for; MLflow's tag of an experiment has 5000 characters
 _MOST_METRICS = 12
 _MOST_CHARACTERS = 5000
+#: of a column, in pixels, so that its name can be read
+_WIDEST = 300
 
 
 def address(experiment_id: str) -> str:
@@ -41,14 +43,26 @@ def widened(known: str | None, metrics: Sequence[str], now_ms: int) -> str | Non
     if view is None:
         return None
     columns = [*view["columns"], *(_column("metrics", next(iter(rules.accepted_keys({m: m})))) for m in metrics)]
-    columns = list(dict.fromkeys(columns))[: len(_PARAMS) + _MOST_METRICS]
+    columns = list(dict.fromkeys(columns))[: max(len(_PARAMS) + _MOST_METRICS, len(view["columns"]))]
     if columns == view["columns"]:
         return None
-    order = {"orderByKey": "attributes.start_time", "orderByAsc": False}
-    state = json.dumps({"searchFilter": FILTER, **order, "selectedColumns": columns})
     at = view["at"] or now_ms
-    text = json.dumps({"name": _NAME, "createdAt": at, "updatedAt": at, "state": state})
+    text = json.dumps({"name": _NAME, "createdAt": at, "updatedAt": at, "state": json.dumps(_state(columns))})
     return text if len(text) <= _MOST_CHARACTERS else None
+
+
+def _state(columns: Sequence[str]) -> dict[str, Any]:
+    """The best of the first figure stand first. Ordered by when they were made, MLflow hides checkpoints below their
+    runs."""
+    figures = [column for column in columns if column.startswith("metrics.")]
+    return {
+        "searchFilter": FILTER,
+        "orderByKey": figures[0] if figures else "attributes.run_name",
+        "orderByAsc": not figures or "/ppl" in figures[0],
+        "selectedColumns": columns,
+        "columnOrder": columns,
+        "columnWidths": {column: min(_WIDEST, 8 * len(column) - 20) for column in figures},
+    }
 
 
 def _read(known: str | None) -> dict[str, Any] | None:
