@@ -47,7 +47,7 @@ class Experiment:
 
     def with_comparison(self, description: str, run_ids: Sequence[str]) -> str:
         """A description with a link to the page that compares these runs before it, if there is room for that."""
-        linked = f"[Compare the checkpoints]({saved_view.comparison(self.id, run_ids)})\n\n{description}"
+        linked = f"[Compare the checkpoints]({saved_view.comparison(self.id, run_ids)})\n\n{description}".strip()
         return linked if len(run_ids) > 1 and len(linked) <= rules.MAX_TAG_LENGTH else description
 
     def _set(self, key: str, value: str) -> None:
