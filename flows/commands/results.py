@@ -7,11 +7,13 @@ import os
 import shutil
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.commands.app import app, prepared
+from flows.errors import SpecError
 
 if TYPE_CHECKING:
     from infra.settings import Settings
@@ -37,6 +39,13 @@ class Form(StrEnum):
     csv = "csv"
 
 
+class ExportForm(StrEnum):
+    """What `slimline results --export` writes."""
+
+    lm_eval = "lm-eval"
+    every_eval_ever = "every-eval-ever"
+
+
 _READABLE = (Form.table, Form.markdown)
 
 
@@ -48,13 +57,30 @@ def results(
     run_key: Annotated[
         str | None, typer.Option("--run", help="Only this run, by key or spec name; with --format alone the newest.")
     ] = None,
+    export: Annotated[
+        ExportForm | None, typer.Option(help="Write its evaluations for other tools instead: a JSON file a checkpoint.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder of the exported files.")] = None,
 ) -> None:
     """Print the leaderboard: the checkpoints of every spec's newest run, the best marked; or what one run measured."""
     settings = prepared()
-    if form is None and run_key is None:
+    _check_export(export, out)
+    if export is not None and out is not None:
+        _export_run(settings, export, out, run_key)
+    elif form is None and run_key is None:
         _print_leaderboard(settings)
     else:
         _print_run(settings, form or Form.table, run_key)
+
+
+def _export_run(settings: Settings, export: ExportForm, out: Path, run_key: str | None) -> None:
+    from flows.records.export.write import export_run
+    from flows.records.lookup import find_run
+    from infra.results.store import ResultsStore
+
+    store = ResultsStore.of(settings)
+    for file in export_run(store, find_run(store, run_key), export.value, out):
+        print(file)
 
 
 def _print_leaderboard(settings: Settings) -> None:
@@ -84,6 +110,17 @@ def _print_run(settings: Settings, form: Form, run_key: str | None) -> None:
         print("\n" + "\n".join(protocol_lines(metrics, json.loads(newest.spec))))
         if newest.message:
             print(f"failed: {newest.message}")
+
+
+def _check_export(export: ExportForm | None, out: Path | None) -> None:
+    """Raise SpecError if one is given without the other, or if `out` is a file."""
+    if export is not None and out is None:
+        raise SpecError(f"--export {export.value} needs --out DIR, the folder of its files")
+    if out is not None and export is None:
+        forms = " or ".join(form.value for form in ExportForm)
+        raise SpecError(f"--out {out} is the folder of what --export writes: give --export {forms}")
+    if out is not None and out.exists() and not out.is_dir():
+        raise SpecError(f"--out {out} is a file: give a folder, which may be a new one")
 
 
 @app.command(name="list")

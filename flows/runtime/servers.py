@@ -39,6 +39,8 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)"""
 #: our default is silence (flows/runtime/environment.py), and a server that fails must say why
 _LOG_ERRORS = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR", "PREFECT_SERVER_LOGGING_LEVEL": "ERROR"}
 _TEMPORARY = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+#: MLflow's server has eight processes for jobs about traces, which we have none of
+_WITHOUT_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 #: of the last lines of a server's log, in characters
 _LAST_WORDS = 400
 
@@ -120,7 +122,7 @@ def serve_pages(settings: Settings, *, prefect_port: int, mlflow_port: int) -> N
     # not as an argument: everybody on the machine can read those, and a database's URI may hold a password
     store = {"MLFLOW_BACKEND_STORE_URI": settings.tracking_uri}
     # SIGTERM is what MLflow's server hands on to its workers
-    servers = (_start_prefect(prefect_port), Server("MLflow", mlflow, os.environ | store, "SIGTERM"))
+    servers = (_start_prefect(prefect_port), Server("MLflow", mlflow, _WITHOUT_JOBS | os.environ | store, "SIGTERM"))
     print(f"Prefect: http://{HOST}:{prefect_port}\nMLflow: http://{HOST}:{mlflow_port}\nCtrl-C ends both", flush=True)
     try:
         while True:

@@ -6,6 +6,8 @@ mlflow_store.py  one experiment: finding runs again, bringing them what they lac
 images.py        images drawn and logged
 live.py          LiveCurves: points of a training gathered, and handed to MLflow by a thread
 records.py       what is logged: MetricPoint, RunContent, CheckpointRecord, RunRecord
+experiment.py    the experiment, made as its users expect it
+saved_view.py    the table of all checkpoints that MLflow's page of the experiment offers
 database.py      what is at a tracking URI, looked at before any work and without mlflow
 pages.py         where a browser finds a run
 mlflow_rules.py  which keys, lengths and numbers MLflow accepts

@@ -1,4 +1,4 @@
-"""Curves while they grow: a training says what it measured at a step, and a thread hands it to MLflow now and then."""
+"""Curves while they grow: a stage says what it measured at a step, and a thread hands it to MLflow now and then."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ log = logging.getLogger("slimline")
 
 
 class LiveCurves:
-    """Gathers the points of the training of one checkpoint (`name`) and has them logged as "training/<metric>": the
-    first ones at once, later ones every `interval_seconds`, the rest when the block ends.
+    """Gathers the points of what makes one checkpoint (`name`) and has them logged as "<section>/<metric>": the first
+    ones at once, later ones every `interval_seconds`, the rest when the block ends.
 
-    Nothing that goes wrong with that ends the training. It costs one warning and `patience_seconds` without another
+    Nothing that goes wrong with that ends the stage. It costs one warning and `patience_seconds` without another
     try; at the end it is waited for as long as `last_seconds`, after an error, an interrupt perhaps, briefly.
     What is not logged then comes with the run's record.
     """
@@ -49,10 +49,10 @@ class LiveCurves:
         self._closed, self._over = threading.Event(), threading.Event()
         self._warned = False
 
-    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+    def __call__(self, step: int, values: Mapping[str, float], section: str = TRAINING) -> None:
         """Take note of the values of some metrics at a step; returns at once."""
         now = int(time.time() * 1000)
-        points = [MetricPoint(f"{TRAINING}/{metric}", float(value), step, now) for metric, value in values.items()]
+        points = [MetricPoint(f"{section}/{metric}", float(value), step, now) for metric, value in values.items()]
         with self._lock:
             self._points += points
             if self._thread is None:
@@ -74,7 +74,7 @@ class LiveCurves:
             self._warn(f"MLflow has not answered for {seconds:g} s; the rest is recorded with the run")
 
     def _started(self) -> threading.Thread:
-        """In the context of the training's thread, by which Prefect knows whose log it is."""
+        """In the context of the stage's thread, by which Prefect knows whose log it is."""
         run = copy_context().run
         thread = threading.Thread(target=run, args=(self._work,), name=f"curves of {self._name}", daemon=True)
         thread.start()
@@ -96,7 +96,7 @@ class LiveCurves:
             return True
         try:
             self._send(points, self._over)
-        except Exception as error:  # of the server, of its client: none of them is worth a training
+        except Exception as error:  # of the server, of its client: none of them is worth a stage
             with self._lock:
                 self._points = points + self._points
             known = isinstance(error, TrackingUnusable)

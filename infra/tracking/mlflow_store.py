@@ -11,10 +11,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 from infra.tracking import mlflow_rules as rules
+from infra.tracking.experiment import DESCRIPTION_TAG, Experiment
 from infra.tracking.images import log_images
 from infra.tracking.records import CheckpointRecord, DataInput, MetricPoint, RunContent, new_points
 
@@ -33,14 +35,9 @@ PART_OF_TAG = "slimline.part_of"
 
 UNDER_WAY = "RUNNING"
 
+_FOLDER_TAG = "slimline.folder"
+
 _PARENT_TAG = "mlflow.parentRunId"
-_DESCRIPTION_TAG = "mlflow.note.content"
-_ABOUT_EXPERIMENT = {
-    "mlflow.experimentKind": "custom_model_development",
-    _DESCRIPTION_TAG: "A run per spec, with a run per checkpoint below it. All checkpoints in one table: search for "
-    f"`tags.\"{KIND_TAG}\" = 'checkpoint'`.",
-}
-"""Opens the experiment in the pages for model training, not in those for traces; and what its page says."""
 _STATUS = {"completed": "FINISHED", "failed": "FAILED"}
 _AT_ONCE = 1000
 
@@ -80,17 +77,7 @@ class MlflowStore:
     def __init__(self, client: MlflowClient, experiment: str, files: str | None) -> None:
         """files: where the experiment keeps the files of its runs, if it is made now; None: where MLflow likes."""
         self.client = client
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            created = client.create_experiment(experiment, artifact_location=files, tags=_ABOUT_EXPERIMENT)
-            self._experiment_id = str(created)
-            return
-        self._experiment_id = str(found.experiment_id)
-        if found.lifecycle_stage == "deleted":
-            client.restore_experiment(self._experiment_id)
-        for key, value in _ABOUT_EXPERIMENT.items():
-            if key not in found.tags:  # made by an older slimline; who chose another keeps it
-                client.set_experiment_tag(self._experiment_id, key, value)
+        self.experiment = Experiment(client, experiment, files)
 
     def find(self, run_key: str) -> Run | None:
         """The run of a run key, if it is there and not deleted."""
@@ -146,7 +133,7 @@ class MlflowStore:
         log_images(partial(self.client.log_artifact, run_id), content.images)
         if content.inputs:
             self._log_inputs(run_id, content.inputs)
-        tags = {**content.tags, _DESCRIPTION_TAG: content.description} if content.description else content.tags
+        tags = {**content.tags, DESCRIPTION_TAG: content.description} if content.description else content.tags
         self.log_tags(run_id, tags)
 
     def finish(self, run: Run, content: RunContent, digest: str) -> None:
@@ -204,13 +191,13 @@ class MlflowStore:
         for output in run.outputs.model_outputs if run.outputs else ():
             return str(output.model_id)
         model = self.client.create_logged_model(
-            self._experiment_id,
+            self.experiment.id,
             name=rules.accepted_checkpoint_name(checkpoint.label)[: rules.MAX_NAME_LENGTH],
             source_run_id=run_id,
             tags={
                 "mlflow.model.isExternal": "true",
                 CHECKPOINT_KEY_TAG: key,
-                "slimline.folder": checkpoint.folder.absolute().as_uri(),
+                _FOLDER_TAG: checkpoint.folder.absolute().as_uri(),
             },
             params=dict(checkpoint.content.params),
             model_type="checkpoint",
@@ -219,37 +206,49 @@ class MlflowStore:
         self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
         return str(model.model_id)
 
-    def register(self, run: Run, run_key: str, model: str, checkpoint: CheckpointRecord) -> str | None:
+    def register(
+        self, run: Run, run_key: str, model: str, checkpoint: CheckpointRecord, model_id: str | None
+    ) -> str | None:
         """The version of a registered model that is a checkpoint's folder, made if it is not there. Nothing is copied.
 
-        None if the server refuses folders of other machines: the logged model still says where the checkpoint is.
+        A server refuses folders, which may be of other machines: there the version is the logged model, `model_id`,
+        which says where the checkpoint lies. None if it refuses that as well.
         """
         from mlflow.exceptions import MlflowException
 
         assert checkpoint.folder is not None, "a checkpoint that lies nowhere is no model"
-        source = checkpoint.folder.absolute().as_uri()
+        folder = checkpoint.folder.absolute().as_uri()
         try:
             self.client.create_registered_model(model)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         for version in self.client.search_model_versions(f"name='{model}'"):
-            if version.source == source:
+            if folder in (version.source, version.tags.get(_FOLDER_TAG)):
                 return str(version.version)
         tags = {RUN_KEY_TAG: run_key, CHECKPOINT_KEY_TAG: checkpoint.key, LABEL_TAG: checkpoint.label}
+        make = partial(
+            self.client.create_model_version,
+            model,
+            run_id=run.info.run_id,
+            description=checkpoint.label,
+            await_creation_for=0,
+        )
         try:
-            made = self.client.create_model_version(
-                model, source, run_id=run.info.run_id, tags=tags, description=checkpoint.label, await_creation_for=0
-            )
+            return str(make(folder, tags=tags).version)
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            log.warning("the MLflow server does not register %s: %s", source, error.message)
-            return None
-        return str(made.version)
+            refusal = error
+        if model_id is not None:
+            with suppress(MlflowException):
+                made = make(f"models:/{model_id}", tags=tags | {_FOLDER_TAG: folder}, model_id=model_id)
+                return str(made.version)
+        log.warning("the MLflow server does not register %s: %s", folder, refusal.message)
+        return None
 
     def _create(self, name: str, tags: Mapping[str, str], began_ms: int | None) -> Run:
-        return self.client.create_run(self._experiment_id, began_ms, dict(tags), name[: rules.MAX_NAME_LENGTH])
+        return self.client.create_run(self.experiment.id, began_ms, dict(tags), name[: rules.MAX_NAME_LENGTH])
 
     def _named(self, run: Run, name: str) -> Run:
         name = name[: rules.MAX_NAME_LENGTH]
@@ -264,7 +263,7 @@ class MlflowStore:
         while page != "":
             order = ["attributes.start_time ASC"]
             some = self.client.search_runs(
-                [self._experiment_id], wanted, max_results=most, order_by=order, page_token=page
+                [self.experiment.id], wanted, max_results=most, order_by=order, page_token=page
             )
             found += some
             page = "" if most < _AT_ONCE else some.token or ""

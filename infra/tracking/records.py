@@ -13,6 +13,8 @@ from infra.tracking import mlflow_rules as rules
 
 #: before the name of what a training measures, in the run of the checkpoint that it makes
 TRAINING = "training"
+#: before the name of what pruning measures layer by layer
+LAYERS = "layers"
 
 Status = Literal["completed", "failed"]
 
@@ -99,6 +101,8 @@ class CheckpointRecord:
 class RunRecord:
     """The argument of `Tracker.record`, whose digest says whether it is recorded already.
 
+    columns: the metrics that are worth a column in the table of all checkpoints; they alone do not make a record new.
+
     Checkpoints are registered, where they lie, as versions of the model that has the name of the run. aliases: labels
     by the alias that their versions get. above: keys of recorded runs that are shown below this one (of a night, its
     cells).
@@ -109,6 +113,7 @@ class RunRecord:
     checkpoints: Sequence[CheckpointRecord] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     above: Sequence[str] = ()
+    columns: Sequence[str] = ()
 
     def digest(self) -> str:
         """sha256 (hex) of the content. Not a cache key: here a metric may be NaN and a path means that very folder."""

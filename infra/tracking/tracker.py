@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event
 from typing import TYPE_CHECKING
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 _SQLITE = "sqlite:///"
 _RUN_AGAIN = "correct SLIMLINE_MLFLOW_URI or the server and run again: finished stages are not repeated"
-_GOES_ON = "the training goes on, and its curves are recorded with the run"
+_GOES_ON = "the stage goes on, and its curves are recorded with the run"
 
 
 class Tracker:
@@ -88,14 +89,16 @@ class Tracker:
         run_id = str(run.info.run_id)
         if run.data.tags.get(CONTENT_TAG) == record.digest():
             return run_id
-        versions = _write_checkpoints(store, run, record, visit_tags)
+        store.experiment.offer_columns(record.columns)
+        written = _write_checkpoints(store, run, record, visit_tags)
         for alias, label in record.aliases.items():
-            if version := versions.get(label):
+            if label in written and (version := written[label].version):
                 model, accepted = rules.accepted_model_name(content.name), rules.accepted_alias(alias)
                 store.client.set_registered_model_alias(model, accepted, version)
         for run_key in record.above:
             store.put_below(run_key, run)
-        store.write(run, content)
+        told = store.experiment.with_comparison(content.description, [each.run_id for each in written.values()])
+        store.write(run, replace(content, description=told))
         store.log_tags(run_id, visit_tags)
         store.finish(run, content, record.digest())
         return run_id
@@ -136,7 +139,7 @@ class Tracker:
 
 
 class LiveRun:
-    """The run of a checkpoint while it is trained: made by the first points, with the run that it belongs to if that
+    """The run of a checkpoint while it is made: begun by the first points, with the run that it belongs to if that
     is not there, and both RUNNING until they are recorded.
 
     Nobody says that a run was killed: it stays RUNNING until the same command, which goes on with it, records it. A
@@ -184,23 +187,31 @@ class LiveRun:
         return self._logged[key]
 
 
+@dataclass(frozen=True)
+class _Written:
+    """The run of a checkpoint, and its version of the registered model, if it has one."""
+
+    run_id: str
+    version: str | None
+
+
 def _write_checkpoints(
     store: MlflowStore, run: Run, record: RunRecord, visit_tags: Mapping[str, str]
-) -> dict[str, str | None]:
-    """The run of each checkpoint; returns the versions of the registered model by label."""
+) -> dict[str, _Written]:
+    """The run of each checkpoint, by label."""
     known = store.children(run)
     own = {checkpoint.label: known.pop(checkpoint.label, None) for checkpoint in record.checkpoints}
     renamed = {child.data.tags.get(CHECKPOINT_KEY_TAG): label for label, child in known.items()}
-    versions = {}
+    written = {}
     for checkpoint in record.checkpoints:
         child = own[checkpoint.label]
         if child is None and checkpoint.key in renamed:
             child = known.pop(renamed.pop(checkpoint.key))
-        versions[checkpoint.label] = _write_checkpoint(store, run, child, checkpoint, record, visit_tags)
+        written[checkpoint.label] = _write_checkpoint(store, run, child, checkpoint, record, visit_tags)
     for child in known.values():
         if child.info.status == UNDER_WAY:
             store.abandon(child)
-    return versions
+    return written
 
 
 def _write_checkpoint(
@@ -210,15 +221,17 @@ def _write_checkpoint(
     checkpoint: CheckpointRecord,
     record: RunRecord,
     visit_tags: Mapping[str, str],
-) -> str | None:
-    """One checkpoint's run and its version of the registered model; returns the version, if it has one."""
+) -> _Written:
+    """One checkpoint's run and its version of the registered model."""
     child = store.child(run, checkpoint.label, checkpoint.content.began_ms, known)
+    model_id = None if checkpoint.folder is None else store.logged_model(child, checkpoint)
     if child.data.tags.get(CONTENT_TAG) != checkpoint.digest():
-        model_id = None if checkpoint.folder is None else store.logged_model(child, checkpoint)
         store.write(child, checkpoint.content, model_id)
         tags = {LABEL_TAG: checkpoint.label, CHECKPOINT_KEY_TAG: checkpoint.key}
         store.log_tags(child.info.run_id, tags | dict(visit_tags))
         store.finish(child, checkpoint.content, checkpoint.digest())
+    run_id = str(child.info.run_id)
     if checkpoint.folder is None:
-        return None
-    return store.register(child, record.run_key, rules.accepted_model_name(record.content.name), checkpoint)
+        return _Written(run_id, None)
+    model = rules.accepted_model_name(record.content.name)
+    return _Written(run_id, store.register(child, record.run_key, model, checkpoint, model_id))

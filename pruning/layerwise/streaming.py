@@ -27,12 +27,13 @@ from pruning.checkpoints.stored_tensors import write_index
 from pruning.errors import PruningError
 from pruning.modeling import pruned_config
 from pruning.walk.durable_state import DurableWalkState
+from pruning.walk.state import no_listener
 
 if TYPE_CHECKING:
     from pruning.calibration import CalibrationSet
     from pruning.plan import PruningPlan
     from pruning.walk.sequential import WalkOptions
-    from pruning.walk.state import Pruned
+    from pruning.walk.state import OnEntry, Pruned
 
 
 def prune_checkpoint(
@@ -47,18 +48,20 @@ def prune_checkpoint(
     options: WalkOptions,
     work: Path,
     progress: Callable[[float, str], None] = lambda share, message: None,
+    on_entry: OnEntry = no_listener,
 ) -> Pruned:
     """Prune the checkpoint in `source` by the method `module` and write the smaller one into `out` (weights, config,
     plan.json; no tokenizer).
 
-    work: folder of finished layers, to be kept until `out` is whole; it belongs to this pruning alone. With several
-    processes (options.process_group) all call this with the same folders and the leader writes `out`, and loads it
-    once. Raises PruningError as the method does, if the source is no checkpoint of a supported family, or if the work
-    folder holds layers of another pruning; UnsoundCheckpoint if what was written is not what was pruned.
+    work: folder of finished layers, to be kept until `out` is whole; it belongs to this pruning alone. on_entry: called
+    with each finished layer, those that a killed run had finished included. With several processes
+    (options.process_group) all call this with the same folders and the leader writes `out`, and loads it once. Raises
+    PruningError as the method does, if the source is no checkpoint of a supported family, or if the work folder holds
+    layers of another pruning; UnsoundCheckpoint if what was written is not what was pruned.
     """
     decoder = StreamedDecoder(source)
     _claim(work, _identity(source, module, calibration, config))
-    walk_state = DurableWalkState(work, options.process_group)
+    walk_state = DurableWalkState(work, options.process_group, on_entry=on_entry)
     pruned: Pruned = module.prune(
         decoder,
         calibration,

@@ -17,7 +17,7 @@ from torch import Tensor
 from pruning.checkpoints.surgery import shrink_layer_
 from pruning.distributed import ProcessGroup
 from pruning.walk.activations import FOLDER_PREFIX, FileActivations
-from pruning.walk.state import LayerEntry, WalkedLayer, WalkState
+from pruning.walk.state import LayerEntry, OnEntry, WalkedLayer, WalkState, no_listener
 
 log = logging.getLogger("slimline")
 
@@ -41,8 +41,15 @@ class DurableWalkState(WalkState):
     again.
     """
 
-    def __init__(self, folder: Path, process_group: ProcessGroup | None = None, *, shards: bool = True) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        folder: Path,
+        process_group: ProcessGroup | None = None,
+        *,
+        shards: bool = True,
+        on_entry: OnEntry = no_listener,
+    ) -> None:
+        super().__init__(on_entry)
         self._writes_shards = shards
         self._group = process_group or ProcessGroup()
         self._root = folder
@@ -129,6 +136,8 @@ class DurableWalkState(WalkState):
         for index in range(done, len(records)):
             self._record_file(index).unlink()
         self._entries = [record.entry for record in records[:done]]
+        for entry in self._entries:
+            self._on_entry(entry)
 
     def _records(self) -> tuple[list[_LayerRecord], bool]:
         """The records up to the first gap, and whether all of these can be read."""

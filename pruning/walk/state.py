@@ -7,7 +7,7 @@ output has joined the residual stream the walk calls `layer_done`. Then the laye
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,12 +90,22 @@ class WalkedLayer:
     spans: Sequence[tuple[int, int]] = ()
 
 
+#: called with the entry of each layer that is finished
+OnEntry = Callable[[LayerEntry], None]
+
+
+def no_listener(entry: LayerEntry) -> None:
+    """Nobody wants to know of a finished layer."""
+
+
 class WalkState(ABC):
-    """The finished layers of one walk, in order. folder: where it keeps files, None if in memory only."""
+    """The finished layers of one walk, in order. folder: where it keeps files, None if in memory only. on_entry: called
+    with each layer when it is finished, first with those that an interrupted walk had finished."""
 
     folder: Path | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, on_entry: OnEntry = no_listener) -> None:
+        self._on_entry = on_entry
         self._entries: list[LayerEntry] = []
         self._decided: LayerEntry | None = None
 
@@ -124,6 +134,7 @@ class WalkState(ABC):
         assert walked.index == self.layers_done, (walked.index, self.layers_done)
         self._save_layer(walked, self._decided)
         self._entries.append(self._decided)
+        self._on_entry(self._decided)
         self._decided = None
 
     @abstractmethod

@@ -13,19 +13,22 @@ from typing import Any, Protocol
 from infra.settings import Settings
 from infra.tracking.live import LiveCurves
 from infra.tracking.mlflow_store import load
-from infra.tracking.records import MetricPoint
+from infra.tracking.records import TRAINING, MetricPoint
 from infra.tracking.tracker import LiveRun, Tracker
 
 
 class Curves(Protocol):
-    """Called at every step of a training with what was measured there, by metric."""
+    """Called at every step of a training, or with every layer that is pruned, with what was measured there, by metric.
 
-    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+    section: what stands before the metrics' names.
+    """
+
+    def __call__(self, step: int, values: Mapping[str, float], section: str = TRAINING) -> None:
         """Take note; returns at once and raises nothing because of who listens."""
         ...
 
 
-def no_curves(step: int, values: Mapping[str, float]) -> None:
+def no_curves(step: int, values: Mapping[str, float], section: str = TRAINING) -> None:
     """Nobody listens: the stage does not belong to a run."""
 
 

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
@@ -16,6 +16,7 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 from infra.child_process import end_with_parent
+from infra.tracking.records import TRAINING
 from tasks.devices.placement import device_names
 
 if TYPE_CHECKING:
@@ -23,14 +24,23 @@ if TYPE_CHECKING:
 
     from infra.settings import Settings
     from pruning.distributed import ProcessGroup
+    from tasks.execution.curves import Curves
+    from tasks.execution.progress import Progress
 
 log = logging.getLogger("slimline")
 
-Send = Callable[..., None]
-"""Hands its arguments to the parent's `receive`; what other processes than the first send is dropped."""
 
-Job = Callable[["ProcessGroup", "torch.device", Send], None]
-"""What each process does; must be picklable (an instance of a class at the top of a module)."""
+@dataclass(frozen=True)
+class Reports:
+    """Whom a piece of work tells how far it is and what it measured on the way."""
+
+    progress: Progress
+    curves: Curves
+
+
+Job = Callable[["ProcessGroup", "torch.device", Reports], None]
+"""What each process does; must be picklable (an instance of a class at the top of a module). What other processes than
+the first report is dropped."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +51,11 @@ class _Failure:
 _DONE = None
 
 
-def run_processes(
-    size: int, job: Job, settings: Settings, receive: Callable[..., None], *, what: str, kept: str
-) -> None:
+def run_processes(size: int, job: Job, settings: Settings, reports: Reports, *, what: str, kept: str) -> None:
     """Run the job in so many processes, one per CUDA device or sharing the cores; an error of any is raised here.
 
-    receive: called here with what the first process sends; what it raises ends them all. what, kept: for the message
-    about a process that died.
+    reports: called here with what the first process reports; what they raise ends them all. what, kept: for the
+    message about a process that died.
     """
     spawn = multiprocessing.get_context("spawn")
     messages: Any = spawn.Queue()
@@ -60,14 +68,14 @@ def run_processes(
         for process in processes:
             process.start()
         try:
-            _listen(processes, messages, receive, what, kept)
+            _listen(processes, messages, reports, what, kept)
         finally:
             for process in processes:
                 process.terminate()
                 process.join()
 
 
-def _listen(processes: list[Any], messages: Any, receive: Callable[..., None], what: str, kept: str) -> None:
+def _listen(processes: list[Any], messages: Any, reports: Reports, what: str, kept: str) -> None:
     """Hand on messages until every process has said that it is done; raise the first error."""
     done = 0
     while done < len(processes):
@@ -87,7 +95,8 @@ def _listen(processes: list[Any], messages: Any, receive: Callable[..., None], w
         if message is _DONE:
             done += 1
         else:
-            receive(*message)
+            kind, *said = message
+            getattr(reports, kind)(*said)
 
 
 def _refuse_dead(processes: list[Any], cause: Exception | None, what: str, kept: str) -> None:
@@ -119,16 +128,24 @@ def _run_process(rank: int, size: int, rendezvous: Path, settings: Settings, job
         backend = "nccl" if device.type == "cuda" else "gloo"
         process_group = ProcessGroup.join(backend, rendezvous.as_uri(), rank, size)
 
-        def send(*message: Any) -> None:
-            if rank == 0:
-                messages.put(message)
-
-        job(process_group, device, send)
+        job(process_group, device, _sent(messages.put) if rank == 0 else _sent(lambda message: None))
         dist.barrier()
         dist.destroy_process_group()
         messages.put(_DONE)
     except Exception as error:  # whatever it is, the parent raises it
         messages.put(_Failure(_sendable(error)))
+
+
+def _sent(put: Callable[[tuple[Any, ...]], None]) -> Reports:
+    """Reports that go to the parent."""
+
+    def progress(share: float, message: str) -> None:
+        put(("progress", share, message))
+
+    def curves(step: int, values: Mapping[str, float], section: str = TRAINING) -> None:
+        put(("curves", step, dict(values), section))
+
+    return Reports(progress, curves)
 
 
 def _sendable(error: Exception) -> Exception:

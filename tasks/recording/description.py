@@ -21,7 +21,7 @@ def run_description(
     words: str, params: Mapping[str, Mapping[str, str]], metrics: Sequence[MetricRow], message: str | None
 ) -> str:
     """Of a run: a row per checkpoint. words: of the user. params: of each checkpoint. message: what failed."""
-    chosen = _chosen(metrics)
+    chosen = chosen_figures(metrics)
     shown = {(row.checkpoint, *_figure(row)): row for row in metrics}
     headings = ["checkpoint", "method", "sparsity", "recovery", *(" ".join(figure[1:]) for figure in chosen)]
     rows = []
@@ -73,8 +73,9 @@ def _figure(row: MetricRow) -> tuple[str, str, str]:
     return row.suite, row.task, row.metric
 
 
-def _chosen(metrics: Iterable[MetricRow]) -> list[tuple[str, str, str]]:
-    """The figures of the table: what suites measured as it comes, without a second accuracy of one task, then sizes."""
+def chosen_figures(metrics: Iterable[MetricRow]) -> list[tuple[str, str, str]]:
+    """The figures (suite, task, metric) that a table shows: what suites measured as it comes, without a second accuracy
+    of one task, then sizes."""
     figures = list(dict.fromkeys(map(_figure, metrics)))
     suites = [figure for figure in figures if figure[0] != "profile"]
     suites = [figure for figure in suites if figure[2] != "acc_norm" or (*figure[:2], "acc") not in suites]

@@ -11,10 +11,11 @@ from infra.artifacts.manifest import Manifest
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 from infra.provenance import git_revision, versions
 from infra.results.rows import CurveRow, LayerRow, MetricRow, StageRow
-from infra.tracking.records import TRAINING, CheckpointRecord, MetricPoint, RunContent, RunRecord
+from infra.tracking.records import LAYERS, TRAINING, CheckpointRecord, MetricPoint, RunContent, RunRecord
 from tasks.recording.best import aliases
-from tasks.recording.description import checkpoint_description, run_description
+from tasks.recording.description import checkpoint_description, chosen_figures, run_description
 from tasks.recording.images import checkpoint_images
+from tasks.recording.layers import layer_figures
 from tasks.recording.lineage import Lineage, inputs_of, lineage_of
 from tasks.recording.outcome import Measured, RunOutcome
 
@@ -59,7 +60,10 @@ def run_record(outcome: RunOutcome, rows: Rows, store: ArtifactStore) -> RunReco
         inputs=[data for each in checkpoints for data in each.content.inputs],
         began_ms=_ms(outcome.started_at),
     )
-    return RunRecord(outcome.run_key, content, checkpoints, aliases(lineages, rows.metrics, outcome.failed))
+    named = {(row.suite, row.task, row.metric): metric_name(row) for row in rows.metrics}
+    columns = [named[figure] for figure in chosen_figures(rows.metrics)]
+    best = aliases(lineages, rows.metrics, outcome.failed)
+    return RunRecord(outcome.run_key, content, checkpoints, best, columns=columns)
 
 
 def visit_tags(flow_run_id: str | None) -> dict[str, str]:
@@ -114,10 +118,9 @@ def _points(ref: ArtifactRef, metrics: Iterable[MetricRow], rows: Rows) -> Itera
     for row in metrics:
         yield MetricPoint(metric_name(row), row.value)
     for layer in rows.layers:
-        if layer.stage_key == ref.key and layer.measured_error is not None:
-            yield MetricPoint(f"layers/{layer.sub_layer}_error", layer.measured_error, layer.layer)
-        if layer.stage_key == ref.key and layer.score is not None:
-            yield MetricPoint(f"layers/{layer.sub_layer}_score", layer.score, layer.layer)
+        if layer.stage_key == ref.key:
+            for name, value in layer_figures(layer.sub_layer, layer.measured_error, layer.score).items():
+                yield MetricPoint(f"{LAYERS}/{name}", value, layer.layer)
     for point in rows.curves:
         if point.stage_key == ref.key:
             yield MetricPoint(f"{TRAINING}/{point.metric}", point.value, point.step)

@@ -12,6 +12,7 @@ from tasks.requests import CaptureRequest
 
 if TYPE_CHECKING:
     from pruning.walk.sequential import WalkOptions
+    from tasks.execution.curves import Curves
     from tasks.execution.progress import Progress
 
 
@@ -23,7 +24,7 @@ class _Job:
     calibration: Path
     out: Path
 
-    def __call__(self, options: WalkOptions, progress: Progress) -> None:
+    def __call__(self, options: WalkOptions, progress: Progress, curves: Curves) -> None:
         from pruning.calibration import CalibrationSet
         from pruning.checkpoints.decoder import StreamedDecoder
         from pruning.layerwise.capture import capture_statistics

@@ -13,6 +13,7 @@ from tasks.requests import OrderRequest
 
 if TYPE_CHECKING:
     from pruning.walk.sequential import WalkOptions
+    from tasks.execution.curves import Curves
     from tasks.execution.progress import Progress
 
 
@@ -27,7 +28,7 @@ class _Job:
     out: Path
     work: Path
 
-    def __call__(self, options: WalkOptions, progress: Progress) -> None:
+    def __call__(self, options: WalkOptions, progress: Progress, curves: Curves) -> None:
         from pruning.calibration import CalibrationSet
         from pruning.checkpoints.decoder import StreamedDecoder
 

@@ -15,6 +15,7 @@ from tasks.stages.recover import read_data
 
 if TYPE_CHECKING:
     from pruning.walk.sequential import WalkOptions
+    from tasks.execution.curves import Curves
     from tasks.execution.progress import Progress
 
 _TOKENIZERS = "transformers.models.auto.tokenization_auto"
@@ -32,9 +33,10 @@ class _Job:
     out: Path
     work: Path
 
-    def __call__(self, options: WalkOptions, progress: Progress) -> None:
+    def __call__(self, options: WalkOptions, progress: Progress, curves: Curves) -> None:
         from pruning.calibration import CalibrationSet
         from pruning.layerwise.streaming import prune_checkpoint
+        from tasks.recording.layers import shown_in
 
         pruned = prune_checkpoint(
             self.source,
@@ -47,6 +49,7 @@ class _Job:
             options=options,
             work=self.work,
             progress=progress,
+            on_entry=shown_in(curves),
         )
         if options.process_group.leads:
             report = pruned.model_dump_json(indent=1, exclude={"plan"})

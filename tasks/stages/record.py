@@ -31,6 +31,7 @@ from infra.tracking.pages import address_of_run
 from infra.tracking.tracker import Tracker
 from tasks.execution.context import RunContext
 from tasks.recording.description import run_page
+from tasks.recording.layers import relative
 from tasks.recording.outcome import RunOutcome
 from tasks.recording.run_record import Rows, run_record, visit_tags
 from tasks.stages.pairs import as_json, beside_dense
@@ -141,7 +142,7 @@ def _layer_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[LayerR
     for ref in dict.fromkeys(outcome.checkpoints.values()):
         path = run_context.store.path(ref) / "pruning.json"
         for layer in json.loads(path.read_text(encoding="utf-8"))["layers"] if path.exists() else ():
-            energy = layer["output_energy"] or 1.0
+            energy = layer["output_energy"]
             yield LayerRow(
                 run_key=outcome.run_key,
                 stage_key=ref.key,
@@ -150,9 +151,9 @@ def _layer_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[LayerR
                 kept=layer["kept"],
                 total=layer["total"],
                 sparsity=1 - layer["kept"] / layer["total"],
-                predicted_error=_relative(layer["predicted_error"], energy),
-                measured_error=_relative(layer["measured_error"], energy),
-                heldout_error=_relative(layer["heldout_error"], energy),
+                predicted_error=relative(layer["predicted_error"], energy),
+                measured_error=relative(layer["measured_error"], energy),
+                heldout_error=relative(layer["heldout_error"], energy),
                 score=layer.get("score"),
                 condition=layer["condition"],
                 seconds=layer["seconds"],
@@ -179,10 +180,6 @@ def _checkpoint_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[C
         with suppress(SourceInvalid):
             total, decoder = parameters_of_folder(run_context.store.path(outcome.checkpoints[row.checkpoint]))
         yield row.model_copy(update={"num_parameters": total, "num_decoder_parameters": decoder})
-
-
-def _relative(error: float | None, energy: float) -> float | None:
-    return None if error is None else error / energy
 
 
 def flow_run_id() -> str | None:

@@ -3,7 +3,7 @@ at that very step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from pruning.training.data import PlainText, RecordData, WatchedText, data_read
 from tasks.devices.placement import device_names
 from tasks.execution.context import StageContext
 from tasks.execution.interrupts import something_to_save
-from tasks.execution.processes import Send, run_processes
+from tasks.execution.processes import Reports, run_processes
 from tasks.execution.stage import stage
 from tasks.requests import RecoverRequest
 
@@ -63,29 +63,15 @@ class _Job:
     scratch: Path
     out: Path
 
-    def alone(self, device: torch.device, context: StageContext) -> None:
+    def alone(self, device: torch.device, reports: Reports) -> None:
         """In this process."""
-        self._train(device, context.progress, context.curves, 0, 1)
+        self._train(device, reports, 0, 1)
 
-    def __call__(self, process_group: ProcessGroup, device: torch.device, send: Send) -> None:
+    def __call__(self, process_group: ProcessGroup, device: torch.device, reports: Reports) -> None:
         """In one of a group."""
+        self._train(device, reports, process_group.rank, process_group.size)
 
-        def progress(share: float, message: str) -> None:
-            send("progress", share, message)
-
-        def curves(step: int, values: Mapping[str, float]) -> None:
-            send("curves", step, dict(values))
-
-        self._train(device, progress, curves, process_group.rank, process_group.size)
-
-    def _train(
-        self,
-        device: torch.device,
-        progress: Callable[[float, str], None],
-        curves: Callable[[int, Mapping[str, float]], None],
-        rank: int,
-        size: int,
-    ) -> None:
+    def _train(self, device: torch.device, reports: Reports, rank: int, size: int) -> None:
         from infra.models.import_model import load_tokenizer
         from pruning.checkpoints.load_check import check_saved
         from pruning.checkpoints.save_load import load_checkpoint, load_plan, save_checkpoint
@@ -97,7 +83,7 @@ class _Job:
             tokenizer,
             self._inputs(),
             self.request.typed_config,
-            TrainingRun(self.scratch, device, progress, curves, self.out, rank, size),
+            TrainingRun(self.scratch, device, reports.progress, reports.curves, self.out, rank, size),
         )
         if rank == 0:
             save_checkpoint(model.cpu(), None, self.out, load_plan(self.source))
@@ -147,18 +133,13 @@ def fill(request: RecoverRequest, context: StageContext) -> None:
     teacher, calibration = (store.path(ref) if ref else None for ref in (request.teacher, request.calibration))
     scratch = store.scratch(context.ref)
     job = _Job(request, source, teacher, calibration, context.run_context.sources, scratch, context.folder)
-    size = training_processes(settings)
+    size, reports = training_processes(settings), Reports(context.progress, context.curves)
     with something_to_save():
         if size == 1:
-            job.alone(context.place.device, context)
+            job.alone(context.place.device, reports)
         else:
-            parts = {"progress": context.progress, "curves": context.curves}
-
-            def receive(kind: str, *message: Any) -> None:
-                parts[kind](*message)  # type: ignore[operator]
-
             kept = "its last training checkpoint is kept"
-            run_processes(size, job, settings, receive, what="training", kept=kept)
+            run_processes(size, job, settings, reports, what="training", kept=kept)
     hand_on_tokenizer(source, context.folder)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.execution.context import StageContext
-from tasks.execution.processes import Send, run_processes
+from tasks.execution.processes import Reports, run_processes
 
 if TYPE_CHECKING:
     import torch
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from infra.settings import Settings
     from pruning.distributed import ProcessGroup
     from pruning.walk.sequential import WalkOptions
+    from tasks.execution.curves import Curves
     from tasks.execution.progress import Progress
 
-#: called with the options and a progress; must be picklable (an instance of a class at the top of a module)
-WalkJob = Callable[["WalkOptions", "Progress"], None]
+#: called with the options, a progress and curves; must be picklable (an instance of a class at the top of a module)
+WalkJob = Callable[["WalkOptions", "Progress", "Curves"], None]
 
 
 def run_walk(context: StageContext, job: WalkJob) -> None:
@@ -34,11 +35,12 @@ def run_walk(context: StageContext, job: WalkJob) -> None:
     for left in folder.glob(f"{FOLDER_PREFIX}*"):  # of a killed process
         shutil.rmtree(left)
     if settings.walk_processes == 1:
-        job(walk_options(settings, context.place.device, activation_folder=folder), context.progress)
+        options = walk_options(settings, context.place.device, activation_folder=folder)
+        job(options, context.progress, context.curves)
         return
-    together = _Together(job, settings, folder)
+    together, reports = _Together(job, settings, folder), Reports(context.progress, context.curves)
     kept = "the finished layers are kept"
-    run_processes(settings.walk_processes, together, settings, context.progress, what="walk", kept=kept)
+    run_processes(settings.walk_processes, together, settings, reports, what="walk", kept=kept)
 
 
 def walk_options(settings: Settings, device: Any, **more: Any) -> WalkOptions:
@@ -62,6 +64,6 @@ class _Together:
     settings: Settings
     scratch: Path
 
-    def __call__(self, process_group: ProcessGroup, device: torch.device, send: Send) -> None:
+    def __call__(self, process_group: ProcessGroup, device: torch.device, reports: Reports) -> None:
         options = walk_options(self.settings, device, process_group=process_group, activation_folder=self.scratch)
-        self.job(options, send)
+        self.job(options, reports.progress, reports.curves)

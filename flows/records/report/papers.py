@@ -53,6 +53,14 @@ def _speed(row: MetricRow) -> str | None:
     return None if row.metric == "out_of_memory" else heading(row)
 
 
+def _mmlu(row: MetricRow) -> str | None:
+    return _MMLU.get(row.task)
+
+
+def _longbench(row: MetricRow) -> str | None:
+    return _LONGBENCH.get(row.task)
+
+
 def _depth(entry: Entry) -> bool:
     return entry.row.method in (None, "shortened")
 
@@ -68,11 +76,26 @@ def _slimgpt_alone(entry: Entry) -> bool:
 _PPL = "metric LIKE 'ppl@%'"
 _ACC = "metric IN ('acc', 'acc_norm')"
 _PROFILE = "suite = 'profile'"
+_MMLU = {
+    "mmlu_humanities": "Humanities",
+    "mmlu_social_sciences": "Social Sciences",
+    "mmlu_stem": "STEM",
+    "mmlu_other": "Other",
+    "mmlu": "MMLU average",
+}
+_LONGBENCH = {
+    "single_doc_qa": "Single-Doc QA",
+    "multi_doc_qa": "Multi-Doc QA",
+    "summarization": "Summarization",
+    "few_shot": "Few-shot",
+    "average": "LongBench average",
+}
 
 TABLES: Mapping[str, PaperTable] = {
     "slimgpt-1": PaperTable(
         "Perplexity by method and sparsity", f"{_SLIMGPT}, table 1", _PPL, _perplexity,
-        "slimline run llama-7b-slimgpt or nightly papers-comparison, on two cores slimline run smollm2-135m-p1",
+        "slimline run llama-7b-slimgpt (vicuna-7b-slimgpt, llama2-7b-slimgpt) or nightly papers-comparison, on two "
+        "cores slimline run smollm2-135m-p1",
     ),
     "slimgpt-3": PaperTable(
         "Zero-shot accuracy by method and sparsity", f"{_SLIMGPT}, table 3", _ACC, _zero_shot,
@@ -98,6 +121,14 @@ TABLES: Mapping[str, PaperTable] = {
         "slimline run llama-7b-slimgpt-table14, or any spec whose step has variants with another calibration "
         "(slimline help ablations)",
         _slimgpt_alone, ("calibration.data", "calibration.join"),
+    ),
+    "slimgpt-mmlu": PaperTable(
+        "MMLU by category", f"{_SLIMGPT}, Vicuna-7B and LLaMA2-7B", "metric = 'acc' AND task LIKE 'mmlu%'", _mmlu,
+        "slimline run vicuna-7b-slimgpt, slimline run llama2-7b-slimgpt, or any spec with the suite mmlu",
+    ),
+    "slimgpt-longbench": PaperTable(
+        "LongBench by category", f"{_SLIMGPT}, Mistral-7B-Instruct-v0.2", "metric = 'score'", _longbench,
+        "slimline run mistral-7b-instruct-slimgpt-20, or any spec with the suite longbench",
     ),
     "shortened-criteria": PaperTable(
         "Which layers go: criteria and ratios, not retrained", _SHORTENED, f"{_PPL} OR {_ACC}", quality,

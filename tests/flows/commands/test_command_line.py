@@ -183,6 +183,27 @@ def test_results_of_an_empty_home_say_what_to_do(here: Command) -> None:
 
 
 @pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--export", "lm-eval"), "--export lm-eval needs --out DIR"),
+        (("--out", "somewhere"), "give --export lm-eval or every-eval-ever"),
+        (("--export", "every-eval-ever", "--out", "README.md"), "--out README.md is a file: give a folder"),
+    ],
+)
+def test_an_export_says_what_it_lacks(options: tuple[str, ...], words: str, here: Command) -> None:
+    assert words in only_complaint(here("results", *options, code=2))
+
+
+def test_evaluations_are_exported(smoke: tuple[Home, RunResult], tmp_path: Path) -> None:
+    home, result = smoke
+    printed = home.slimline("results", "--export", "lm-eval", "--out", str(tmp_path / "out")).stdout.splitlines()
+    files = [Path(line) for line in printed]
+    evaluated = {row.checkpoint for row in result.metrics if row.suite != "profile"}
+    assert {file.parent.name for file in files} == {f"smoke__{name}" for name in evaluated}
+    assert all(json.loads(file.read_text())["results"] for file in files)
+
+
+@pytest.mark.parametrize(
     "noun, name",
     [
         ("methods", "slimgpt"),

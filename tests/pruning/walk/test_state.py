@@ -89,6 +89,21 @@ def model() -> PreTrainedModel:
     return tiny_model("llama", layers=LAYERS)
 
 
+def test_each_finished_layer_is_told_and_again_to_who_goes_on(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Not the layers of a trial."""
+    told: list[LayerEntry] = []
+    with pytest.raises(Stop):
+        prune_into(DurableWalkState(tmp_path, on_entry=told.append), ResidentDecoder(model), stop_after=2)
+    assert len(told) == 2
+    again = DurableWalkState(tmp_path, on_entry=told.append)
+    assert told[2:] == told[:2]
+    prune_into(again, ResidentDecoder(model))
+    assert told[2:] == list(again.entries)
+    assert len(told) == 2 + LAYERS
+    prune_into(again.branch("trial"), ResidentDecoder(model), stop_after=None)
+    assert len(told) == 2 + LAYERS
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shards_are_the_shrunk_models_layers(name: str, tmp_path: Path) -> None:
     model = tiny_model(name, layers=LAYERS)

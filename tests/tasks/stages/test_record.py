@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,9 +20,11 @@ from infra.results.store import ResultsStore
 from infra.settings import Settings
 from infra.sources.find import Sources
 from infra.tracking.tracker import Tracker
+from pruning.walk.state import LayerEntry, SubLayerReport
 from tasks.execution.context import RunContext
 from tasks.execution.curves import InRun, live_curves
 from tasks.execution.stage import importing
+from tasks.recording.layers import shown_in
 from tasks.recording.outcome import RunOutcome
 from tasks.stages.record import _record
 
@@ -133,6 +136,34 @@ def test_what_was_shown_live_is_not_doubled(run_context: RunContext) -> None:
     (run,) = ResultsStore.of(run_context.settings).runs()
     found = MlflowClient(run_context.settings.tracking_uri).get_run(run.mlflow_run_id)
     assert (found.info.status, found.info.run_name) == ("FINISHED", "demo")
+
+
+def test_layers_are_shown_live_as_they_are_recorded(run_context: RunContext) -> None:
+    """Of a pruning that was killed after two of its three layers: the one that goes on shows all of them again."""
+    common = {"name": "x", "kept": 1, "total": 2, "condition": None, "num_tokens": 7}
+    reports = [
+        SubLayerReport(layer=0, sub_layer="attention", measured_error=0.3, output_energy=0.7, score=0.25, **common),
+        SubLayerReport(layer=0, sub_layer="mlp", measured_error=0.0, **common),
+        SubLayerReport(layer=1, sub_layer="mlp", measured_error=0.1, output_energy=0.9, **common),
+        SubLayerReport(layer=2, sub_layer="mlp", measured_error=None, score=math.inf, **common),
+    ]
+    entries = [LayerEntry(plan=None, reports=tuple(r for r in reports if r.layer == layer)) for layer in range(3)]
+    for done in (entries[:2], entries):
+        with live_curves(run_context.settings, InRun(KEY, "demo", "slimgpt-20"), importing) as curves:
+            show = shown_in(curves)
+            for entry in done:
+                show(entry)
+    live = histories(run_context)
+    layers = [report.model_dump() for report in reports]
+    pruned = checkpoint(run_context, "prune-slimgpt-v1-0", {"pruning.json": {"layers": layers}})
+    _record(outcome({"slimgpt-20": pruned}), run_context)
+    assert histories(run_context) == live
+    assert live == {
+        "slimgpt-20/layers/attention_error": [(0, 0.3 / 0.7)],
+        "slimgpt-20/layers/attention_score": [(0, 0.25)],
+        "slimgpt-20/layers/mlp_error": [(0, 0.0), (1, 0.1 / 0.9)],
+        "slimgpt-20/layers/mlp_score": [(2, sys.float_info.max)],  # as a SQL store keeps infinity
+    }
 
 
 def test_a_run_whose_training_failed_gets_its_status(run_context: RunContext) -> None:

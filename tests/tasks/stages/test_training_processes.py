@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from infra.settings import load_settings
 from pruning.checkpoints.save_load import load_checkpoint
 from pruning.recovery import RecoveryReport
 from pruning.training import saving
-from tasks.execution.processes import Send, run_processes
+from tasks.execution.processes import Reports, run_processes
 from tests.pruning.recovery.test_contract import checkpoint, figures, pruned, run
 
 if TYPE_CHECKING:
@@ -32,10 +31,7 @@ class Job:
     folder: Path
     options: dict[str, Any]
 
-    def __call__(self, process_group: ProcessGroup, device: torch.device, send: Send) -> None:
-        def curves(step: int, values: Mapping[str, float]) -> None:
-            send("curves", step, dict(values))
-
+    def __call__(self, process_group: ProcessGroup, device: torch.device, reports: Reports) -> None:
         if self.options.get("save_steps", 0) is None:  # the clocks of the two do not agree
             saving._SECONDS, saving._TIMES = (0.0, 0) if process_group.leads else (1e9, 0)
         model = load_checkpoint(self.source)
@@ -43,7 +39,7 @@ class Job:
             self.case,
             model,
             self.folder / "scratch",
-            curves=curves,
+            curves=reports.curves,
             device=device,
             rank=process_group.rank,
             num_processes=process_group.size,
@@ -58,12 +54,13 @@ def test_two_processes_learn_what_one_learns(case: str, tmp_path: Path) -> None:
     options = OPTIONS | {"lora": {"dropout": 0.0}, "cpt": {"save_steps": None}}.get(case, {})
     alone = pruned()
     expected = figures(run(case, alone, tmp_path / "alone", **options))
-    shown: list[tuple[Any, ...]] = []
+    shown: list[tuple[int, dict[str, float]]] = []
     job = Job(case, checkpoint(), tmp_path, options)
-    run_processes(2, job, load_settings(), lambda *message: shown.append(message), what="training", kept="nothing")
+    reports = Reports(lambda share, message: None, lambda step, values, section: shown.append((step, dict(values))))  # type: ignore[misc]
+    run_processes(2, job, load_settings(), reports, what="training", kept="nothing")
     states = [torch.load(tmp_path / f"model-{rank}") for rank in range(2)]
-    reports = [(tmp_path / f"report-{rank}.json").read_text(encoding="utf-8") for rank in range(2)]
-    found = [figures(RecoveryReport.model_validate_json(text)) for text in reports]
+    written = [(tmp_path / f"report-{rank}.json").read_text(encoding="utf-8") for rank in range(2)]
+    found = [figures(RecoveryReport.model_validate_json(text)) for text in written]
     assert found[0] == found[1]
     for name in ("train_loss", "heldout_loss", "learning_rate", "grad_norm"):
         steps, values = zip(*expected["curves"][name], strict=True)
@@ -74,7 +71,6 @@ def test_two_processes_learn_what_one_learns(case: str, tmp_path: Path) -> None:
     for key, value in alone.state_dict().items():
         assert torch.equal(states[0][key], states[1][key])
         torch.testing.assert_close(states[0][key], value, atol=2e-4, rtol=1e-3)
-    assert [step for kind, step, values in shown if "train_loss" in values] == [1, 2, 3, 4]
-    assert {kind for kind, *_ in shown} == {"curves"}
-    written = {path.name for path in (tmp_path / "scratch").glob("checkpoint-*")}
-    assert written == ({"checkpoint-3", "checkpoint-4"} if case == "cpt" else {"checkpoint-2", "checkpoint-4"})
+    assert [step for step, values in shown if "train_loss" in values] == [1, 2, 3, 4]
+    kept = {path.name for path in (tmp_path / "scratch").glob("checkpoint-*")}
+    assert kept == ({"checkpoint-3", "checkpoint-4"} if case == "cpt" else {"checkpoint-2", "checkpoint-4"})

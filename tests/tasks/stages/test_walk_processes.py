@@ -19,6 +19,7 @@ from pruning.errors import PruningError
 from pruning.walk.sequential import WalkOptions
 from tasks.devices.placement import Placement
 from tasks.execution.context import RunContext, StageContext
+from tasks.execution.curves import Curves
 from tasks.stages.walk_processes import run_walk
 
 pytestmark = pytest.mark.slow  # not in `make test-fast`
@@ -32,7 +33,7 @@ class Count:
 
     folder: Path
 
-    def __call__(self, options: WalkOptions, progress: Tell) -> None:
+    def __call__(self, options: WalkOptions, progress: Tell, curves: Curves) -> None:
         process_group = options.process_group
         progress(0.5, "half")
         (total,) = process_group.sum_of(process_group.rank + 1)
@@ -40,12 +41,13 @@ class Count:
         seen += f"{options.batch_size}, {options.activation_budget_bytes}"
         (self.folder / str(process_group.rank)).write_text(f"{seen}, {os.getpid() != os.getppid()}", encoding="utf-8")
         progress(1.0, "done")
+        curves(3, {"mlp_error": 0.25}, "layers")
 
 
 class Refuse:
     """The leader finds fault."""
 
-    def __call__(self, options: WalkOptions, progress: Tell) -> None:
+    def __call__(self, options: WalkOptions, progress: Tell, curves: Curves) -> None:
         def fail() -> None:
             raise PruningError("sparsity 2 is too much; lower it")
 
@@ -55,7 +57,7 @@ class Refuse:
 class Die:
     """One process is killed, as by the kernel when memory is short; the other one waits for it."""
 
-    def __call__(self, options: WalkOptions, progress: Tell) -> None:
+    def __call__(self, options: WalkOptions, progress: Tell, curves: Curves) -> None:
         if options.process_group.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         options.process_group.sum_of(1.0)
@@ -81,7 +83,7 @@ class Raise:
 
     error: type[Exception]
 
-    def __call__(self, options: WalkOptions, progress: Tell) -> None:
+    def __call__(self, options: WalkOptions, progress: Tell, curves: Curves) -> None:
         if options.process_group.rank == 1:
             raise (
                 self.error("the kernel image is broken")
@@ -94,27 +96,28 @@ class Raise:
 class EndInSilence:
     """One process ends as if all were well and says nothing."""
 
-    def __call__(self, options: WalkOptions, progress: Tell) -> None:
+    def __call__(self, options: WalkOptions, progress: Tell, curves: Curves) -> None:
         os._exit(0)
 
 
-def context(home: Path, told: list[tuple[float, str]], **settings: Any) -> StageContext:
+def context(home: Path, told: list[Any], **settings: Any) -> StageContext:
     chosen = Settings(home=home, device="cpu", **settings)
     sources = Sources((), None, hub=False, home=home)
     tell: Tell = lambda share, message: told.append((share, message))  # noqa: E731
+    shown = lambda step, values, section="training": told.append((step, values, section))  # noqa: E731
     ref = ArtifactRef(kind="statistics", key="capture-v1-0")
-    return StageContext(RunContext(chosen, sources), home, ref, Placement(torch.device("cpu")), tell)
+    return StageContext(RunContext(chosen, sources), home, ref, Placement(torch.device("cpu")), tell, shown)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_each_process_has_its_share_and_the_leader_is_heard(size: int, tmp_path: Path) -> None:
-    told: list[tuple[float, str]] = []
+    told: list[Any] = []
     settings = {"walk_processes": size, "walk_batch_size": 3, "activation_budget_gib": 0.5}
     run_walk(context(tmp_path, told, **settings), Count(tmp_path))
     total = {1: 1, 2: 3}[size]
     for rank in range(size):
         assert (tmp_path / str(rank)).read_text(encoding="utf-8") == f"{rank} of {size}: {total}, 3, {2**29}, True"
-    assert told == [(0.5, "half"), (1.0, "done")]
+    assert told == [(0.5, "half"), (1.0, "done"), (3, {"mlp_error": 0.25}, "layers")]
 
 
 @pytest.mark.usefixtures("forked")

@@ -174,6 +174,32 @@ def test_speed_stands_with_its_device(store: ResultsStore) -> None:
     assert 'latency ms, peak memory GiB: batch_size 1, device_name "H200"' in section.notes
 
 
+@pytest.mark.parametrize(
+    "name, suite, metric, tasks, headings",
+    [
+        (
+            *("slimgpt-mmlu", "mmlu", "acc"),
+            ("mmlu_stem", "mmlu_other", "mmlu", "mmlu_anatomy"),
+            ("STEM", "Other", "MMLU average"),
+        ),
+        (
+            *("slimgpt-longbench", "longbench", "score"),
+            ("few_shot", "longbench_qasper", "single_doc_qa", "average"),
+            ("Few-shot", "Single-Doc QA", "LongBench average"),
+        ),
+    ],
+)
+def test_categories_have_columns_and_single_tasks_have_none(
+    name: str, suite: str, metric: str, tasks: tuple[str, ...], headings: tuple[str, ...], store: ResultsStore
+) -> None:
+    names = ("dense", "slimgpt-20")
+    figures = [measured("r1", each, f"{suite}/{task}/{metric}", 0.25) for each in names for task in tasks]
+    add(store, "r1", pruned(), metrics=[*figures, ppl("r1", "slimgpt-20", 20.0)])
+    (section,) = build_report(store, name).sections
+    assert section.figures == headings
+    assert shown(section, headings[-1]) == [("0.250",), ("0.250",)]
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_an_empty_table_says_what_fills_it(name: str, store: ResultsStore) -> None:
     for _ in range(2):
