@@ -8,7 +8,6 @@ It may import families, checkpoints and distributed, never a recovery or a metho
 * `adapters`     LoRA on the model's linears
 * `objectives`   what is minimised: cross entropy, or the divergence from a dense model
 * `trainer`      the Hugging Face Trainer, made resumable, watched by held-out loss, and quiet
-* `watching`      held-out loss, the best weights, divergence
-* `saving`, `durable`        when checkpoints are written; which are whole
+* `watching`, `durable`      when checkpoints are written, held-out loss, divergence; which are whole, the best weights
 * `memory`       what a training takes, before it starts
 """

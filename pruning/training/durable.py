@@ -1,4 +1,4 @@
-"""Which checkpoints of a training are whole: marked after the last byte, with a digest of every file."""
+"""Which checkpoints of a training are whole (marked after the last byte, with a digest of every file); the best weights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import nn
+
+from pruning.errors import PruningError
+from pruning.training.options import Curves, TrainingRun
 
 MARKER = "complete.json"
 
@@ -54,6 +59,56 @@ def is_complete(folder: Path, identity: str) -> bool:
         return bool(marker == {"identity": identity, "files": _digests(folder, marker["files"])})
     except (OSError, ValueError, TypeError, KeyError):
         return False
+
+
+class Best:
+    """The weights of the best held-out loss so far, kept beside the Trainer's checkpoints."""
+
+    def __init__(self, model: nn.Module, run: TrainingRun, identity: str, *, enabled: bool) -> None:
+        self._model, self._run, self._identity, self.enabled = model, run, identity, enabled
+
+    def keep(self, step: int) -> None:
+        """Write the weights of this step, which are the best."""
+        if not self.enabled or not self._run.leads:
+            return
+        folder = self._folder(step)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        save_file(self._trained(), folder / "weights.safetensors")
+        mark_complete(folder, self._identity)
+
+    def drop_others(self, step: int) -> None:
+        """Called when a checkpoint is whole that comes after `step`, the best: no run will go on before it."""
+        if self._run.leads:
+            for path in self._run.scratch.glob("best-*"):
+                if path != self._folder(step):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def load_(self, curves: Curves) -> int:
+        """Put the best weights into the model; returns their step. Raises PruningError if their file is not whole."""
+        step = best_step(curves["heldout_loss"])
+        if self._run.num_processes > 1:
+            dist.barrier()
+        folder = self._folder(step)
+        if not is_complete(folder, self._identity):
+            raise PruningError(
+                f"the weights of step {step}, the best by held-out loss, are no longer whole in {folder}: run again"
+            )
+        tensors = load_file(folder / "weights.safetensors")
+        for name, parameter in self._trained().items():
+            parameter.copy_(tensors[name])
+        return step
+
+    def _trained(self) -> dict[str, Any]:
+        return {name: parameter.data for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+
+    def _folder(self, step: int) -> Path:
+        return self._run.scratch / f"best-{step}"
+
+
+def best_step(heldout_loss: Sequence[tuple[int, float]]) -> int:
+    """The first step with the lowest loss."""
+    return min(heldout_loss, key=lambda point: (point[1], point[0]))[0]
 
 
 def _digests(folder: Path, names: Any) -> dict[str, str]:

@@ -20,19 +20,20 @@ from pruning.checkpoints.save_load import no_progress_bars
 from pruning.errors import PruningError
 from pruning.host_memory import kept_memory
 from pruning.training.batches import Batch, Examples, batches, collate, count_predicted
-from pruning.training.durable import newest_complete_
+from pruning.training.durable import Best, newest_complete_
 from pruning.training.objectives import CrossEntropy, Objective, precision
 from pruning.training.options import CHECKPOINTS_AT_ONCE, Curves, TrainingConfig, TrainingRun
-from pruning.training.saving import Checkpoints, SavesInTime, load_along_
 from pruning.training.watching import (
     Along,
     BeforeSteps,
-    Best,
+    Checkpoints,
     Heldout,
     Reporter,
+    SavesInTime,
     StopDiverging,
     Watched,
     curves_of,
+    load_along_,
 )
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "adafactor": "adafactor"}
@@ -172,7 +173,7 @@ def training_arguments(config: TrainingConfig, num_examples: int, run: TrainingR
         ddp_find_unused_parameters=False,
         seed=config.seed,
         data_seed=config.seed,
-        save_strategy="steps" if config.save_steps else "no",  # by steps, or in time (saving.py)
+        save_strategy="steps" if config.save_steps else "no",  # by steps, or in time (watching.py)
         save_steps=config.save_steps or num_steps,
         save_total_limit=CHECKPOINTS_AT_ONCE - 1,  # the last may be half-written when the run is killed
         logging_steps=1,

@@ -1,21 +1,21 @@
-"""What looks on while the Trainer trains: held-out loss, the best weights, divergence, progress."""
+"""What looks on while the Trainer trains: whole checkpoints in time, held-out loss, divergence, progress."""
 
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pruning.errors import PruningError
-from pruning.training.durable import is_complete, mark_complete
+from pruning.training.durable import Best, best_step, mark_complete
 from pruning.training.options import Curves, TrainingRun
 
 #: the Trainer's words for what is logged, and ours
@@ -33,6 +33,9 @@ _METRICS = {
 #: a loss has diverged if its mean over so many steps is above its lowest such mean, or the held-out one above that
 #: before training, by this factor and so many nats
 _STEPS, _FACTOR, _NATS = 10, 1.5, 0.5
+_ALONG_FILE = "along.safetensors"
+#: seconds of training before a checkpoint, at least, and how many times as long as the last one took to write
+_SECONDS, _TIMES = 60.0, 20
 
 
 def curves_of(log_history: Sequence[dict[str, Any]]) -> Curves:
@@ -42,56 +45,6 @@ def curves_of(log_history: Sequence[dict[str, Any]]) -> Curves:
         for word, name in _METRICS.items()
         if (points := tuple((entry["step"], float(entry[word])) for entry in log_history if word in entry))
     }
-
-
-class Best:
-    """The weights of the best held-out loss so far, kept beside the Trainer's checkpoints."""
-
-    def __init__(self, model: nn.Module, run: TrainingRun, identity: str, *, enabled: bool) -> None:
-        self._model, self._run, self._identity, self.enabled = model, run, identity, enabled
-
-    def keep(self, step: int) -> None:
-        """Write the weights of this step, which are the best."""
-        if not self.enabled or not self._run.leads:
-            return
-        folder = self._folder(step)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        save_file(self._trained(), folder / "weights.safetensors")
-        mark_complete(folder, self._identity)
-
-    def drop_others(self, step: int) -> None:
-        """Called when a checkpoint is whole that comes after `step`, the best: no run will go on before it."""
-        if self._run.leads:
-            for path in self._run.scratch.glob("best-*"):
-                if path != self._folder(step):
-                    shutil.rmtree(path, ignore_errors=True)
-
-    def load_(self, curves: Curves) -> int:
-        """Put the best weights into the model; returns their step. Raises PruningError if their file is not whole."""
-        step = best_step(curves["heldout_loss"])
-        if self._run.num_processes > 1:
-            dist.barrier()
-        folder = self._folder(step)
-        if not is_complete(folder, self._identity):
-            raise PruningError(
-                f"the weights of step {step}, the best by held-out loss, are no longer whole in {folder}: run again"
-            )
-        tensors = load_file(folder / "weights.safetensors")
-        for name, parameter in self._trained().items():
-            parameter.copy_(tensors[name])
-        return step
-
-    def _trained(self) -> dict[str, Any]:
-        return {name: parameter.data for name, parameter in self._model.named_parameters() if parameter.requires_grad}
-
-    def _folder(self, step: int) -> Path:
-        return self._run.scratch / f"best-{step}"
-
-
-def best_step(heldout_loss: Sequence[tuple[int, float]]) -> int:
-    """The first step with the lowest loss."""
-    return min(heldout_loss, key=lambda point: (point[1], point[0]))[0]
 
 
 class Along(Protocol):
@@ -126,6 +79,63 @@ class BeforeSteps(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """They are whole, and not yet zeroed."""
         self._along.before_step(state.global_step + 1)
+
+
+def load_along_(along: Along, checkpoint: Path) -> None:
+    """Give it the state that lies in a whole checkpoint."""
+    along.load_(load_file(checkpoint / _ALONG_FILE))
+
+
+class Checkpoints(TrainerCallback):  # type: ignore[misc]
+    """Marks a checkpoint complete once the Trainer has written all of it, and what goes along lies beside it."""
+
+    def __init__(self, identity: str, best: Best, along: Along | None = None) -> None:
+        self._identity, self._best, self._along = identity, best, along
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Mark it."""
+        if not state.is_world_process_zero:
+            return
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if self._along is not None:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._along.state().items()}
+            save_file(tensors, folder / _ALONG_FILE)
+        mark_complete(folder, self._identity)
+        heldout = curves_of(state.log_history).get("heldout_loss")
+        if self._best.enabled and heldout:
+            self._best.drop_others(best_step(heldout))
+
+
+class SavesInTime(TrainerCallback):  # type: ignore[misc]
+    """Asks for a checkpoint once a minute, or less often where writing them would take a twentieth of the time.
+
+    Comes after `Checkpoints`, whose work counts. The first process of a group decides for all.
+    """
+
+    def __init__(self) -> None:
+        self._trains_since = self._asked = time.monotonic()
+        self._writing = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The clock starts."""
+        self._trains_since = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for one, if it is time."""
+        due = time.monotonic() - self._trains_since >= max(_SECONDS, _TIMES * self._writing)
+        if args.world_size > 1:
+            decided = torch.tensor(int(due), device=args.device)
+            dist.broadcast(decided, src=0)
+            due = bool(decided)
+        if due:
+            control.should_save, self._asked = True, time.monotonic()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """See how long it took."""
+        self._trains_since = time.monotonic()
+        self._writing = max(0.0, self._trains_since - self._asked)
 
 
 class Watched(TrainerCallback):  # type: ignore[misc]

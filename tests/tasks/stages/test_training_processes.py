@@ -12,7 +12,7 @@ import torch
 from infra.settings import load_settings
 from pruning.checkpoints.save_load import load_checkpoint
 from pruning.recovery import RecoveryReport
-from pruning.training import saving
+from pruning.training import watching
 from tasks.execution.processes import Reports, run_processes
 from tests.pruning.recovery.test_contract import checkpoint, figures, pruned, run
 
@@ -33,7 +33,7 @@ class Job:
 
     def __call__(self, process_group: ProcessGroup, device: torch.device, reports: Reports) -> None:
         if self.options.get("save_steps", 0) is None:  # the clocks of the two do not agree
-            saving._SECONDS, saving._TIMES = (0.0, 0) if process_group.leads else (1e9, 0)
+            watching._SECONDS, watching._TIMES = (0.0, 0) if process_group.leads else (1e9, 0)
         model = load_checkpoint(self.source)
         report = run(
             self.case,

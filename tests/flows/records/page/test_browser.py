@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from tests.flows.records.page.stores import ODD, fill_many, fill_odd
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
+
+expect = pytest.importorskip("playwright.sync_api", reason="pip install playwright").expect
 
 #: a shared machine under load takes long to read five megabytes of script
 PATIENCE_MS = 120_000
@@ -89,7 +92,7 @@ def opened(shared: Opened) -> Opened:
     """The page of everything, as it was when it was opened."""
     shared.page.evaluate("for (let box; box = document.querySelector('#board input:checked');) box.click()")
     shared.page.get_by_role("button", name="Clear").click()
-    shared.page.wait_for_function("document.getElementById('count').textContent.startsWith('All 5')")
+    expect(shared.page.locator("#count")).to_have_text(re.compile("^All 5"), timeout=PATIENCE_MS)
     return shared
 
 
@@ -133,7 +136,7 @@ def test_filters_leave_what_was_asked_for_and_say_how_many(opened: Opened) -> No
     chosen("Sparsity").select_option("20 %")
     chosen("Method").select_option("slimgpt")
     assert len(opened.names()) == 3
-    page.wait_for_function("document.querySelectorAll('#tree li').length === 4")
+    expect(page.locator("#tree li")).to_have_count(4, timeout=PATIENCE_MS)
     page.get_by_label("Search").fill("nobody is called so")
     assert opened.names() == []
     assert page.locator("#count").inner_text().startswith("0 of 5")
@@ -178,7 +181,7 @@ def test_the_chart_says_and_ticks_what_is_pointed_at(opened: Opened) -> None:
     box = point.bounding_box()
     assert box is not None
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    page.wait_for_function("document.querySelectorAll('#board input:checked').length === 1")
+    expect(page.locator("#board input:checked")).to_have_count(1, timeout=PATIENCE_MS)
     page.locator("#axis-y").select_option("wikitext-2-raw-v1 ppl@1024 [1]")
     assert "3 of the checkpoints have no finite value" in page.locator("#front").inner_text()
     assert opened.complaints == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from pruning.training import saving
+from pruning.training import watching
 from tests.pruning.recovery.test_contract import figures, pruned, run
 from tests.pruning.recovery.test_lora import same
 
@@ -22,9 +22,9 @@ class Clock:
 
 def test_a_minute_or_twenty_times_the_writing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clock = Clock()
-    monkeypatch.setattr(saving, "time", clock)
+    monkeypatch.setattr(watching, "time", clock)
     arguments, state, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(), TrainerControl()
-    in_time = saving.SavesInTime()
+    in_time = watching.SavesInTime()
     clock.now += 500  # what comes before the first step is not training
     in_time.on_train_begin(arguments, state, control)
 
@@ -51,8 +51,8 @@ def test_a_short_training_writes_no_checkpoint_and_one_in_time_goes_on_from_it(
     whole, resumed = pruned(), pruned()
     expected = figures(run("cpt", whole, tmp_path / "whole", save_steps=None))
     assert not list((tmp_path / "whole").glob("checkpoint-*"))
-    monkeypatch.setattr(saving, "_SECONDS", 0.0)
-    monkeypatch.setattr(saving, "_TIMES", 0)
+    monkeypatch.setattr(watching, "_SECONDS", 0.0)
+    monkeypatch.setattr(watching, "_TIMES", 0)
     told: list[str] = []
 
     def interrupt(share: float, message: str) -> None:
