@@ -1,4 +1,4 @@
-"""Which checkpoints of a training are whole (marked after the last byte, with a digest of every file); the best weights."""
+"""Which checkpoints of a training are whole: marked after the last byte with digests of all files; the best weights."""
 
 from __future__ import annotations
 
