@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from flows.errors import SpecError
 from flows.records.render import aligned_table
+from flows.records.tables import LARGE
 from infra.results.store import ResultsStore
 
 _QUESTION = """
@@ -85,7 +86,7 @@ class _Column:
 
 
 def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if not math.isfinite(value) or value < 10_000 else f"{value:.3g}"
+    return f"{value:.2f}" if not math.isfinite(value) or value < LARGE else f"{value:.3g}"
 
 
 _COLUMNS = (

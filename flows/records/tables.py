@@ -32,6 +32,8 @@ _SIZES = ("num_parameters", "num_decoder_parameters")
 #: of a point of a grid, whose task is "profile b1 p128 n32" and not "profile", only these
 _GRID_COLUMNS = ("tokens_per_s", "latency_ms_p50", "latency_ratio", "peak_memory_gib", "power_w", "out_of_memory")
 _MOST_DIGITS = 6
+#: from here on (a perplexity of what is broken) three digits say enough
+LARGE = 10_000
 #: of several metrics of one task the first of these stands in the table; the results store has all of them
 _PREFERRED = ("acc", "acc_norm", "exact_match", "f1", "score")
 
@@ -252,6 +254,8 @@ def cell(row: Measured) -> str:
         if row.stderr is not None:
             return f"{value:.3f} ± {row.stderr:.3f}"
         return f"{value:.2f}" if value < 1000 else f"{value:.0f}"
+    if LARGE <= abs(row.value) < math.inf:
+        return f"{row.value:.3g}" + ("" if row.stderr is None else f" ± {row.stderr:.2g}")
     digits = _digits(row)
     error = "" if row.stderr is None else f" ± {row.stderr:.{digits}f}"
     return f"{row.value:.{digits}f}{error}"

@@ -222,6 +222,9 @@ def test_each_suite_says_how_it_measured() -> None:
         ("kl_p99@64", 0.00031, None, "0.00031"),
         ("acc", 0.0, 0.0, "0.000 ± 0.000"),
         ("acc", 0.5, None, "0.500"),
+        ("ppl@128", 9_999.5, 864.02, "9999.50 ± 864.02"),
+        ("ppl@128", 5_428_747.99, 864_023.81, "5.43e+06 ± 8.6e+05"),
+        ("ppl@128", float("inf"), None, "inf"),
     ],
 )
 def test_two_digits_of_the_error_are_seen(metric: str, value: float, stderr: float | None, shown: str) -> None:
