@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _URL = "PREFECT_API_URL"
 _STORAGE = "PREFECT_LOCAL_STORAGE_PATH"
 #: seconds for one question to the server, and between the two times that it is asked
-_PATIENCE, _PAUSE = 5.0, 1.0
+_PATIENCE, _PAUSE = 10.0, 1.0
 
 
 def import_prefect() -> None:

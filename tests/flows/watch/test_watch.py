@@ -294,7 +294,14 @@ def watching(home: Path, *arguments: str, **streams: int) -> subprocess.Popen[st
     variables = {**os.environ, "SLIMLINE_HOME": str(home), "PYTHONUNBUFFERED": "1", "COLUMNS": "100", "LINES": "30"}
     command = [sys.executable, "-m", "flows", "watch", *arguments]
     streams = streams or {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=PROJECT, env=variables, text=True, **streams)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
+        command, cwd=PROJECT, env=variables, text=True, preexec_fn=_as_in_a_terminal, **streams
+    )
+
+
+def _as_in_a_terminal() -> None:
+    """What a shell runs in the background, these tests perhaps, ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass

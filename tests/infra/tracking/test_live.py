@@ -283,7 +283,7 @@ def test_no_server_costs_one_warning_and_no_second_try(
     assert tries == [1]
     (warning,) = warnings(caplog)
     assert warning.startswith("the curves of lora are not shown while they grow: MLflow at http://127.0.0.1")
-    assert warning.endswith("the training goes on, and its curves are recorded with the run")
+    assert warning.endswith("the stage goes on, and its curves are recorded with the run")
 
 
 def test_a_server_that_never_answers_is_waited_for_briefly(
