@@ -43,7 +43,8 @@ _REPORT_BYTES = 2**16
 @dataclass(frozen=True)
 class Extent:
     """What the size of a stage's work follows from. bytes: of its artifact; tokens (held-out ones included), samples,
-    seq_len and has_heldout: of a calibration set; the other fields: of a checkpoint."""
+    seq_len and has_heldout: of a calibration set; the other fields: of a checkpoint. item_bytes: of most weights; as
+    few as there are where that is not known, so that there are more of them."""
 
     bytes: int = 0
     tokens: int = 0
@@ -54,6 +55,12 @@ class Extent:
     hidden_size: int = 0
     attention_size: int = 0
     intermediate_size: int = 0
+    item_bytes: int = min(_ITEM_BYTES.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """Of a checkpoint, at most."""
+        return self.bytes // self.item_bytes
 
     @classmethod
     def of_card(cls, card: ModelCard) -> Extent:
@@ -65,6 +72,7 @@ class Extent:
             hidden_size=card.hidden_size,
             attention_size=card.attention_size or card.hidden_size,
             intermediate_size=ffn,
+            item_bytes=_ITEM_BYTES.get(card.dtype or "", cls.item_bytes),
         )
 
 
@@ -122,9 +130,12 @@ class Forecast:
             case RecoverRequest() | PruneRequest() if isinstance(request, RecoverRequest) or request.trains:
                 made = checkpoint
                 widest = max(checkpoint.hidden_size, checkpoint.attention_size)
-                parameters = checkpoint.bytes // 2  # of a float32 checkpoint twice as many as there are
                 scratch = request.module.scratch_bytes(
-                    request.typed_config, parameters, checkpoint.num_layers, widest, checkpoint.intermediate_size
+                    request.typed_config,
+                    checkpoint.num_parameters,
+                    checkpoint.num_layers,
+                    widest,
+                    checkpoint.intermediate_size,
                 )
             case PruneRequest():
                 made = checkpoint
@@ -147,7 +158,7 @@ class Forecast:
             size = card.bytes * (2 if request.dtype == "float32" else 1)
         else:
             size = card.num_parameters * _ITEM_BYTES[dtype]
-        return replace(Extent.of_card(card), bytes=size + _REPORT_BYTES)
+        return replace(Extent.of_card(card), bytes=size + _REPORT_BYTES, item_bytes=_ITEM_BYTES[dtype])
 
     def _extent(self, ref: ArtifactRef | None) -> Extent:
         """Nothing, if it is neither in the store nor foreseen."""

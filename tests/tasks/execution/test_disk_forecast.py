@@ -162,6 +162,19 @@ def test_a_float64_checkpoint_is_forecast(run_context: RunContext, tmp_path: Pat
     assert need.artifact >= (folder / "model.safetensors").stat().st_size * 0.9
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_training_needs_scratch_for_its_parameters_however_they_are_stored(
+    run_context: RunContext, model: Path, dtype: str
+) -> None:
+    imported = ImportRequest(source={"content": "x"}, dtype=dtype, model_id=str(model))
+    recover = RecoverRequest(plugin="cpt", config={"data": "c4"}, checkpoint=imported.ref, sources=())
+    forecast = Forecast(run_context.store, run_context.sources, run_context.settings)
+    forecast.need(imported)
+    parameters = sum(each.numel() for each in tiny_model("llama").parameters())
+    expected = recover.module.scratch_bytes(recover.typed_config, parameters, 3, 32, 48)
+    assert expected <= forecast.need(recover).scratch <= 1.5 * expected, "a few bytes that are no weights are counted"
+
+
 def test_an_unknown_input_needs_nothing(run_context: RunContext, model: Path) -> None:
     assert Forecast(run_context.store, run_context.sources, run_context.settings).need(
         requests(model)["prune"]
