@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) infra/offline-wheels.txt
 	$(PIP) install -q --no-deps -r infra/offline-wheels.txt
 	touch $(STAMP)
 
-demo: $(STAMP)  ## calibrate, prune, repair and measure a real model offline; about ten minutes on two cores
+demo: $(STAMP)  ## calibrate, prune, repair and measure a real model offline; about eight minutes on two cores
 	$(BIN)/slimline run demo
 	@echo
 	@echo "Figures again:      $(BIN)/slimline results"
