@@ -89,7 +89,11 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
     dense = [Sample("piqa", item, f"{item}", {"acc": float(item % 4 > 0)}) for item in range(20)]
     pruned = [Sample("piqa", item, f"{item}", {"acc": float(item % 2 > 0)}) for item in range(20)]
     for name in ("demo", "other"):
-        home.add(name, {"dense": [Evaluation(dense)], "slimgpt-20": [Evaluation(pruned)]}, spec=RUN)
+        home.add(
+            name,
+            {"dense": [Evaluation(dense)], "slimgpt-20": [Evaluation(pruned)], "slimgpt": [Evaluation(pruned)]},
+            spec=RUN,
+        )
     counts = {"num_stages": 1, "num_run": 1, "num_cached": 0, "num_failed": 0}
     home.results.record_night(
         NightRow(
@@ -236,7 +240,7 @@ def test_the_sql_can_be_asked(records: Records, here: None) -> None:
         os.symlink(records.store.path(records.report(key, checkpoint, "zero_shot")), f"<{letter}>")
     queries = [block for language, block in BLOCKS if language == "sql"]
     files = [query for query in queries if "parquet" in query]
-    assert [len(duckdb.sql(query).fetchall()) for query in files] == [0, 4]
+    assert [len(duckdb.sql(query).fetchall()) for query in files] == [0, 6]
     views = [query for query in queries if query not in files]
     assert [records.results.select(query).rows for query in views] == [()], "no run there is an ablation"
 

@@ -76,7 +76,7 @@ def build_page(
     data = {
         "runs": run_data(chosen, tracking_uri),
         "checkpoints": checkpoint_data(checkpoints, keys),
-        "folder": (store.root / "checkpoint").as_uri(),
+        "folder": (store.root / "checkpoint").absolute().as_uri(),
         "columns": [column_data(column, len(checkpoints)) for column in (*own, *figures.columns)],
         "ways": way_data(checkpoints, ways),
         "plans": None if plans is None else plan_data(checkpoints, plans),
