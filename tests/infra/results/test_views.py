@@ -143,6 +143,19 @@ def test_the_front_has_what_nobody_beats_under_the_same_protocol(store: ResultsS
     assert rows(store, "FROM pareto('none', 'such')") == []
 
 
+def test_sizes_within_half_a_percent_are_one_size_on_the_front(store: ResultsStore) -> None:
+    made = (pruned(0.2), pruned(0.3), pruned(0.5))
+    sizes = {"dense": 1000, "slimgpt-20": 800, "slimgpt-30": 790, "slimgpt-50": 797}
+    ppl = {"dense": 10.0, "slimgpt-20": 15.0, "slimgpt-30": 30.0, "slimgpt-50": 40.0}
+    figures = [measured("r1", name, PPL, value) for name, value in ppl.items()]
+    rows_of_sizes = [
+        row.model_copy(update={"num_parameters": sizes[row.checkpoint]}) for row in checkpoints("r1", *made)
+    ]
+    store.record(run_row("r1"), metrics=figures, checkpoints=rows_of_sizes)
+    front = [row["checkpoint"] for row in rows(store, "FROM pareto")]
+    assert front == ["slimgpt-30", "slimgpt-20", "dense"], "797 is 800 and worse; 790 is smaller"
+
+
 def test_of_accuracy_more_is_better(store: ResultsStore) -> None:
     made = (pruned(0.2), pruned(0.5))
     accuracy = {"dense": 0.7, "slimgpt-20": 0.4, "slimgpt-50": 0.5}

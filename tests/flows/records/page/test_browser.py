@@ -289,6 +289,10 @@ def test_ten_thousand_checkpoints_stay_usable(browser: Browser, tmp_path: Path) 
     page = opened.page
     assert page.locator("#board tbody tr").count() == 50
     assert page.locator("#pager").inner_text().split("\n")[2:3] == ["Page 1 of 200"]
+    page.locator("#axis-x").select_option("parameters (M)")
+    page.locator("#axis-y").select_option("wikitext ppl@1024")
+    front = store.select("SELECT checkpoint FROM pareto('size/num_parameters', 'perplexity/wikitext/ppl@1024')").rows
+    assert sorted(page.locator("#front tbody th").all_inner_texts()) == sorted(name for (name,) in front)
     script = """text => [0, 1, 2].map(() => {
       const began = performance.now();
       if (text) {
