@@ -196,7 +196,7 @@ def test_quality_by_cost_names_the_front(recorded: Recorded) -> None:
 def test_the_front_is_that_of_the_view(recorded: Recorded) -> None:
     chance = random.Random(0)
     made = [pruned(0.5, name=f"c{index}") for index in range(40)]
-    sizes = {each.name: 1000 * chance.randint(1, 12) + chance.randint(0, 80) for each in made}
+    sizes = {each.name: 1000 + chance.randint(0, 40) for each in made}
     values = {each.name: float(chance.randint(1, 20)) for each in made}
     add(recorded, "r1", *made, sizes=sizes, metrics=[ppl("r1", name, value) for name, value in values.items()])
     names = list(values)

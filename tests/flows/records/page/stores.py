@@ -136,7 +136,7 @@ def fill_many(store: ResultsStore, count: int) -> None:
         made = [Made(f"{method}-{n}", "dense", "prune", method, {"sparsity": n / 100}, n / 100) for n in range(1, 100)]
         keys = {name: f"prune-{name}-{index:016x}" for name in ("dense", *(each.name for each in made))}
         rows = [
-            row.model_copy(update={"num_parameters": 10**8 - place * 3 * 10**5, "num_decoder_parameters": 10**8})
+            row.model_copy(update={"num_parameters": 10**8 - place * 2 * 10**4, "num_decoder_parameters": 10**8})
             for place, row in enumerate(checkpoint_rows(key, {"id": "tiny"}, made, keys))
         ]
         metrics = [metric for name in keys for metric in _metrics(key, name, keys[name], generator)]
