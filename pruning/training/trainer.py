@@ -86,13 +86,6 @@ def train(
     split over the processes.
     """
     arguments = training_arguments(config, len(examples), run)
-    at_once = config.micro_batch_size * run.num_processes
-    if config.batch_size % at_once:
-        raise PruningError(
-            f"batch_size {config.batch_size} is not a multiple of the {at_once} examples that {run.num_processes} "
-            f"processes take at once: change batch_size or micro_batch_size ({config.micro_batch_size})"
-        )
-    arguments.gradient_accumulation_steps = config.batch_size // at_once
     best = Best(model, run, identity, enabled=config.keep == "best")
     reporter = Reporter(run)
     trainer = _Trainer(
@@ -148,14 +141,22 @@ def check_device(run: TrainingRun) -> torch.device:
 
 
 def training_arguments(config: TrainingConfig, num_examples: int, run: TrainingRun) -> TrainingArguments:
-    """The Trainer's own options. Raises PruningError for a device that it cannot use."""
+    """The Trainer's own options. Raises PruningError for a device that it cannot use, or a batch that the processes
+    cannot share."""
     device = check_device(run)
     config.check_optimizer(device.type == "cuda")
+    at_once = config.micro_batch_size * run.num_processes
+    if config.batch_size % at_once:
+        raise PruningError(
+            f"batch_size {config.batch_size} is not a multiple of the {at_once} examples that {run.num_processes} "
+            f"processes take at once: change batch_size or micro_batch_size ({config.micro_batch_size})"
+        )
     num_steps = count_steps(num_examples, config)
     names = {"constant": "constant_with_warmup", "cosine": "cosine_with_min_lr" if config.final_learning_rate else ""}
     arguments = TrainingArguments(
         output_dir=str(run.scratch),
         per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.batch_size // at_once,
         num_train_epochs=config.epochs,
         max_steps=num_steps,
         learning_rate=config.learning_rate,
