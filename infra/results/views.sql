@@ -49,38 +49,40 @@ FROM sizes AS s JOIN newest_runs AS r USING (run_key) WHERE s.num_decoder_parame
 CREATE OR REPLACE MACRO leaderboard_of(run_keys) AS TABLE
 WITH chosen AS (
     SELECT unnest(run_keys) AS run_key
-), wanted AS (
-    SELECT run_key, checkpoint, suite, task, metric, value, rowid AS place,
-        metric LIKE 'ppl@%' AS is_ppl,
-        suite = 'profile' AND task = 'profile' AS is_profile,
-        metric = 'acc' AND num_fewshot = 0 AND task <> 'average' AND task NOT LIKE 'mmlu%' AS is_task
-    FROM metrics
-    WHERE (metric LIKE 'ppl@%' OR metric IN ('acc', 'latency_ms_p50', 'decode_ms_per_token_p50', 'prefill_ms_p50',
-        'tokens_per_s', 'peak_memory_gib', 'latency_ratio'))
-        AND run_key IN (SELECT run_key FROM chosen)
-), measured AS (
+), perplexities AS (
     SELECT run_key, checkpoint,
-        map_from_entries(list({'key': concat(suite, '/', task, '/', metric), 'value': value} ORDER BY place)
-            FILTER (is_ppl)) AS perplexities,
-        arg_min(value, place) FILTER (is_ppl) AS ppl,
-        arg_min(concat(suite, '/', task, '/', metric), place) FILTER (is_ppl) AS ppl_of,
-        coalesce(
-            max(value) FILTER (task = 'average' AND metric = 'acc'), avg(value) FILTER (is_task)
-        ) AS zero_shot_avg,
-        count(DISTINCT task) FILTER (is_task) AS zero_shot_tasks,
-        max(value) FILTER (is_profile AND metric = 'latency_ms_p50') AS latency_ms,
-        max(value) FILTER (is_profile AND metric = 'prefill_ms_p50') AS prefill_ms,
-        max(value) FILTER (is_profile AND metric = 'decode_ms_per_token_p50') AS decode_ms_per_token,
-        max(value) FILTER (is_profile AND metric = 'tokens_per_s') AS tokens_per_s,
-        max(value) FILTER (is_profile AND metric = 'latency_ratio') AS latency_ratio,
-        max(value) FILTER (is_profile AND metric = 'peak_memory_gib') AS peak_memory_gib
-    FROM wanted GROUP BY run_key, checkpoint
+        map_from_entries(list({'key': concat(suite, '/', task, '/', metric), 'value': value} ORDER BY rowid))
+            AS perplexities,
+        arg_min(value, rowid) AS ppl,
+        arg_min(concat(suite, '/', task, '/', metric), rowid) AS ppl_of
+    FROM metrics WHERE metric LIKE 'ppl@%' AND run_key IN (SELECT run_key FROM chosen)
+    GROUP BY run_key, checkpoint
+), tasks AS (
+    SELECT run_key, checkpoint, max(value) FILTER (task = 'average') AS papers_avg,
+        avg(value) FILTER (is_task) AS plain_avg, count(*) FILTER (is_task) AS zero_shot_tasks
+    FROM (
+        SELECT *, num_fewshot = 0 AND task <> 'average' AND task NOT LIKE 'mmlu%' AS is_task
+        FROM metrics WHERE metric = 'acc' AND run_key IN (SELECT run_key FROM chosen)
+    )
+    GROUP BY run_key, checkpoint
+), profiles AS (
+    SELECT run_key, checkpoint,
+        max(value) FILTER (metric = 'latency_ms_p50') AS latency_ms,
+        max(value) FILTER (metric = 'prefill_ms_p50') AS prefill_ms,
+        max(value) FILTER (metric = 'decode_ms_per_token_p50') AS decode_ms_per_token,
+        max(value) FILTER (metric = 'tokens_per_s') AS tokens_per_s,
+        max(value) FILTER (metric = 'latency_ratio') AS latency_ratio,
+        max(value) FILTER (metric = 'peak_memory_gib') AS peak_memory_gib
+    FROM metrics
+    WHERE suite = 'profile' AND task = 'profile' AND run_key IN (SELECT run_key FROM chosen)
+    GROUP BY run_key, checkpoint
 )
 SELECT r.name AS spec, c.checkpoint, c.model, c.method, c.recovery, c.variant,
     c.total_sparsity AS sparsity_asked,
     1 - s.num_decoder_parameters / d.num_decoder_parameters AS sparsity,
     s.num_parameters, s.num_decoder_parameters,
-    m.ppl, m.ppl_of, m.perplexities, m.zero_shot_avg, m.zero_shot_tasks,
+    p.ppl, p.ppl_of, p.perplexities, coalesce(t.papers_avg, t.plain_avg) AS zero_shot_avg,
+    coalesce(t.zero_shot_tasks, 0) AS zero_shot_tasks,
     m.latency_ms, m.prefill_ms, m.decode_ms_per_token, m.tokens_per_s, m.latency_ratio, m.peak_memory_gib,
     r.status, r.finished_at, c.run_key, c.checkpoint_key
 FROM runs AS r
@@ -88,7 +90,9 @@ JOIN chosen USING (run_key)
 JOIN checkpoints AS c USING (run_key)
 LEFT JOIN sizes AS s ON s.run_key = c.run_key AND s.checkpoint = c.checkpoint
 LEFT JOIN sizes AS d ON d.run_key = c.run_key AND d.checkpoint = 'dense'
-LEFT JOIN measured AS m ON m.run_key = c.run_key AND m.checkpoint = c.checkpoint
+LEFT JOIN perplexities AS p ON p.run_key = c.run_key AND p.checkpoint = c.checkpoint
+LEFT JOIN tasks AS t ON t.run_key = c.run_key AND t.checkpoint = c.checkpoint
+LEFT JOIN profiles AS m ON m.run_key = c.run_key AND m.checkpoint = c.checkpoint
 ORDER BY c.model, r.name, c.rowid;
 
 -- The same of the newest run of each spec.
