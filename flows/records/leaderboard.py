@@ -17,29 +17,11 @@ from flows.records.tables import LARGE
 from infra.results.store import ResultsStore
 
 _QUESTION = """
-WITH board AS (SELECT *, row_number() OVER () AS place FROM leaderboard),
-chosen AS (
-    SELECT run_key, checkpoint, suite, task, concat(suite, '/', task, '/', metric) AS figure, protocol,
-        metric = 'acc' AND num_fewshot = 0 AND task NOT LIKE 'mmlu%' AS is_task
-    FROM metrics
-    WHERE run_key IN (SELECT run_key FROM newest_runs)
-        AND (metric LIKE 'ppl@%' OR metric = 'acc' OR (suite = 'profile' AND task = 'profile'))
-),
-alike AS (SELECT protocol, hash(deciding(protocol)) AS how FROM (SELECT DISTINCT protocol FROM chosen)),
-taken AS (
-    SELECT b.run_key, b.checkpoint,
-        any_value(a.how) FILTER (c.figure = b.ppl_of) AS ppl,
-        hash(list(DISTINCT concat(c.task, ' ', a.how) ORDER BY concat(c.task, ' ', a.how)) FILTER (c.is_task)) AS tasks,
-        any_value(a.how) FILTER (c.suite = 'profile') AS profile
-    FROM board AS b JOIN chosen AS c ON c.run_key = b.run_key AND c.checkpoint = b.checkpoint
-    JOIN alike AS a ON a.protocol = c.protocol
-    GROUP BY b.run_key, b.checkpoint
-)
-SELECT b.spec, b.checkpoint, b.checkpoint_key, b.model, coalesce(b.sparsity_asked, b.sparsity), b.sparsity,
-    b.num_parameters, b.ppl_of, b.ppl, t.ppl, b.zero_shot_avg, concat(b.zero_shot_tasks, ' ', t.tasks),
-    b.latency_ratio, b.latency_ms, b.decode_ms_per_token, b.peak_memory_gib, t.profile, b.status = 'failed'
-FROM board AS b LEFT JOIN taken AS t ON t.run_key = b.run_key AND t.checkpoint = b.checkpoint
-ORDER BY b.finished_at DESC, b.place
+SELECT spec, checkpoint, checkpoint_key, model, coalesce(sparsity_asked, sparsity), sparsity, num_parameters,
+    ppl_of, ppl, ppl_alike, zero_shot_avg, concat(zero_shot_tasks, ' ', zero_shot_alike), latency_ratio, latency_ms,
+    decode_ms_per_token, peak_memory_gib, profile_alike, status = 'failed'
+FROM (SELECT *, row_number() OVER () AS place FROM leaderboard)
+ORDER BY finished_at DESC, place
 """
 
 
@@ -119,15 +101,20 @@ def leaderboard(results: ResultsStore, *, width: int | None = None, bold: bool =
 
     Raises SpecError if nothing is recorded.
     """
-    entries = [Entry(*row) for row in results.select(_QUESTION).rows]
-    if not entries:
+    found = entries(results)
+    if not found:
         raise SpecError(f"there are no results in {results.path} yet; run a spec first: slimline run demo")
-    parts = [_section(title, rows, width, bold) for title, rows in _sections(entries).items()]
-    failed = dict.fromkeys(entry.spec for entry in entries if entry.failed)
+    parts = [_section(title, rows, width, bold) for title, rows in _sections(found).items()]
+    failed = dict.fromkeys(entry.spec for entry in found if entry.failed)
     notes = ["* best of those with as much removed, where the figure was taken under the same protocol"]
     notes += [f"{spec}: in its newest run a stage failed" for spec in failed]
     notes += ["one run with its protocol: slimline results --run SPEC; the newest one: slimline results --format table"]
     return "\n\n".join([*parts, "\n".join(notes)])
+
+
+def entries(results: ResultsStore) -> list[Entry]:
+    """Every checkpoint of the newest runs, the newest run first."""
+    return [Entry(*row) for row in results.select(_QUESTION).rows]
 
 
 def _sections(entries: Sequence[Entry]) -> dict[tuple[str, str, int | None], list[Entry]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from infra.results.files import Record, arrow_table
-from infra.results.rows import FORMAT, KINDS, TABLES, ColumnType, Moment, Row, columns
+from infra.results.rows import FORMAT, KINDS, RUN, TABLES, ColumnType, Moment, Row, columns
 
 _DUCKDB: dict[ColumnType, str] = {
     "text": "VARCHAR",
@@ -48,11 +48,14 @@ class _FileRow(Row):
 
 _INDEX: dict[str, type[Row]] = {**TABLES, "files": _FileRow}
 
+#: of the rows of runs, a row per checkpoint; made with the views, for it takes longest of what they are asked
+_DERIVED = "measured"
+
 
 def make_tables(connection: Connection) -> None:
     """Make all tables anew and empty."""
     # No keys: a run's rows are replaced as a whole.
-    for table in (*_INDEX, "schema_version"):
+    for table in (*_INDEX, _DERIVED, "schema_version"):
         connection.execute(f"DROP TABLE IF EXISTS {table}")
     for table, row in _INDEX.items():
         definitions = [
@@ -102,6 +105,7 @@ def delete_files(connection: Connection, names: Sequence[str]) -> None:
                 f"(SELECT key FROM files WHERE kind = '{kind.name}' AND name IN (SELECT unnest(?)))",
                 [list(names)],
             )
+    connection.execute(f"DELETE FROM {_DERIVED} WHERE run_key NOT IN (SELECT run_key FROM runs)")
     connection.execute("DELETE FROM files WHERE name IN (SELECT unnest(?))", [list(names)])
 
 
@@ -118,6 +122,8 @@ def insert(connection: Connection, records: Sequence[tuple[str, Record]], stamps
             connection.register("fresh", arrow_table(_INDEX[table], new))
             connection.execute(f"INSERT INTO {table} SELECT * FROM fresh")
             connection.unregister("fresh")
+    if keys := [record.key for _, record in records if record.kind is RUN]:
+        connection.execute(f"INSERT INTO {_DERIVED} SELECT * FROM {_DERIVED}_of(?)", [keys])
 
 
 def in_utc(value: object) -> object:

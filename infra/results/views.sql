@@ -13,15 +13,46 @@ CREATE OR REPLACE MACRO deciding(protocol) AS CAST(json_merge_patch(
       "bootstrap_iters": null, "ratio": null, "ratio_threads": null, "ratio_precision": null, "ratio_seconds": null}'
 ) AS VARCHAR);
 
+-- What was measured of each checkpoint of these runs, a row each, and what decides whether two rows may be compared:
+-- ..._alike is the same number where figures were taken under the same protocol.
+CREATE OR REPLACE MACRO measured_of(run_keys) AS TABLE
+WITH chosen AS (
+    SELECT *, rowid AS place, concat(suite, '/', task, '/', metric) AS figure, metric LIKE 'ppl@%' AS is_ppl,
+        metric = 'acc' AND num_fewshot = 0 AND task NOT LIKE 'mmlu%' AS is_task,
+        metric = 'acc' AND task = 'average' AS is_average, suite = 'profile' AND task = 'profile' AS is_profile
+    FROM metrics WHERE run_key IN (SELECT unnest(run_keys))
+        AND (metric LIKE 'ppl@%' OR metric = 'acc' OR suite = 'profile')
+), protocols AS (
+    SELECT protocol, hash(deciding(protocol)) AS alike FROM (SELECT DISTINCT protocol FROM chosen)
+)
+SELECT run_key, checkpoint, checkpoint_key,
+    map_from_entries(list({'key': figure, 'value': value} ORDER BY place) FILTER (is_ppl)) AS perplexities,
+    arg_min(value, place) FILTER (is_ppl) AS ppl,
+    arg_min(figure, place) FILTER (is_ppl) AS ppl_of,
+    arg_min(alike, place) FILTER (is_ppl) AS ppl_alike,
+    coalesce(max(value) FILTER (is_average), avg(value) FILTER (is_task AND NOT is_average)) AS zero_shot_avg,
+    count(*) FILTER (is_task AND NOT is_average) AS zero_shot_tasks,
+    hash(list(DISTINCT concat(task, ' ', alike) ORDER BY concat(task, ' ', alike)) FILTER (is_task)) AS zero_shot_alike,
+    max(value) FILTER (is_profile AND metric = 'latency_ms_p50') AS latency_ms,
+    max(value) FILTER (is_profile AND metric = 'prefill_ms_p50') AS prefill_ms,
+    max(value) FILTER (is_profile AND metric = 'decode_ms_per_token_p50') AS decode_ms_per_token,
+    max(value) FILTER (is_profile AND metric = 'tokens_per_s') AS tokens_per_s,
+    max(value) FILTER (is_profile AND metric = 'latency_ratio') AS latency_ratio,
+    max(value) FILTER (is_profile AND metric = 'peak_memory_gib') AS peak_memory_gib,
+    arg_min(alike, place) FILTER (is_profile) AS profile_alike,
+    max(value) FILTER (suite = 'profile' AND metric = 'num_parameters') AS num_parameters,
+    max(value) FILTER (suite = 'profile' AND metric = 'num_decoder_parameters') AS num_decoder_parameters
+FROM chosen JOIN protocols USING (protocol)
+GROUP BY run_key, checkpoint, checkpoint_key;
+
+-- The same of all runs, as a table: whoever takes a run in adds its rows.
+CREATE OR REPLACE TABLE measured AS SELECT * FROM measured_of((SELECT list(run_key) FROM runs));
+
 -- Parameters of each checkpoint: as recorded with it, else as a profile of it counted them.
 CREATE OR REPLACE VIEW sizes AS
 WITH profiled AS (
-    SELECT checkpoint_key,
-        max(value) FILTER (metric = 'num_parameters') AS num_parameters,
-        max(value) FILTER (metric = 'num_decoder_parameters') AS num_decoder_parameters
-    FROM metrics
-    WHERE suite = 'profile' AND metric IN ('num_parameters', 'num_decoder_parameters')
-    GROUP BY checkpoint_key
+    SELECT checkpoint_key, max(num_parameters) AS num_parameters, max(num_decoder_parameters) AS num_decoder_parameters
+    FROM measured GROUP BY checkpoint_key
 )
 SELECT c.run_key, c.checkpoint, c.checkpoint_key,
     CAST(coalesce(c.num_parameters, p.num_parameters) AS BIGINT) AS num_parameters,
@@ -47,52 +78,19 @@ FROM sizes AS s JOIN newest_runs AS r USING (run_key) WHERE s.num_decoder_parame
 -- gone. perplexities: all of them by "suite/task/metric"; ppl: the first that the spec asks for. zero_shot_avg: the
 -- papers' average of seven tasks, else the plain mean of acc over the tasks that there are.
 CREATE OR REPLACE MACRO leaderboard_of(run_keys) AS TABLE
-WITH chosen AS (
-    SELECT unnest(run_keys) AS run_key
-), perplexities AS (
-    SELECT run_key, checkpoint,
-        map_from_entries(list({'key': concat(suite, '/', task, '/', metric), 'value': value} ORDER BY rowid))
-            AS perplexities,
-        arg_min(value, rowid) AS ppl,
-        arg_min(concat(suite, '/', task, '/', metric), rowid) AS ppl_of
-    FROM metrics WHERE metric LIKE 'ppl@%' AND run_key IN (SELECT run_key FROM chosen)
-    GROUP BY run_key, checkpoint
-), tasks AS (
-    SELECT run_key, checkpoint, max(value) FILTER (task = 'average') AS papers_avg,
-        avg(value) FILTER (is_task) AS plain_avg, count(*) FILTER (is_task) AS zero_shot_tasks
-    FROM (
-        SELECT *, num_fewshot = 0 AND task <> 'average' AND task NOT LIKE 'mmlu%' AS is_task
-        FROM metrics WHERE metric = 'acc' AND run_key IN (SELECT run_key FROM chosen)
-    )
-    GROUP BY run_key, checkpoint
-), profiles AS (
-    SELECT run_key, checkpoint,
-        max(value) FILTER (metric = 'latency_ms_p50') AS latency_ms,
-        max(value) FILTER (metric = 'prefill_ms_p50') AS prefill_ms,
-        max(value) FILTER (metric = 'decode_ms_per_token_p50') AS decode_ms_per_token,
-        max(value) FILTER (metric = 'tokens_per_s') AS tokens_per_s,
-        max(value) FILTER (metric = 'latency_ratio') AS latency_ratio,
-        max(value) FILTER (metric = 'peak_memory_gib') AS peak_memory_gib
-    FROM metrics
-    WHERE suite = 'profile' AND task = 'profile' AND run_key IN (SELECT run_key FROM chosen)
-    GROUP BY run_key, checkpoint
-)
 SELECT r.name AS spec, c.checkpoint, c.model, c.method, c.recovery, c.variant,
     c.total_sparsity AS sparsity_asked,
     1 - s.num_decoder_parameters / d.num_decoder_parameters AS sparsity,
     s.num_parameters, s.num_decoder_parameters,
-    p.ppl, p.ppl_of, p.perplexities, coalesce(t.papers_avg, t.plain_avg) AS zero_shot_avg,
-    coalesce(t.zero_shot_tasks, 0) AS zero_shot_tasks,
+    m.ppl, m.ppl_of, m.perplexities, m.zero_shot_avg, coalesce(m.zero_shot_tasks, 0) AS zero_shot_tasks,
     m.latency_ms, m.prefill_ms, m.decode_ms_per_token, m.tokens_per_s, m.latency_ratio, m.peak_memory_gib,
-    r.status, r.finished_at, c.run_key, c.checkpoint_key
+    m.ppl_alike, m.zero_shot_alike, m.profile_alike, r.status, r.finished_at, c.run_key, c.checkpoint_key
 FROM runs AS r
-JOIN chosen USING (run_key)
+JOIN (SELECT unnest(run_keys) AS run_key) USING (run_key)
 JOIN checkpoints AS c USING (run_key)
 LEFT JOIN sizes AS s ON s.run_key = c.run_key AND s.checkpoint = c.checkpoint
 LEFT JOIN sizes AS d ON d.run_key = c.run_key AND d.checkpoint = 'dense'
-LEFT JOIN perplexities AS p ON p.run_key = c.run_key AND p.checkpoint = c.checkpoint
-LEFT JOIN tasks AS t ON t.run_key = c.run_key AND t.checkpoint = c.checkpoint
-LEFT JOIN profiles AS m ON m.run_key = c.run_key AND m.checkpoint = c.checkpoint
+LEFT JOIN measured AS m ON m.run_key = c.run_key AND m.checkpoint = c.checkpoint
 ORDER BY c.model, r.name, c.rowid;
 
 -- The same of the newest run of each spec.
@@ -102,14 +100,18 @@ SELECT * FROM leaderboard_of((SELECT list(run_key) FROM newest_runs));
 -- The checkpoints that no other beats in both of two figures, each a name of `figures` or a pattern with * ? [..].
 -- Only figures of the same name and protocol are set against each other; a checkpoint of several specs counts once.
 CREATE OR REPLACE MACRO pareto(size_figure, quality_figure) AS TABLE
-WITH once AS (
+WITH matched AS (
     SELECT * FROM figures WHERE NOT isnan(value) AND (figure IN (size_figure, quality_figure)
         OR figure GLOB size_figure OR figure GLOB quality_figure)
-    QUALIFY row_number() OVER (PARTITION BY checkpoint_key, figure, deciding(protocol) ORDER BY finished_at DESC) = 1
+), protocols AS (
+    SELECT protocol, hash(deciding(protocol)) AS alike FROM (SELECT DISTINCT protocol FROM matched)
+), once AS (
+    SELECT m.*, p.alike FROM matched AS m JOIN protocols AS p USING (protocol)
+    QUALIFY row_number() OVER (PARTITION BY checkpoint_key, figure, alike ORDER BY finished_at DESC) = 1
 ), points AS (
     SELECT s.figure AS size_name, s.value AS size, q.figure AS quality_name, q.value AS quality, q.stderr,
         q.spec, q.checkpoint, q.run_key, q.checkpoint_key, q.protocol,
-        concat(deciding(s.protocol), deciding(q.protocol)) AS alike,
+        hash(s.alike, q.alike) AS alike,
         CASE WHEN s.higher_is_better THEN -s.value ELSE s.value END AS cost,
         CASE WHEN q.higher_is_better THEN -q.value ELSE q.value END AS loss
     FROM once AS s JOIN once AS q USING (checkpoint_key)

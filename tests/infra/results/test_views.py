@@ -17,7 +17,7 @@ import pytest
 from infra.errors import QuestionRefused
 from infra.results import files as result_files
 from infra.results.lineage import Made
-from infra.results.rows import StageRow
+from infra.results.rows import RUN, StageRow
 from infra.results.store import ResultsStore
 from tests.infra.result_examples import (
     NOON,
@@ -97,6 +97,20 @@ def test_the_leaderboard_has_the_newest_run_of_each_spec(store: ResultsStore) ->
     assert (small["latency_ms"], dense["latency_ms"]) == (12.0, None)
     assert math.isnan(mended["ppl"])
     assert mended["zero_shot_avg"] == 0.9
+
+
+def test_what_was_measured_follows_the_rows_of_its_run(store: ResultsStore) -> None:
+    question = "SELECT run_key, checkpoint, ppl, perplexities FROM measured ORDER BY ALL"
+    add(store, "r1", measured("r1", "dense", PPL, 10.0), name="one")
+    add(store, "r2", measured("r2", "dense", PPL, 20.0), name="two")
+    add(store, "r2", measured("r2", "dense", PPL, 30.0), name="two")
+    both = [("r1", "dense", 10.0, {PPL: 10.0}), ("r2", "dense", 30.0, {PPL: 30.0})]
+    assert list(store.select(question).rows) == both
+    with duckdb.connect(str(store.path)) as connection:
+        connection.execute("DROP TABLE measured; UPDATE schema_version SET views = 'of another slimline'")
+    assert list(store.select(question).rows) == both, "made anew from the rows that there are"
+    store.files.path(RUN, "r2").unlink()
+    assert list(store.select(question).rows) == both[:1]
 
 
 def test_a_size_that_was_not_recorded_is_that_of_any_profile(store: ResultsStore) -> None:
