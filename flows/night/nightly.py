@@ -23,6 +23,8 @@ from pydantic.json_schema import SkipJsonSchema
 from flows.night.outcome import CellFailed, CellOutcome, NightFailed, NightResult
 from flows.night.regressions import compare, pass_gates
 from flows.night.summary import headline, night_title, summary
+from flows.records.figures.history import over_nights
+from flows.records.figures.inputs import Recorded
 from flows.records.lookup import mlflow_pages
 from flows.run.compress import compress, open_run_context, recorded_result, unknown_stage
 from flows.run.follow import followed, stages_of
@@ -34,6 +36,7 @@ from flows.runtime.user_errors import user_message
 from flows.spec.load import load_night, parse_night
 from flows.spec.night import Cell, NightSpec
 from infra.artifacts.store import ArtifactStore
+from infra.figures.draw import draw
 from infra.keys import slug
 from infra.provenance import git_revision, versions
 from infra.results.rows import NightCellRow, NightRow
@@ -41,6 +44,7 @@ from infra.results.store import ResultsStore
 from infra.running.files import FollowedRun, RunningFiles, ended
 from infra.secrets import redacted
 from infra.settings import Settings, load_settings
+from tasks.recording.description import markdown_image
 from tasks.stages.pairs import Reports
 from tasks.stages.record_night import record_night
 
@@ -81,12 +85,28 @@ def nightly(
         result = _compared(night, outcomes, settings, time.monotonic() - clock)
         pages = mlflow_pages(ResultsStore.of(settings), settings.tracking_uri)
         text = summary(result, alpha=night.alpha, tolerance=night.tolerance, pages=pages)
-        create_markdown_artifact(text, key=f"slimline-night-{slug(night.name)}", description=headline(result))
-        record_night(_night_row(night, result, started_at), _cell_rows(result), result.figures, text, settings)
+        try:
+            record_night(_night_row(night, result, started_at), _cell_rows(result), result.figures, text, settings)
+        finally:  # what was measured is shown, also where it could not be recorded everywhere
+            page = text + _history(night.name, settings)
+            create_markdown_artifact(page, key=f"slimline-night-{slug(night.name)}", description=headline(result))
         log.info("night %s: %s", night.name, headline(result))
         if result.message is not None:
             raise NightFailed(result)
         return result
+
+
+def _history(name: str, settings: Settings) -> str:
+    """The figures of this name night after night, as an image in markdown; nothing after the first night."""
+    results = ResultsStore.of(settings)
+    try:
+        if len(results.nights(name)) < 2:
+            return ""
+        drawing = over_nights(Recorded(results, ArtifactStore(settings.store_root), [name]))
+        return "" if drawing is None else "\n" + markdown_image(drawing.title, draw(drawing, "png"))
+    except Exception as error:  # of the drawing, of the results: no night fails for an image
+        log.warning("night %s: its history could not be drawn: %s", name, error)
+        return ""
 
 
 def on_runner(name: RunnerName, settings: Settings) -> Flow[..., NightResult]:

@@ -1,10 +1,13 @@
-"""The descriptions that MLflow shows: markdown, with the figures in a table."""
+"""The descriptions that MLflow and Prefect show: markdown, with the figures in a table."""
 
 from __future__ import annotations
 
 import math
+import re
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import islice
 from pathlib import Path
 
 from infra.results.rows import MetricRow
@@ -13,6 +16,8 @@ from infra.results.rows import MetricRow
 MOST_CHARACTERS = 8000
 #: a table with more columns is not read
 _MOST_FIGURES = 8
+#: a page with more images is slow to come
+_MOST_IMAGES = 4
 #: of the profile these are shown, last
 _OF_PROFILE = ("num_parameters", "decode_ms_per_token_p50")
 
@@ -34,16 +39,29 @@ def run_description(
 
 
 def run_page(
-    description: str, run_key: str, checkpoints: Mapping[str, Path], records: Path, address: str | None
+    description: str,
+    run_key: str,
+    checkpoints: Mapping[str, Path],
+    records: Path,
+    address: str | None,
+    images: Iterable[tuple[str, bytes]] = (),
 ) -> str:
-    """Of a run in Prefect: its description, and where all of it lies.
+    """Of a run in Prefect: its description, some images, and where all of it lies.
 
-    checkpoints: their folders. records: the file with its rows. address: of its page in MLflow, if it has one.
+    checkpoints: their folders. records: the file with its rows. address: of its page in MLflow, if it has one. images:
+    PNGs with what each shows, of which the first are in the page itself.
     """
+    shown = [markdown_image(words, png) for words, png in islice(images, _MOST_IMAGES)]
     places = [f"* [MLflow run]({address})"] if address else []
     places += [f"* checkpoint {_plain(name)}: `{folder}`" for name, folder in checkpoints.items()]
     places += [f"* rows of the results store: `{records}`", f"* all figures: `slimline results --run {run_key}`"]
-    return "\n".join(filter(None, [description, "\n## Where it lies\n", *places]))
+    return "\n".join(filter(None, [description, *shown, "\n## Where it lies\n", *places]))
+
+
+def markdown_image(words: str, png: bytes) -> str:
+    """A PNG inside the text itself: Prefect's pages have no files of ours to point to."""
+    plain = re.sub(r"[^\w .,:+-]", " ", words)
+    return f"\n![{plain}](data:image/png;base64,{b64encode(png).decode()})\n"
 
 
 def checkpoint_description(label: str, params: Mapping[str, str], metrics: Sequence[MetricRow], key: str) -> str:

@@ -23,15 +23,30 @@ _BINS = 64
 _MARKED = 40
 
 
-def checkpoint_images(name: str, key: str, folder: Path, curves: Iterable[CurveRow]) -> dict[str, Callable[[], bytes]]:
-    """PNG by its path in the run of a checkpoint; nothing is drawn, or read but which files there are, before the
-    call. folder: of the checkpoint, with its plan if anything was pruned."""
-    images: dict[str, Callable[[], bytes]] = {}
+class Image:
+    """A PNG that is drawn once, when somebody first asks for it. words: what it shows. drawn: the bytes, if it was."""
+
+    def __init__(self, words: str, draw: Callable[[], bytes]) -> None:
+        self.words = words
+        self.drawn: bytes | None = None
+        self._draw = draw
+
+    def __call__(self) -> bytes:
+        """The bytes; raises what drawing raises."""
+        if self.drawn is None:
+            self.drawn = self._draw()
+        return self.drawn
+
+
+def checkpoint_images(name: str, key: str, folder: Path, curves: Iterable[CurveRow]) -> dict[str, Image]:
+    """Images by their paths in the run of a checkpoint; nothing is read before one is drawn but which files there are.
+    folder: of the checkpoint, with its plan if anything was pruned."""
+    images: dict[str, Image] = {}
     if (folder / "plan.json").exists():
-        images["figures/kept.png"] = partial(_kept, name, key, folder)
+        images["figures/kept.png"] = Image(f"heads and channels kept in {name}", partial(_kept, name, key, folder))
     mine = [point for point in curves if point.stage_key == key and point.metric in LOSSES]
     if mine:
-        images["figures/training.png"] = partial(_training, name, key, mine)
+        images["figures/training.png"] = Image(f"losses of {name}", partial(_training, name, key, mine))
     return images
 
 

@@ -31,6 +31,7 @@ from infra.tracking.pages import address_of_run
 from infra.tracking.tracker import Tracker
 from tasks.execution.context import RunContext
 from tasks.recording.description import run_page
+from tasks.recording.images import Image
 from tasks.recording.layers import relative
 from tasks.recording.outcome import RunOutcome
 from tasks.recording.run_record import Rows, run_record, visit_tags
@@ -79,7 +80,10 @@ def _record(outcome: RunOutcome, run_context: RunContext) -> tuple[MetricRow, ..
     folders = {name: run_context.store.path(ref) for name, ref in outcome.checkpoints.items()}
     address = address_of_run(run_context.settings.tracking_uri, mlflow_run_id) if mlflow_run_id else None
     file = ResultsStore.of(run_context.settings).export_file(outcome.run_key)
-    _show(outcome, run_page(told.content.description, outcome.run_key, folders, file, address))
+    images = [each for made in told.checkpoints for each in made.content.images.values() if isinstance(each, Image)]
+    # those that this recording drew: of a run recorded again MLflow has them, and drawing takes longer than the rest
+    drawn = ((image.words, image.drawn) for image in images if image.drawn)
+    _show(outcome, run_page(told.content.description, outcome.run_key, folders, file, address, drawn))
     if problem:
         raise problem
     return metrics

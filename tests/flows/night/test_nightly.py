@@ -95,8 +95,6 @@ def test_a_night_and_its_cells_say_what_they_are_and_how_they_ended(
 
 def test_a_night_is_in_mlflow_and_a_prefect_artifact(first: tuple[Home, NightResult, list[str]]) -> None:
     from mlflow import MlflowClient
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
     home, result, made = first
     (night,) = home.results.nights("small")
@@ -121,12 +119,21 @@ def test_a_night_is_in_mlflow_and_a_prefect_artifact(first: tuple[Home, NightRes
         assert "dense" in [each.info.run_name for each in below]
         assert len(below) == len({each.info.run_name for each in below})
     assert {entry.path for entry in client.list_artifacts(run.info.run_id)} == {"summary.md", "spec.json"}
+    page = page_in_prefect(result)
+    assert "This is the first" in page or "this is the first" in page
+    assert "data:image" not in page, "one night has no history"
+
+
+def page_in_prefect(result: NightResult) -> str:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
     with get_client(sync_client=True) as prefect:
         found = prefect.read_artifacts(
             artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["slimline-night-small"]))
         )
-    assert result.night_id in str(found[0].data)
-    assert "This is the first" in str(found[0].data) or "this is the first" in str(found[0].data)
+    (page,) = [str(artifact.data) for artifact in found if result.night_id in str(artifact.data)[:2000]]
+    return page
 
 
 def test_the_next_night_runs_nothing_and_finds_nothing_changed(
@@ -137,6 +144,7 @@ def test_the_next_night_runs_nothing_and_finds_nothing_changed(
     assert result.previous_night_id == first[1].night_id
     assert verdicts(result.figures) == {"same": len(first[1].figures)}
     assert (result.count("completed"), result.count("cached")) == (0, len(first[2]))
+    assert "![small, night after night](data:image/png;base64," in page_in_prefect(result)
 
 
 def test_a_refreshed_stage_is_made_once_for_all_cells(later: Home, filled: list[str]) -> None:

@@ -70,7 +70,9 @@ def test_images_of_what_there_is(tmp_path: Path) -> None:
     images = checkpoint_images("a <b> $x$", "recover-lora-v2-0", tmp_path, [point("train_loss", 1, 2.0)])
     assert list(images) == ["figures/kept.png", "figures/training.png"]
     for draw in images.values():
+        assert draw.drawn is None
         assert draw().startswith(b"\x89PNG")
+        assert draw() is draw.drawn, "it is drawn once"
     (tmp_path / "plan.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="source"):
-        images["figures/kept.png"]()
+        checkpoint_images("a", "key", tmp_path, [])["figures/kept.png"]()
