@@ -5,11 +5,13 @@ Screenshots lie in build/screenshots afterwards.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ from infra.tracking.records import CheckpointRecord, DataInput, MetricPoint, Run
 from infra.tracking.saved_view import TAG
 from infra.tracking.tracker import LiveRun, Tracker
 from tests.chromium import browser as browser
+from tests.infra.tracking.door import Door
+from tests.infra.tracking.test_live import until
 from tests.infra.tracking.test_tracker import client, experiment_id
 
 if TYPE_CHECKING:
@@ -165,6 +169,39 @@ def test_a_server_that_is_gone_is_said_and_keeps_what_it_had(
         gone = Tracker(f"http://127.0.0.1:{closed.getsockname()[1]}")
     with pytest.raises(TrackingUnusable, match=r"did not take run run-demo-v1-0.*finished stages are not repeated"):
         gone.record(demo(tmp_path / "store"))
+
+
+def test_a_server_that_dies_while_a_run_goes_on_gets_everything_when_it_is_back(
+    server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    door = Door(server)
+    tracker, run = Tracker(door.url, "dies"), demo(tmp_path / "store")
+    live = LiveRun(tracker, run.run_key, "demo", "slimgpt-20+lora", BEGAN_MS)
+    with LiveCurves(live.log, "lora", interval_seconds=0.02) as curves:
+        curves(1, {"train_loss": 1.5})
+        until(lambda: "slimgpt-20+lora" in {each.info.run_name for each in all_runs(server, "dies")})
+        door.shut()
+        for step in range(2, 5):
+            curves(step, {"train_loss": 3 / (step + 1)})
+            time.sleep(0.05)
+    (warning,) = [entry.getMessage() for entry in caplog.records if entry.levelno >= logging.WARNING]
+    assert warning.startswith("the curves of lora are not shown while they grow")
+    with pytest.raises(TrackingUnusable, match="did not take run run-demo-v1-0"):
+        tracker.record(run)
+    door.open()
+    tracker.record(run)
+    found = seen(Tracker(server, "dies"))["runs"]
+    assert set(found) == {"demo", "dense", "slimgpt-20", "slimgpt-20+lora", ODD}
+    points = found["slimgpt-20+lora"]["points"]["training/train_loss"]
+    assert points == [(step, repr(3 / (step + 1))) for step in range(1, 9)], "each once"
+    door.shut()
+
+
+def all_runs(uri: str, experiment: str) -> list[Run]:
+    tracker = Tracker(uri, experiment)
+    there = client(tracker).get_experiment_by_name(experiment)
+    return list(client(tracker).search_runs([there.experiment_id])) if there else []
 
 
 @pytest.fixture(scope="module")
