@@ -11,21 +11,32 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 from pruning.plan import LayerPlan, LayerShape, PruningPlan
 
 FAMILIES = ("llama", "llama-mha", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi-mha", "opt")
 """Names for `tiny_model`; "-mha" is the family with as many kv heads as query heads, which OPT always has."""
+
+LATER_FAMILIES = ("gemma2", "gemma3", "phi3", "olmo2", "granite", "smollm3", "glm4", "starcoder2")
+"""Families with parts that those above do not have: norms behind outputs, fused linears, multipliers, ..."""
 
 VOCAB_SIZE = 320
 BOS, EOS = 0, 1
@@ -37,9 +48,28 @@ _CONFIGS = {
     "gemma": GemmaConfig,
     "phi": PhiConfig,
     "opt": OPTConfig,
+    "gemma2": Gemma2Config,
+    "gemma3": Gemma3TextConfig,
+    "phi3": Phi3Config,
+    "olmo2": Olmo2Config,
+    "granite": GraniteConfig,
+    "smollm3": SmolLM3Config,
+    "glm4": Glm4Config,
+    "starcoder2": Starcoder2Config,
 }
+#: what distinguishes a family, small enough to show in a dozen tokens
+_OWN: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 20, "final_logit_softcapping": 3.0},
+    "gemma3": {"sliding_window": 5, "query_pre_attn_scalar": 20, "sliding_window_pattern": 2},
+    "granite": {
+        "embedding_multiplier": 2.0, "residual_multiplier": 0.6, "attention_multiplier": 0.3, "logits_scaling": 1.5,
+    },
+    "smollm3": {"use_sliding_window": True, "sliding_window": 5, "no_rope_layer_interval": 2},
+    "phi3": {"sliding_window": 7},
+    "glm4": {"eos_token_id": [EOS]},
+}  # fmt: skip
 #: families whose tiny model has heads wider than hidden/heads
-_WIDE_HEADS = ("qwen3", "gemma")
+_WIDE_HEADS = ("qwen3", "gemma", "gemma2", "gemma3")
 
 
 def tiny_model(
@@ -54,7 +84,7 @@ def tiny_model(
     intermediate: int = 48,
     **config: Any,
 ) -> PreTrainedModel:
-    """A random float32 model in eval mode; head_dim is hidden/heads, but twice that for qwen3 and gemma.
+    """A random float32 model in eval mode; head_dim is hidden/heads, but twice that for qwen3 and all gemmas.
 
     config: more fields of the model's config. qwen2 has biases on q/k/v, phi and opt on all linears; qwen3 has q/k
     norms. OPT and Phi, whose configs have no head_dim, take hidden/heads, and an OPT as many kv heads as query heads.
@@ -80,7 +110,7 @@ def tiny_model(
         }
     if name not in ("opt", "phi"):
         values["head_dim"] = head_dim or hidden // heads * (2 if name in _WIDE_HEADS else 1)
-    model = AutoModelForCausalLM.from_config(_CONFIGS[name](**(values | config)))
+    model = AutoModelForCausalLM.from_config(_CONFIGS[name](**(values | _OWN.get(name, {}) | config)))
     add_noise_(model, seed)
     return model.eval()
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infra.errors import SourceInvalid
 from infra.models.baichuan import is_baichuan, llama_config
+from infra.models.gemma3 import is_multimodal_gemma3, text_config, text_names
 from infra.models.gguf_header import read_gguf_header
 from infra.models.model_files import DTYPES, gguf_file, read_config, tensor_header, weight_files
 from infra.models.vocabulary import added_beyond, writes
@@ -29,6 +30,8 @@ _HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model")
 _HEADS_KEYS = ("num_attention_heads", "n_head", "num_heads")
 _KV_HEADS_KEYS = ("num_key_value_heads", "n_head_kv")
 _FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner")
+# architectures of GGUF that transformers calls otherwise
+_GGUF_TYPES = {"gemma3": "gemma3_text"}
 
 
 class ModelCard(BaseModel):
@@ -63,7 +66,10 @@ def card_of_folder(folder: Path) -> ModelCard:
         return _card_of_gguf(gguf)
     config, files = read_config(folder), weight_files(folder)
     sizes: Counter[str] = Counter()
-    for tensor in _parameters(_tensors(files), tied=bool(config.get("tie_word_embeddings"))).values():
+    tensors = _tensors(files)
+    if is_multimodal_gemma3(config):
+        tensors = {text: tensor for name, tensor in tensors.items() for text in text_names(name)}
+    for tensor in _parameters(tensors, tied=bool(config.get("tie_word_embeddings"))).values():
         sizes[tensor.dtype] += math.prod(tensor.shape)
     floating = [name for name, _ in sizes.most_common() if name in DTYPES]
     card = card_of_config(
@@ -137,11 +143,13 @@ def _has_chat_template(folder: Path) -> bool:
 def card_of_config(
     config: Mapping[str, Any], where: str, *, num_parameters: int | None, size: int, dtype: str | None
 ) -> ModelCard:
-    """The card from a config.json and what is known of the weights; a Baichuan's is that of the Llama it becomes.
+    """The card from a config.json and what is known of the weights; a Baichuan's is that of the Llama it becomes,
+    and a multimodal Gemma-3's that of its text model.
 
     Raises SourceInvalid if it describes no decoder.
     """
     config = llama_config(config, where) if is_baichuan(config) else config
+    config = text_config(config) if is_multimodal_gemma3(config) else config
     layers = next((config[key] for key in _LAYER_KEYS if key in config), None)
     hidden = next((config[key] for key in _HIDDEN_KEYS if key in config), None)
     heads = next((config[key] for key in _HEADS_KEYS if key in config), None)
@@ -177,9 +185,9 @@ def _attention_size(heads: Any, head_dim: Any, hidden: int) -> int | None:
 def _card_of_gguf(file: Path) -> ModelCard:
     header = read_gguf_header(file)
     try:
-        hidden = header.number("embedding_length")
+        hidden, architecture = header.number("embedding_length"), str(header.values["general.architecture"])
         return ModelCard(
-            model_type=str(header.values["general.architecture"]), num_layers=header.number("block_count"),
+            model_type=_GGUF_TYPES.get(architecture, architecture), num_layers=header.number("block_count"),
             hidden_size=hidden, num_parameters=header.num_parameters, bytes=file.stat().st_size, dtype=None,
             max_position_embeddings=header.number("context_length"),
             has_chat_template="tokenizer.chat_template" in header.values,

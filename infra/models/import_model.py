@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from infra import hub
 from infra.errors import SourceInvalid
 from infra.filesystem.disk import full_disk_named
-from infra.models import baichuan, trusted_code, vocabulary
+from infra.models import baichuan, gemma3, trusted_code, vocabulary
 from infra.models.card import ModelCard, card_of_config, card_of_folder
 from infra.models.model_files import (
     INDEX,
@@ -74,9 +74,9 @@ def import_model(
 
     dtype "auto" keeps every tensor as it is stored; for GGUF it means float32, which holds the dequantised values
     exactly. safetensors are read one shard at a time. Every other top-level file that is neither weight nor code comes
-    along (tokenizer, plan.json). A Baichuan-7B becomes the Llama that it is. trust_remote_code: the tokenizer's own
-    code comes along too, and is run here and by whoever loads the tokenizer of the checkpoint or of one made from it;
-    modelling code never is (see infra/models/trusted_code.py).
+    along (tokenizer, plan.json). A Baichuan-7B becomes the Llama that it is, a multimodal Gemma-3 its text model.
+    trust_remote_code: the tokenizer's own code comes along too, and is run here and by whoever loads the tokenizer of
+    the checkpoint or of one made from it; modelling code never is (see infra/models/trusted_code.py).
 
     Raises SourceInvalid for pickled or quantised weights, NaN or infinity (naming the tensor), a missing tokenizer or
     one that needs code which is not trusted, a Baichuan-13B; hub.Unreachable; DiskFull.
@@ -206,6 +206,9 @@ def _import_safetensors(folder: Path, out: Path, dtype: Dtype, progress: Progres
         unpack = partial(baichuan.llama_tensors, vocab_size=config["vocab_size"])
         baichuan.make_llama_tokenizer_(out)
         baichuan.check_llama_tokenizer(out, load_tokenizer(out))
+    elif gemma3.is_multimodal_gemma3(config):
+        config, unpack = gemma3.text_config(config), gemma3.text_tensors
+        gemma3.leave_image_files_(out)
     total, done = sum(file.stat().st_size for file in files), 0
     for file in files:
         progress(done / total, f"reading {file.name}")
@@ -238,7 +241,7 @@ def _cast_shard(source: Path, target: Path, dtype: Dtype, unpack: Unpack | None)
                 tensors |= {name: tensor} if unpack is None else unpack(name, tensor)
     if as_stored:
         shutil.copyfile(source, target)
-    else:
+    elif tensors:
         save_file(tensors, target, metadata={"format": "pt"})
 
 

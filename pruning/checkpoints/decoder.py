@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from pruning.checkpoints.meta_model import meta_model
 from pruning.checkpoints.stored_tensors import stored_tensors
 from pruning.families import ModelFamily, family_of
+from pruning.families.forward import finish_logits
+from pruning.families.parts import check_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,13 +40,15 @@ class Decoder(ABC):
 
     def logits_of(self, device: torch.device, dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
         """From the residual stream after the last layer, on `device` in `dtype` (None: the model's), to logits: final
-        norm and head."""
+        norm, head, and what the family makes of its outputs."""
         parts = [self.family.final_norm(self.skeleton), self.family.head(self.skeleton)]
         wanted = dtype or self.family.embeddings(self.skeleton).weight.dtype
         # the decoder's own parts stay as they are
-        return nn.Sequential(
+        head = nn.Sequential(
             *(part if _is(part, device, wanted) else copy.deepcopy(part).to(device, wanted) for part in parts)
         )
+        finish = finish_logits(self.family, self.skeleton.config)
+        return head if finish is None else lambda stream: finish(head(stream))
 
     @property
     def num_layers(self) -> int:
@@ -57,6 +61,7 @@ class ResidentDecoder(Decoder):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.skeleton, self.family = model, family_of(model)
+        check_parts(self.family, model)
 
     def layer(self, index: int, device: torch.device) -> nn.Module:
         """A copy, so that pruning it leaves the model as it is."""

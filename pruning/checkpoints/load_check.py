@@ -20,11 +20,12 @@ from pruning.checkpoints.surgery import kept_inputs
 from pruning.errors import PruningError, UnsoundCheckpoint
 from pruning.families import ModelFamily, family_of
 from pruning.families.forward import KINDS, SubLayerKind, output_linear, output_name
+from pruning.families.head_norms import head_features, rms_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from pruning.plan import PruningPlan
+    from pruning.plan import LayerPlan, PruningPlan
 
 NUM_TOKENS = 16
 #: norm of the logits' difference over their own norm: summing the kept columns alone moves the last digits
@@ -110,10 +111,23 @@ def _mask_(model: PreTrainedModel, plan: PruningPlan, pruned: StoredTensors) -> 
             _replace_(
                 family, layers[kept.layer], kind, _KeptInputs(pruned, name, kept_inputs(kept, kind, plan.head_dim))
             )
+        _mask_head_norms_(family, layers[kept.layer], place, kept, pruned)
     for index in plan.dropped_layers:
         for kind in KINDS:
             width = output_linear(family, layers[index], kind).out_features
             _replace_(family, layers[index], kind, _Nothing(width))
+
+
+def _mask_head_norms_(
+    family: ModelFamily, layer: nn.Module, place: int, kept: LayerPlan, pruned: StoredTensors
+) -> None:
+    if not family.head_norms_span_heads:
+        return
+    attention, head_dim = family.attention(layer), family.head_dim_of(layer)
+    for norm_name, heads in zip(family.head_norm_names, (kept.kept_query_heads, kept.kept_kv_heads), strict=True):
+        epsilon = float(getattr(attention.get_submodule(norm_name), family.norm_epsilon_name))
+        name = f"{family.layers_path}.{place}.{family.attention_name}.{norm_name}.weight"
+        setattr(attention, norm_name, _KeptFeatures(pruned, name, head_features(heads, head_dim), epsilon))
 
 
 def _replace_(family: ModelFamily, layer: nn.Module, kind: SubLayerKind, linear: nn.Module) -> None:
@@ -134,6 +148,19 @@ class _KeptInputs(nn.Module):
     def forward(self, inputs_BLI: Tensor) -> Tensor:
         weights = self._stored.read(self._names)
         return nn.functional.linear(inputs_BLI[..., self._kept_I], *(weights[name].float() for name in self._names))
+
+
+class _KeptFeatures(nn.Module):
+    """A norm over all heads of a pruned checkpoint that stands in the dense model: it looks at the heads that stay."""
+
+    def __init__(self, stored: StoredTensors, name: str, kept_K: Tensor, epsilon: float) -> None:
+        super().__init__()
+        self._stored, self._name, self._kept_K, self._epsilon = stored, name, kept_K, epsilon
+
+    def forward(self, features_BLF: Tensor) -> Tensor:
+        weight_K = self._stored.read([self._name])[self._name].float()
+        normed_BLK = rms_norm(features_BLF[..., self._kept_K], weight_K, self._epsilon)
+        return torch.zeros_like(features_BLF).index_copy(-1, self._kept_K, normed_BLK)
 
 
 class _Nothing(nn.Module):

@@ -25,6 +25,7 @@ from pruning.checkpoints.folder import INDEX, WEIGHTS, class_of_folder
 from pruning.checkpoints.meta_model import meta_model
 from pruning.errors import PruningError
 from pruning.families import ModelFamily, family_of
+from pruning.families.parts import check_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,6 +109,7 @@ def stored_tensors(folder: Path) -> StoredTensors:
     config = _config(model_class, folder)
     model = meta_model(model_class, config)
     family = family_of(model)
+    check_parts(family, model)
     stored = _headers(folder)
     oddities: list[str] = []
     places, extra = _named(model, stored, folder, oddities)

@@ -5,7 +5,6 @@ Row and column order: heads lie one after another in q/k/v rows and o_proj colum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +13,10 @@ from torch import Tensor, nn
 from pruning.errors import PruningError
 from pruning.families import ModelFamily, family_of, shapes
 from pruning.families.forward import KINDS, SubLayerKind, output_linear, silence_
+from pruning.families.head_norms import cut_head_norms_, head_features, mask_head_norms_
+from pruning.families.parts import check_parts
 from pruning.modeling import describe_
-from pruning.modeling.modeling_slimline import without_heads_
+from pruning.modeling.modeling_slimline import own_heads_, without_heads_
 from pruning.plan import LayerPlan, PruningPlan, describe_shapes
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ def shrink_(model: PreTrainedModel, plan: PruningPlan) -> None:
     model has the config and class that describe it: the stock class if all layers are equal, else a `Slimline...` class
     with `per_layer_config`; `model.save_pretrained(folder)` then writes a loadable checkpoint.
 
-    Raises PruningError if the plan was made for other shapes or a linear is not a plain nn.Linear (quantised,
-    offloaded, wrapped in an adapter).
+    Raises PruningError if the plan was made for other shapes, a linear is not a plain nn.Linear (quantised, offloaded,
+    wrapped in an adapter) or a layer has a part that its family does not know.
     """
     family = family_of(model)
     _check_applies(model, family, plan)
@@ -69,6 +70,7 @@ def _check_applies(model: nn.Module, family: ModelFamily, plan: PruningPlan) -> 
                     f"layer {index} has a {type(linear).__name__} ({linear.weight.dtype} on {linear.weight.device}) "
                     "where a plain nn.Linear is needed: load the model unquantised, not offloaded, adapters merged"
                 )
+    check_parts(family, model)
     have, head_dim = shapes(model), family.head_dim(model)
     if have != plan.source or head_dim != plan.head_dim:
         raise PruningError(
@@ -81,16 +83,16 @@ def _check_applies(model: nn.Module, family: ModelFamily, plan: PruningPlan) -> 
 def shrink_layer_(family: ModelFamily, layer: nn.Module, kept: LayerPlan) -> None:
     """Remove from one layer everything `kept`, which must fit it, does not keep; its config is left as it is."""
     query, kv, channels = _features(kept, family.head_dim_of(layer))
-    keep_rows_(family.q_proj(layer), query)
-    keep_rows_(family.k_proj(layer), kv)
-    keep_rows_(family.v_proj(layer), kv)
+    for linear, rows in _kept_rows(family, layer, query, kv, channels):
+        keep_rows_(linear, rows)
     keep_columns_(family.o_proj(layer), query)
-    for linear in family.channel_linears(layer):
-        keep_rows_(linear, channels)
     keep_columns_(family.down_proj(layer), channels)
+    cut_head_norms_(family, layer, kept.kept_query_heads, kept.kept_kv_heads)
+    own_heads_(family.attention(layer))
     # what the modules remember of their widths; each family has some of these
     for module, name, value in (
         (family.attention(layer), "num_heads", kept.shape.num_heads),
+        (family.attention(layer), "num_key_value_heads", kept.shape.num_kv_heads),
         (family.attention(layer), "num_key_value_groups", kept.shape.num_groups),
         (family.mlp(layer), "intermediate_size", kept.shape.intermediate_size),
     ):
@@ -110,13 +112,9 @@ def give_output_bias_(family: ModelFamily, layer: nn.Module) -> None:
 
 def _mask_layer_(family: ModelFamily, layer: nn.Module, kept: LayerPlan, head_dim: int) -> None:
     query, kv, channels = _features(kept, head_dim)
-    for linear, rows in (
-        (family.q_proj(layer), query),
-        (family.k_proj(layer), kv),
-        (family.v_proj(layer), kv),
-        *((linear, channels) for linear in family.channel_linears(layer)),
-    ):
+    for linear, rows in _kept_rows(family, layer, query, kv, channels):
         _zero_(linear, rows=_others(rows, linear.out_features))
+    mask_head_norms_(family, layer, kept.kept_query_heads, kept.kept_kv_heads)
     for linear, columns in ((family.o_proj(layer), query), (family.down_proj(layer), channels)):
         linear.weight[:, _others(columns, linear.in_features)] = 0
 
@@ -127,18 +125,25 @@ def kept_inputs(kept: LayerPlan, kind: SubLayerKind, head_dim: int) -> Tensor:
     return query if kind == "attention" else channels
 
 
+def _kept_rows(
+    family: ModelFamily, layer: nn.Module, query: Tensor, kv: Tensor, channels: Tensor
+) -> list[tuple[nn.Linear, Tensor]]:
+    """The linears whose rows are heads or channels, with the rows that stay, int64: of each part of a fused one."""
+    features = {"q": query, "k": kv, "v": kv, "gate": channels, "up": channels}
+    rows: dict[nn.Linear, list[Tensor]] = {}
+    for role, projection in family.projections(layer).items():
+        if role in features:
+            rows.setdefault(projection.linear, []).append(projection.start + features[role])
+    return [(linear, torch.cat(parts)) for linear, parts in rows.items()]
+
+
 def _features(kept: LayerPlan, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Feature indices of the kept query heads, kv heads and channels, int64."""
     return (
-        _expand(kept.kept_query_heads, head_dim),
-        _expand(kept.kept_kv_heads, head_dim),
+        head_features(kept.kept_query_heads, head_dim),
+        head_features(kept.kept_kv_heads, head_dim),
         torch.tensor(kept.kept_channels, dtype=torch.int64),
     )
-
-
-def _expand(heads: Sequence[int], head_dim: int) -> Tensor:
-    starts = torch.tensor(heads, dtype=torch.int64)[:, None] * head_dim
-    return (starts + torch.arange(head_dim)).flatten()
 
 
 def _others(kept: Tensor, size: int) -> Tensor:
@@ -174,7 +179,7 @@ def _take(parameter: Tensor, dim: int, indices: Tensor) -> nn.Parameter:
     return nn.Parameter(taken, requires_grad=parameter.requires_grad)
 
 
-def _keep_layers_(layers: nn.ModuleList, kept_layers: Sequence[int]) -> None:
+def _keep_layers_(layers: nn.ModuleList, kept_layers: tuple[int, ...]) -> None:
     kept = [layers[index] for index in kept_layers]
     del layers[:]
     layers.extend(kept)

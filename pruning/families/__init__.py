@@ -1,9 +1,12 @@
 """Model families: which row of names fits a model, its per-layer shapes, and what a head or a channel costs.
 
-* `rows`      one row per family: where its parts are called what; a new family is a new row, start here
-* `family`    what a row says, asked of a model: layers, linears, norms, head width
-* `forward`   one sub-layer computed alone, as the walk does it
-* `sites`     where something can be removed, and which columns go together
+* `rows`        one row per family: where its parts are called what; a new family is a new row, start here
+* `family`      what a row says, asked of a model: layers, linears, norms, head width
+* `projection`  the rows of a linear that are q, k, v, gate or up, of its own or of a fused one
+* `forward`     one sub-layer computed alone, as the walk does it, and how its output joins the residual stream
+* `head_norms`  norms that span all heads of an attention, and lose some with them
+* `parts`       that a layer has no part which its family's row does not know
+* `sites`       where something can be removed, and which columns go together
 
 May import pruning.plan and pruning.errors. What it asks of a model are names and shapes: no weight is read.
 """
@@ -28,9 +31,9 @@ __all__ = ["FAMILIES", "LayerCost", "ModelFamily", "decoder_parameters", "family
 class LayerCost:
     """Parameters of one decoder layer as a linear function of its widths; equal for all layers of a model.
 
-    per_query_head: rows of q, columns of o, bias of q. per_kv_head: rows and biases of k and v.
-    per_channel: rows of up (and of gate, if there is one), column of down, biases of up and gate. fixed: norms, biases
-    of o and down.
+    per_query_head: rows of q, columns of o, bias of q. per_kv_head: rows and biases of k and v. Both: their share of a
+    norm that spans all heads. per_channel: rows of up (and of gate, if there is one), column of down, biases of up and
+    gate. fixed: the other norms, biases of o and down.
     """
 
     per_query_head: int
@@ -71,14 +74,7 @@ def shapes(model: nn.Module) -> tuple[LayerShape, ...]:
     """Widths of all decoder layers, read from the linears themselves (not from the config)."""
     family = family_of(model)
     head_dim = family.head_dim(model)
-    return tuple(
-        LayerShape(
-            num_heads=family.q_proj(layer).out_features // head_dim,
-            num_kv_heads=family.k_proj(layer).out_features // head_dim,
-            intermediate_size=family.down_proj(layer).in_features,
-        )
-        for layer in family.layers(model)
-    )
+    return tuple(_shape(family, layer, head_dim) for layer in family.layers(model))
 
 
 def decoder_parameters(model: nn.Module) -> int:
@@ -90,22 +86,28 @@ def layer_cost(model: nn.Module) -> LayerCost:
     """What one query head, kv head and channel cost, so that schedules count parameters without surgery."""
     family = family_of(model)
     layer, shape, head_dim = family.layers(model)[0], shapes(model)[0], family.head_dim(model)
+    per_row = {role: projection.parameters_per_row for role, projection in family.projections(layer).items()}
+    in_norm = int(family.head_norms_span_heads)
     cost = LayerCost(
-        per_query_head=head_dim * (_per_row(family.q_proj(layer)) + family.o_proj(layer).out_features),
-        per_kv_head=head_dim * (_per_row(family.k_proj(layer)) + _per_row(family.v_proj(layer))),
-        per_channel=sum(_per_row(linear) for linear in family.channel_linears(layer))
-        + family.down_proj(layer).out_features,
+        per_query_head=head_dim * (per_row["q"] + family.o_proj(layer).out_features + in_norm),
+        per_kv_head=head_dim * (per_row["k"] + per_row["v"] + in_norm),
+        per_channel=per_row.get("gate", 0) + per_row["up"] + family.down_proj(layer).out_features,
         fixed=0,
     )
     numel = sum(parameter.numel() for parameter in layer.parameters())
     return LayerCost(cost.per_query_head, cost.per_kv_head, cost.per_channel, fixed=numel - cost.parameters(shape))
 
 
+def _shape(family: ModelFamily, layer: nn.Module, head_dim: int) -> LayerShape:
+    rows = {role: projection.num_rows for role, projection in family.projections(layer).items()}
+    return LayerShape(
+        num_heads=rows["q"] // head_dim,
+        num_kv_heads=rows["k"] // head_dim,
+        intermediate_size=family.down_proj(layer).in_features,
+    )
+
+
 def _check_requirements(family: ModelFamily, config: Any) -> None:
     for requirement in family.requirements:
         if not requirement.holds(config):
             raise PruningError(f"cannot prune this {family.architectures[0]}: {requirement.reason}")
-
-
-def _per_row(linear: nn.Linear) -> int:
-    return linear.in_features + (linear.bias is not None)

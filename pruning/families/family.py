@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from pruning.families.projection import Projection
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -26,15 +28,24 @@ class ModelFamily:
 
     `model_types` and `architectures` are the spellings of config.model_type and of the model class: the stock one, then
     ours for uneven layers. Paths start at the model ("model.layers"), sub-module names at the layer or its attention or
-    MLP; `..._field` are names in the config. Per-head norms (q_norm, k_norm of qwen3) have width head_dim, are shared
-    by all heads and are never cut.
+    MLP; `..._field` are names in the config.
 
+    q_name ... down_name: roles of the same name are rows of one fused linear, in the order q k v or gate up.
     mlp_name: "" where the layer itself holds the linears of the MLP; `activation_name` then names the activation there.
     gate_name: None for an MLP without a gate. rotary_path: None where positions are learned with the embeddings.
     kv_heads_field: None where every query head has a kv head of its own. stock_head_dim: the stock class takes the
     width of a head from the config; False where it divides hidden_size by the number of heads, so that it cannot
-    describe pruned heads. parallel_residual: attention and MLP both read the residual stream as it was before the
-    layer, else the MLP reads it after the attention.
+    describe pruned heads. per_layer_fields: lists in the config with an entry for each layer.
+
+    On the way to a sub-layer: attention_norm_name, mlp_norm_name; None where it reads the residual stream itself.
+    parallel_residual: attention and MLP both read the stream as it was before the layer, else the MLP reads it after
+    the attention. On the way from its output linear to the stream: ..._output_norm_name, and
+    residual_multiplier_name, the layer's attribute by which the output is multiplied. norm_offset: what such a norm
+    adds to its weight; norm_epsilon_name: its attribute. On the way from the head: the logits are divided by one field
+    of the config, or held below another.
+
+    head_norm_names: norms of queries and keys, of width head_dim, shared by all heads and never cut; or with
+    head_norms_span_heads one norm over all of them, which is cut along with the heads.
     """
 
     name: str
@@ -55,12 +66,21 @@ class ModelFamily:
     up_name: str = "up_proj"
     down_name: str = "down_proj"
     activation_name: str = ""
-    attention_norm_name: str = "input_layernorm"
-    mlp_norm_name: str = "post_attention_layernorm"
+    attention_norm_name: str | None = "input_layernorm"
+    mlp_norm_name: str | None = "post_attention_layernorm"
+    attention_output_norm_name: str | None = None
+    mlp_output_norm_name: str | None = None
+    norm_offset: float = 0.0
+    norm_epsilon_name: str = "variance_epsilon"
+    residual_multiplier_name: str | None = None
+    logits_divisor_field: str | None = None
+    logits_cap_field: str | None = None
     head_norm_names: tuple[str, ...] = ()
+    head_norms_span_heads: bool = False
     heads_field: str = "num_attention_heads"
     kv_heads_field: str | None = "num_key_value_heads"
     intermediate_field: str = "intermediate_size"
+    per_layer_fields: tuple[str, ...] = ("layer_types",)
     stock_head_dim: bool = True
     parallel_residual: bool = False
     requirements: tuple[Requirement, ...] = ()
@@ -97,49 +117,20 @@ class ModelFamily:
         """The module that holds the linears of the MLP: the MLP block of a layer, or the layer itself."""
         return layer.get_submodule(self.mlp_name)
 
-    def attention_norm(self, layer: nn.Module) -> nn.Module:
-        """The norm before the attention."""
-        return layer.get_submodule(self.attention_norm_name)
-
-    def mlp_norm(self, layer: nn.Module) -> nn.Module:
-        """The norm before the MLP; for a parallel residual the same as before the attention."""
-        return layer.get_submodule(self.mlp_norm_name)
-
-    def q_proj(self, layer: nn.Module) -> nn.Linear:
-        """hidden -> num_heads * head_dim."""
-        return _linear(self.attention(layer), self.q_name)
-
-    def k_proj(self, layer: nn.Module) -> nn.Linear:
-        """hidden -> num_kv_heads * head_dim."""
-        return _linear(self.attention(layer), self.k_name)
-
-    def v_proj(self, layer: nn.Module) -> nn.Linear:
-        """hidden -> num_kv_heads * head_dim."""
-        return _linear(self.attention(layer), self.v_name)
+    def head_norms(self, layer: nn.Module) -> tuple[nn.Module, ...]:
+        """The norms of the queries and of the keys, if there are any."""
+        return tuple(self.attention(layer).get_submodule(name) for name in self.head_norm_names)
 
     def o_proj(self, layer: nn.Module) -> nn.Linear:
         """num_heads * head_dim -> hidden."""
         return _linear(self.attention(layer), self.o_name)
 
-    def gate_proj(self, layer: nn.Module) -> nn.Linear | None:
-        """hidden -> intermediate; None for an MLP without a gate."""
-        return None if self.gate_name is None else _linear(self.mlp(layer), self.gate_name)
-
-    def up_proj(self, layer: nn.Module) -> nn.Linear:
-        """hidden -> intermediate."""
-        return _linear(self.mlp(layer), self.up_name)
-
     def down_proj(self, layer: nn.Module) -> nn.Linear:
         """intermediate -> hidden."""
         return _linear(self.mlp(layer), self.down_name)
 
-    def channel_linears(self, layer: nn.Module) -> tuple[nn.Linear, ...]:
-        """The linears whose rows are the MLP channels: gate (if there is one) and up."""
-        gate, up = self.gate_proj(layer), self.up_proj(layer)
-        return (up,) if gate is None else (gate, up)
-
     def linears(self, layer: nn.Module) -> dict[str, nn.Linear]:
-        """All linears of a layer, in the order q k v o (gate) up down, keyed so."""
+        """The linear of each role, in the order q k v o (gate) up down; a fused one comes once for each of its own."""
         blocks = {role: self.attention(layer) for role in "qkvo"} | dict.fromkeys(
             ("gate", "up", "down"), self.mlp(layer)
         )
@@ -150,6 +141,29 @@ class ModelFamily:
         names = {"q": self.q_name, "k": self.k_name, "v": self.v_name, "o": self.o_name}
         gate = {} if self.gate_name is None else {"gate": self.gate_name}
         return names | gate | {"up": self.up_name, "down": self.down_name}
+
+    def fused_roles(self) -> tuple[tuple[str, ...], ...]:
+        """The roles that are rows of one linear together: ("q", "k", "v"), ("gate", "up"), or none."""
+        names = self.linear_names()
+        together = {name: tuple(role for role in names if names[role] == name) for name in names.values()}
+        return tuple(roles for roles in together.values() if len(roles) > 1)
+
+    def projections(self, layer: nn.Module) -> dict[str, Projection]:
+        """The rows that each role has: all of its linear, or a part of a fused one; keyed as `linears`.
+
+        q has as many rows as o has inputs, k and v share the rest; gate and up have half each.
+        """
+        linears = self.linears(layer)
+        found = {role: Projection(linear, 0, linear.out_features) for role, linear in linears.items()}
+        for roles in self.fused_roles():
+            linear, start = linears[roles[0]], 0
+            query = linears["o"].in_features if "q" in roles else 0
+            others = (linear.out_features - query) // sum(role != "q" for role in roles)
+            for role in roles:
+                stop = start + (query if role == "q" else others)
+                found[role] = Projection(linear, start, stop)
+                start = stop
+        return found
 
     def head_dim(self, model: nn.Module) -> int:
         """Width of one head, from the model's own modules."""

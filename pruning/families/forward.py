@@ -1,6 +1,6 @@
-"""The two halves of a decoder layer up to their output linears: what the layer walk computes.
+"""The two halves of a decoder layer: what their output linears are given, and what their outputs add to the stream.
 
-Shapes: B samples, L tokens per sample, C residual stream, I input features of the output linear.
+Shapes: B samples, L tokens per sample, C residual stream, I input features of the output linear, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,8 +20,26 @@ KINDS: tuple[SubLayerKind, ...] = ("attention", "mlp")
 
 
 def output_linear(family: ModelFamily, layer: nn.Module, kind: SubLayerKind) -> nn.Linear:
-    """The linear whose output joins the residual stream: o_proj or down_proj."""
+    """The linear whose output, perhaps normed or multiplied, joins the residual stream: o_proj or down_proj."""
     return family.o_proj(layer) if kind == "attention" else family.down_proj(layer)
+
+
+def input_norm(family: ModelFamily, layer: nn.Module, kind: SubLayerKind) -> nn.Module | None:
+    """The norm before a sub-layer; None if it reads the stream itself. Parallel sub-layers may share one."""
+    name = family.attention_norm_name if kind == "attention" else family.mlp_norm_name
+    return None if name is None else layer.get_submodule(name)
+
+
+def output_norm(family: ModelFamily, layer: nn.Module, kind: SubLayerKind) -> nn.Module | None:
+    """The norm between a sub-layer's output linear and the stream, if there is one."""
+    name = family.attention_output_norm_name if kind == "attention" else family.mlp_output_norm_name
+    return None if name is None else layer.get_submodule(name)
+
+
+def residual_multiplier(family: ModelFamily, layer: nn.Module) -> float | None:
+    """What the outputs of a layer's sub-layers are multiplied with, None for as they are."""
+    name = family.residual_multiplier_name
+    return None if name is None else float(getattr(layer, name))
 
 
 def output_inputs(
@@ -32,19 +50,59 @@ def output_inputs(
     stream_BLC: before the layer, or for an MLP that is not parallel to the attention, after the attention's output has
     joined it. kwargs: the keyword arguments that the model gives the layer (mask, rotary tables, positions).
     """
+    norm = input_norm(family, layer, kind)
+    read_BLC = stream_BLC if norm is None else norm(stream_BLC)
     if kind == "attention":
-        module, norm = family.attention(layer), family.attention_norm(layer)
+        module = family.attention(layer)
         with _without(module, family.o_name):
-            attention_BLI: Tensor = module(hidden_states=norm(stream_BLC), **kwargs)[0]
+            attention_BLI: Tensor = module(hidden_states=read_BLC, **kwargs)[0]
             return attention_BLI
-    norm = family.mlp_norm(layer)
     if not family.mlp_name:
         activation: Callable[[Tensor], Tensor] = getattr(layer, family.activation_name)
-        return activation(family.up_proj(layer)(norm(stream_BLC)))
+        return activation(family.linears(layer)["up"](read_BLC))
     module = family.mlp(layer)
     with _without(module, family.down_name):
-        channels_BLI: Tensor = module(norm(stream_BLC))
+        channels_BLI: Tensor = module(read_BLC)
         return channels_BLI
+
+
+def join(family: ModelFamily, layer: nn.Module, kind: SubLayerKind, stream_BLC: Tensor, output_BLC: Tensor) -> Tensor:
+    """The stream after the output of a sub-layer's output linear has joined it: the one place that says how."""
+    norm, multiplier = output_norm(family, layer, kind), residual_multiplier(family, layer)
+    if norm is not None:
+        output_BLC = norm(output_BLC)
+    if multiplier is not None:
+        output_BLC = output_BLC * multiplier
+    return stream_BLC + output_BLC
+
+
+def output_scale(family: ModelFamily, layer: nn.Module, kind: SubLayerKind) -> Tensor | None:
+    """How much each output of an output linear counts in the stream, (C,) float32: the gain of the norm behind it,
+    times the multiplier. None where there is neither."""
+    norm, multiplier = output_norm(family, layer, kind), residual_multiplier(family, layer)
+    if norm is None:
+        if multiplier is None:
+            return None
+        linear = output_linear(family, layer, kind)
+        return torch.full((linear.out_features,), multiplier, device=linear.weight.device)
+    gain_C = norm.get_parameter("weight").detach().float() + family.norm_offset
+    return gain_C if multiplier is None else gain_C * multiplier
+
+
+@torch.no_grad()
+def token_weights(family: ModelFamily, layer: nn.Module, kind: SubLayerKind, inputs_BLI: Tensor) -> Tensor | None:
+    """How much an error of the output linear counts at each token, (B, L) float32; None for the same at all.
+
+    A norm behind the linear divides by the root mean square of its output. With that frozen at what the linear gives
+    now, squared errors in the stream are those of the linear times 1 / mean square (and `output_scale` squared).
+    """
+    norm = output_norm(family, layer, kind)
+    if norm is None:
+        return None
+    output_BLC = output_linear(family, layer, kind)(inputs_BLI).float()
+    epsilon = float(getattr(norm, family.norm_epsilon_name))
+    weights_BL: Tensor = 1 / (output_BLC.square().mean(-1) + epsilon)
+    return weights_BL
 
 
 def silence_(linear: nn.Linear) -> None:
@@ -68,8 +126,19 @@ def layer_output(
         if kind in kinds:
             before_BLC = stream_BLC if family.parallel_residual else after_BLC
             inputs_BLI = output_inputs(family, layer, kind, before_BLC, kwargs)
-            after_BLC = after_BLC + output_linear(family, layer, kind)(inputs_BLI)
+            after_BLC = join(family, layer, kind, after_BLC, output_linear(family, layer, kind)(inputs_BLI))
     return after_BLC
+
+
+def finish_logits(family: ModelFamily, config: Any) -> Callable[[Tensor], Tensor] | None:
+    """What becomes of the head's outputs, (..., V), before they are logits; None where they are."""
+    divisor = family.logits_divisor_field and getattr(config, family.logits_divisor_field)
+    cap = family.logits_cap_field and getattr(config, family.logits_cap_field)
+    if divisor:
+        return lambda logits: logits / divisor
+    if cap:
+        return lambda logits: torch.tanh(logits / cap) * cap
+    return None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pruning.training.objectives import CrossEntropy
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from pruning.families.projection import Projection
     from pruning.families.sites import Site
     from pruning.gradual.masks import Factors
     from pruning.gradual.prunable import Choice, Prunable
@@ -83,7 +84,7 @@ class LoraImportance:
     ) -> None:
         self._prunable, self._pace, self._num_steps = prunable, pace, num_steps
         layers = prunable.family.layers(model)
-        self._linears = {site.name: _coupled_linears(prunable, layers[site.layer], site) for site in prunable.sites}
+        self._rows = {site.name: _coupled_rows(prunable, layers[site.layer], site) for site in prunable.sites}
         self.average: dict[str, Tensor] = {
             site.name: torch.zeros(site.num_groups, dtype=torch.float64, device=device) for site in prunable.sites
         }
@@ -99,8 +100,7 @@ class LoraImportance:
     def before_step(self, step: int) -> None:
         """Look at the gradients, and mask as many groups as are due after this step."""
         for site in self._prunable.sites:
-            found = {role: importance(adapter) for role, adapter in self._adapters(site).items()}
-            decay = self._pace.decay
+            found, decay = self._importances(site), self._pace.decay
             self.average[site.name] = decay * self.average[site.name] + (1 - decay) * coupled(site, found)
         self._mask(step)
 
@@ -129,21 +129,21 @@ class LoraImportance:
             self._factors[site.name] = choice.mask(site).to(self._factors[site.name].device)
         self._step, self._sparsity = step, choice.sparsity
 
-    def _adapters(self, site: Site) -> dict[str, LowRank]:
-        """Of the linears whose weights go with the site's groups, by role."""
-        found = {role: low_rank(linear) for role, linear in self._linears[site.name].items()}
-        return {role: adapter for role, adapter in found.items() if adapter is not None}
+    def _importances(self, site: Site) -> dict[str, Tensor]:
+        """Of the weights that go with the site's groups, by role, (O, I), as far as they are adapted."""
+        rows = self._rows[site.name]
+        adapters = {each.linear: low_rank(each.linear) for each in rows.values()}  # a fused linear once
+        of_linear = {linear: importance(adapter) for linear, adapter in adapters.items() if adapter is not None}
+        return {role: each.rows_of(of_linear[each.linear]) for role, each in rows.items() if each.linear in of_linear}
 
 
-def _coupled_linears(prunable: Prunable, layer: nn.Module, site: Site) -> dict[str, nn.Module]:
+def _coupled_rows(prunable: Prunable, layer: nn.Module, site: Site) -> dict[str, Projection]:
     roles = (*_ROWS[site.unit], _COLUMNS[site.unit])
-    linears: dict[str, nn.Module] = {
-        role: linear for role, linear in prunable.family.linears(layer).items() if role in roles
-    }
-    if not any(low_rank(linear) for linear in linears.values()):
+    rows = {role: each for role, each in prunable.family.projections(layer).items() if role in roles}
+    if not any(low_rank(each.linear) for each in rows.values()):
         what = "heads" if site.kind == "attention" else "channels"
         raise PruningError(
             f"none of the targets says what the {what} of {site.name} are worth: add one of "
-            f"{', '.join(linears)} to targets, or take them out of the pruning with split"
+            f"{', '.join(rows)} to targets, or take them out of the pruning with split"
         )
-    return linears
+    return rows

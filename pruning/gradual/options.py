@@ -15,7 +15,7 @@ from pruning.training.options import TextConfig
 
 if TYPE_CHECKING:
     from pruning.allocation.schedule import Allocation
-    from pruning.families import LayerCost
+    from pruning.families import LayerCost, ModelFamily
     from pruning.plan import LayerShape
 
 
@@ -81,9 +81,14 @@ class TrainedOptions(TextConfig, AdapterConfig):
             head_unit=self.head_unit,
         )
 
-    def check_layers(self, layers: Sequence[LayerShape], cost: LayerCost) -> None:
+    def check_layers(self, layers: Sequence[LayerShape], cost: LayerCost, family: ModelFamily) -> None:
         """Raise PruningError if a model of these layers cannot be pruned so."""
         from pruning.allocation.schedule import check_head_unit, check_reach
 
+        if family.head_norms_span_heads and self.split_ != "ffn":
+            raise PruningError(
+                f"in a {family.name} model one norm spans the queries of all heads, and masks on what heads give do "
+                "not reach it: set split to ffn, or prune heads by a method that does not train"
+            )
         check_head_unit(self.head_unit, layers)
         check_reach(self.allocation_(), layers, cost, joint=self.joint)

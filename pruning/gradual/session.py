@@ -89,7 +89,7 @@ def prune_while_training(
         raise PruningError(f"pruning while training runs in one process, not in {run.num_processes}")
     device = check_device(run)
     prunable = Prunable.of(model, config.allocation_(), config.measure, joint=config.joint)
-    config.check_layers(prunable.widths, prunable.cost)
+    config.check_layers(prunable.widths, prunable.cost, prunable.family)
     data = _examples(model, tokenizer, inputs, config, run)
     identity = identity_of(model, data.identity, config.model_dump_json())
     with seeded(config.seed), merged_adapters(model, config) as adapted:

@@ -50,7 +50,13 @@ def trace_orders(
     ):
         assert sub_layer.hessian is not None
         weight_OI = sub_layer.linear.weight
-        problem = prepare(sub_layer.name, weight_OI, sub_layer.hessian, dampening_frac=solver.dampening_frac)
+        problem = prepare(
+            sub_layer.name,
+            weight_OI,
+            sub_layer.hessian,
+            dampening_frac=solver.dampening_frac,
+            scale_O=sub_layer.output_scale_O,
+        )
         for unit, groups in _groups(sub_layer, widths[sub_layer.layer], head_dim, solver).items():
             found = search(problem, groups, solver)
             order = Order(

@@ -77,6 +77,9 @@ def prune_layerwise_(
         process_group.copy_from_leader_(sub_layer.linear.weight.data)
         kept.append(kept_units)
         reports.append(report)
+        if sub_layer.kind == "attention":
+            of_heads = layer_plan(sub_layer.layer, shape, kept_units, (), solver.head_unit)
+            sub_layer.keep_heads(of_heads.kept_query_heads, of_heads.kept_kv_heads)
         if sub_layer.kind == "mlp":
             plan = layer_plan(sub_layer.layer, shape, kept[0], kept[1], solver.head_unit)
             walk_state.decide(LayerEntry(plan=plan, reports=tuple(reports)))
@@ -144,19 +147,24 @@ def _choose(
     """
     assert sub_layer.hessian is not None
     name, weight_OI, hessian = sub_layer.name, sub_layer.linear.weight.detach(), sub_layer.hessian
-    frac, dtype = solver.dampening_frac, solver.dtype
+    frac, dtype, scale_O = solver.dampening_frac, solver.dtype, sub_layer.output_scale_O
     if orders is not None:
         traced = orders.load(name, solver.head_unit if sub_layer.kind == "attention" else "channel")
-        system = dampen(name, weight_OI, hessian, dampening_frac=frac, dtype=dtype)
+        system = dampen(name, weight_OI, hessian, dampening_frac=frac, dtype=dtype, scale_O=scale_O)
         # what scores no error predicts none
         bounds = traced.bounds(groups.count) if traced.condition is not None else (0.0, math.inf)
         return system, traced.order[: groups.count], bounds, {"condition": traced.condition}
-    problem = prepare(name, weight_OI, hessian, dampening_frac=frac, dtype=dtype)
+    problem = prepare(name, weight_OI, hessian, dampening_frac=frac, dtype=dtype, scale_O=scale_O)
     found = search(problem, groups, solver)
     predicted = found.errors[-1]
     report: dict[str, float | None] = {"predicted_error": predicted, "condition": 1.0 / problem.rcond}
     # without the inverse, which is as large as the Hessian
-    return System(name, problem.W_OI, problem.H_II), found.order, (predicted, predicted), report
+    return (
+        System(name, problem.W_OI, problem.H_II, scale_O=problem.scale_O),
+        found.order,
+        (predicted, predicted),
+        report,
+    )
 
 
 def _warn_of_rounding(name: str, error: float, predicted: tuple[float, float]) -> None:
@@ -177,7 +185,7 @@ def _measured(sub_layer: SubLayer, weight_OI: Tensor, pruned_OI: Tensor) -> dict
     """The errors as the two Hessians see them, in float32: these figures decide nothing."""
     assert sub_layer.hessian is not None
     H_II = sub_layer.hessian.matrix_II
-    weight_OI, pruned_OI = weight_OI.to(H_II), pruned_OI.to(H_II)
+    weight_OI, pruned_OI = (_counted(sub_layer, each_OI.to(H_II)) for each_OI in (weight_OI, pruned_OI))
     return {
         "measured_error": output_error(weight_OI, pruned_OI, H_II),
         "output_energy": output_error(weight_OI, torch.zeros_like(weight_OI), H_II),
@@ -185,3 +193,9 @@ def _measured(sub_layer: SubLayer, weight_OI: Tensor, pruned_OI: Tensor) -> dict
         if sub_layer.heldout
         else None,
     }
+
+
+def _counted(sub_layer: SubLayer, weight_OI: Tensor) -> Tensor:
+    """Each row times how much its output counts in the residual stream, of which the reports speak."""
+    scale_O = sub_layer.output_scale_O
+    return weight_OI if scale_O is None else weight_OI * scale_O[:, None]

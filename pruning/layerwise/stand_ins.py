@@ -3,7 +3,8 @@
 A run of dropped layers would have added something to the residual stream. The down_proj of the layer before the run is
 fitted to add it as well, from the inputs that it has: ridge regression towards its own weights, in closed form. The
 model stays one of the stock class. (The authors fit a square matrix on the MLP's outputs and multiply it in; fitting
-the weights themselves on the MLP's inputs contains that.)
+the weights themselves on the MLP's inputs contains that.) A norm behind the down_proj would rescale whatever is fitted:
+families that have one are refused.
 
 Shapes: O outputs, I inputs of a down_proj, B samples of one batch, L tokens per sample, C residual stream.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pruning.families.forward import output_name
+from pruning.families.forward import join, output_name, residual_multiplier
 from pruning.layerwise.drop import StandIn
 from pruning.statistics.cross import CrossMoments, CrossMomentsAccumulator
 from pruning.walk.state import SubLayerReport
@@ -131,7 +132,7 @@ class _Fit:
             dtype = linear.weight.dtype
             self._joined = self._streams.allocate()
             self._inputs = self._store.allocate(self._num_samples, (self._seq_len, linear.in_features), dtype)
-            self._bias = linear.bias
+            self._bias, self._multiplier = linear.bias, residual_multiplier(self._decoder.family, layer)
         for start, before_BLC in self._streams.read():
             if not host:
                 self._streams.common.put(start, self._streams.through(layer, index, before_BLC))
@@ -139,7 +140,8 @@ class _Fit:
             joined_BLC, inputs_BLI = self._streams.mlp_inputs(layer, index, before_BLC)
             self._joined.put(start, joined_BLC)
             self._inputs.put(start, inputs_BLI)
-            self._streams.common.put(start, joined_BLC + linear(inputs_BLI))
+            after_BLC = join(self._decoder.family, layer, "mlp", joined_BLC, linear(inputs_BLI))
+            self._streams.common.put(start, after_BLC)
 
     def finish(self) -> CrossMoments | None:
         """Moments of the host's inputs and of what its down_proj would have to give for the stream to be as it is now,
@@ -149,9 +151,12 @@ class _Fit:
         for start, after_BLC in self._streams.read():
             stop = start + len(after_BLC)
             wanted_BLO = after_BLC - self._joined.get(start, stop).to(device)
-            if self._bias is not None:
-                wanted_BLO = wanted_BLO - self._bias
-            moments.add(self._inputs.get(start, stop).to(device), wanted_BLO)
+            inputs_BLI = self._inputs.get(start, stop).to(device)
+            bias_O: Tensor | None = self._bias
+            if self._multiplier is not None:  # of outputs: the same as of inputs and bias
+                inputs_BLI = inputs_BLI * self._multiplier
+                bias_O = None if bias_O is None else bias_O * self._multiplier
+            moments.add(inputs_BLI, wanted_BLO if bias_O is None else wanted_BLO - bias_O)
         self._store.free(self._joined)
         self._store.free(self._inputs)
         return moments.finish(self._options.process_group)

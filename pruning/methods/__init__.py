@@ -3,7 +3,7 @@
 A method has VERSION (raised when its numbers change), Config and OrderConfig (what its orders depend on), ORDERS_FROM
 ("calibration" or "statistics", what `order` reads), and
 
-* `check_model(config, layers, cost)`     raises PruningError if a model of these widths cannot be pruned so
+* `check_model(config, layers, cost, family)`  raises PruningError if a model of these widths cannot be pruned so
 * `needs_statistics(config)`              whether `prune` wants captured Hessians of the dense model
 * `order_config(config)`                  an OrderConfig if one ranking serves several sparsities, else None
 * `order(decoder, config, folder, ...)`   makes that ranking

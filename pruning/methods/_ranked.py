@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pruning.allocation.schedule import Allocation
     from pruning.calibration import CalibrationSet
     from pruning.checkpoints.decoder import Decoder
-    from pruning.families import LayerCost
+    from pruning.families import LayerCost, ModelFamily
     from pruning.layerwise.apply import Application
     from pruning.plan import LayerShape
     from pruning.ranking.job import RankingJob
@@ -186,7 +186,7 @@ class Ranked:
                 f"repair {config.repair!r} and the statistics given ({statistics}) do not go together: least_squares "
                 "needs the folder that capture_statistics wrote, and nothing else takes one"
             )
-        self.check_model(config, *_model(decoder))
+        self.check_model(config, *_model(decoder), decoder.family)
         make = partial(
             self.order, decoder, self.order_config(config), calibration=calibration, options=options, progress=progress
         )
@@ -201,7 +201,9 @@ class Ranked:
                 progress=progress,
             )
 
-    def check_model(self, config: WidthOptions, layers: Sequence[LayerShape], cost: LayerCost) -> None:
+    def check_model(
+        self, config: WidthOptions, layers: Sequence[LayerShape], cost: LayerCost, family: ModelFamily
+    ) -> None:
         """Raise PruningError if a model of these layers cannot be pruned so."""
         from pruning.allocation.schedule import check_head_unit, check_reach
 

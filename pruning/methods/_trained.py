@@ -17,7 +17,7 @@ from pruning.training.options import TrainingRun
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pruning.families import LayerCost
+    from pruning.families import LayerCost, ModelFamily
     from pruning.gradual.session import Make, TrainedPruning
     from pruning.plan import LayerShape
     from pruning.recovery import RecoveryInputs
@@ -42,9 +42,11 @@ class Trained:
         """The text, or the records."""
         return (config.data,)
 
-    def check_model(self, config: TrainedOptions, layers: Sequence[LayerShape], cost: LayerCost) -> None:
+    def check_model(
+        self, config: TrainedOptions, layers: Sequence[LayerShape], cost: LayerCost, family: ModelFamily
+    ) -> None:
         """Raise PruningError if a model of these layers cannot be pruned so."""
-        config.check_layers(layers, cost)
+        config.check_layers(layers, cost, family)
 
     def check_training(self, config: TrainedOptions, hidden_size: int, context: int | None) -> None:
         """Raise PruningError for adapters larger than what they adapt, or examples longer than the model's context."""

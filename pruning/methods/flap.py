@@ -13,7 +13,7 @@ from pydantic import model_validator
 from pruning.methods._ranked import FORWARD_STREAMS, OrderOptions, Ranked, WidthOptions
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from pruning.families.forward import SubLayerKind
     from pruning.ranking.job import RankingJob
@@ -65,10 +65,10 @@ def rank(job: RankingJob, config: OrderConfig) -> None:
     """Score every input column of the output linears on the dense model; a head scores the mean of its columns."""
     from pruning.ranking.inputs import column_energy, rank_by_inputs
 
-    def fluctuation(kind: SubLayerKind, linear: nn.Linear, moments: Moments) -> Tensor:
+    def fluctuation(kind: SubLayerKind, weight_OI: Tensor, moments: Moments) -> Tensor:
         scores_I = moments.variance_I.double()
         if config.metric == "WIFV":
-            scores_I = scores_I * column_energy(linear)
+            scores_I = scores_I * column_energy(weight_OI)
         if kind == "attention" and config.squared_heads:
             scores_I = scores_I.square()
         return (scores_I - scores_I.mean()) / scores_I.std()

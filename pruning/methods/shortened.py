@@ -19,7 +19,7 @@ from pruning.errors import PruningError
 if TYPE_CHECKING:
     from pruning.calibration import CalibrationSet
     from pruning.checkpoints.decoder import Decoder
-    from pruning.families import LayerCost
+    from pruning.families import LayerCost, ModelFamily
     from pruning.families.forward import SubLayerKind
     from pruning.plan import LayerShape
     from pruning.walk.sequential import WalkOptions
@@ -145,7 +145,7 @@ def prune(
     if statistics is not None:
         raise PruningError("depth pruning takes no statistics: it looks at whole layers; leave them out")
     widths, cost = shapes(decoder.skeleton), layer_cost(decoder.skeleton)
-    check_model(config, widths, cost)
+    check_model(config, widths, cost, decoder.family)
     make = partial(
         order, decoder, order_config(config), calibration=calibration, options=options, progress=progress
     )  # fmt: skip
@@ -164,11 +164,16 @@ def prune(
     )  # fmt: skip
 
 
-def check_model(config: Config, layers: Sequence[LayerShape], cost: LayerCost) -> None:
-    """Raise PruningError if a model of these layers cannot lose so many, or less than half of the smallest block is
-    asked for."""
+def check_model(config: Config, layers: Sequence[LayerShape], cost: LayerCost, family: ModelFamily) -> None:
+    """Raise PruningError if a model of these layers cannot lose so many, less than half of the smallest block is asked
+    for, or a stand-in is asked of a down_proj with a norm behind it."""
     from pruning.ranking.depth import most_removable, removable
 
+    if config.merge == "linear" and family.mlp_output_norm_name is not None:
+        raise PruningError(
+            f"merge 'linear' fits a down_proj to what dropped layers would have added, and in a {family.name} model a "
+            f"norm ({family.mlp_output_norm_name}) rescales whatever a down_proj gives: set merge to none"
+        )
     protected = config.protect_first, config.protect_last
     free = removable(len(layers), config.unit, *protected)
     most_blocks = most_removable(len(layers), config.unit, *protected)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pruning.allocation.schedule import HeadUnit
     from pruning.calibration import CalibrationSet
     from pruning.checkpoints.decoder import Decoder
-    from pruning.families import LayerCost
+    from pruning.families import LayerCost, ModelFamily
     from pruning.layerwise.split_search import Candidate
     from pruning.plan import LayerShape
     from pruning.walk.sequential import WalkOptions
@@ -144,7 +144,7 @@ def prune(
 
     _check_statistics(statistics, config)
     widths = shapes(decoder.skeleton)
-    check_model(config, widths, layer_cost(decoder.skeleton))
+    check_model(config, widths, layer_cost(decoder.skeleton), decoder.family)
     captured = Statistics(statistics) if statistics else None
     job = Job(decoder, calibration, captured, Orders(orders) if orders else None, options)
     candidates = _candidates(widths, config)
@@ -162,7 +162,7 @@ def _check_statistics(statistics: Path | None, config: Config) -> None:
         )
 
 
-def check_model(config: Config, layers: Sequence[LayerShape], cost: LayerCost) -> None:
+def check_model(config: Config, layers: Sequence[LayerShape], cost: LayerCost, family: ModelFamily) -> None:
     """Raise PruningError if a model of these layers cannot be pruned so: by no split that is to be tried."""
     from pruning.allocation.schedule import check_head_unit, check_reach
 

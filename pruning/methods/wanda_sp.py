@@ -33,7 +33,7 @@ def rank(job: RankingJob, config: OrderConfig) -> None:
     """Score every input column of the output linears on the dense model."""
     from pruning.ranking.inputs import column_energy, rank_by_inputs
 
-    rank_by_inputs(job, lambda kind, linear, moments: column_energy(linear) * moments.square_I)
+    rank_by_inputs(job, lambda kind, weight_OI, moments: column_energy(weight_OI) * moments.square_I)
 
 
 _method = Ranked(OrderConfig, rank)

@@ -114,8 +114,9 @@ def _config_values(
         *("auto_map", "architectures", "model_type", "head_dim"),
     ):
         values.pop(name, None)
-    if values.get("layer_types") is not None:
-        values["layer_types"] = [values["layer_types"][index] for index in kept_layers]
+    for name in family.per_layer_fields:
+        if values.get(name) is not None:
+            values[name] = [values[name][index] for index in kept_layers]
     layers = [_widths(family, shape) for shape in shapes]
     # the plain fields hold the largest widths; per_layer_config keeps only the entries that differ from them
     largest = {name: max(layer[name] for layer in layers) for name in layers[0]}

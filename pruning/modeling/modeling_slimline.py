@@ -23,18 +23,36 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma2Model,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma3TextModel,
     GemmaConfig,
     GemmaForCausalLM,
     GemmaModel,
+    Glm4Config,
+    Glm4ForCausalLM,
+    Glm4Model,
+    GraniteConfig,
+    GraniteForCausalLM,
+    GraniteModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo2Model,
     OPTConfig,
     OPTForCausalLM,
     OPTModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3Model,
     PhiConfig,
     PhiForCausalLM,
     PhiModel,
@@ -45,14 +63,28 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    SmolLM3Model,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+    Starcoder2Model,
 )
 from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
+from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, Olmo2DecoderLayer
 from transformers.models.opt.modeling_opt import OPTDecoder, OPTDecoderLayer
 from transformers.models.phi.modeling_phi import PhiDecoderLayer
+from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
+from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2DecoderLayer
 
 if not hasattr(PreTrainedConfig, "per_layer_config"):
     raise ImportError("a model with uneven layers needs transformers >= 5.14: pip install -U transformers")
@@ -114,6 +146,42 @@ class _WithoutHeads:
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense")
 
 
+class _WithHeads:
+    """A config but for its number of heads."""
+
+    def __init__(self, config: Any, num_attention_heads: int) -> None:
+        self._config, self.num_attention_heads = config, num_attention_heads
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+class _OwnHeads:
+    """An attention with its own number of heads, of a stock one that asks the model's config for it while it runs; goes
+    before the stock one."""
+
+    @property
+    def config(self: Any) -> Any:
+        """The model's config, but for the number of heads."""
+        return _WithHeads(self.__dict__["shared_config"], self.num_heads)
+
+    @config.setter
+    def config(self: Any, config: Any) -> None:
+        self.__dict__["shared_config"] = config
+
+
+class SlimlinePhi3Attention(_OwnHeads, Phi3Attention):
+    """A Phi-3 attention with its own number of heads."""
+
+
+def own_heads_(attention: Any) -> None:
+    """Let an attention that asks the config for its number of heads have its own; others are left as they are."""
+    if type(attention) is Phi3Attention:
+        config = attention.__dict__.pop("config")
+        attention.__class__ = SlimlinePhi3Attention
+        attention.config, attention.num_heads = config, config.num_attention_heads
+
+
 @cache
 def _class_without_heads(attention_class: type) -> type:
     return type(f"{attention_class.__name__}WithoutHeads", (_WithoutHeads, attention_class), {})
@@ -140,14 +208,21 @@ def _build_layer(build: Callable[[Any, int], nn.Module], config: Any, index: int
             output = name in _OUTPUT_NAMES
             sizes = (0, linear.out_features) if output else (linear.in_features, 0)
             setattr(attention, name, nn.Linear(*sizes, bias=linear.bias is not None))
+    if isinstance(attention, Olmo2Attention):  # its norms span all heads
+        for norm in (attention.q_norm, attention.k_norm):
+            norm.weight = nn.Parameter(torch.ones(0))
     without_heads_(attention)
     return layer
+
+
+#: of the linears whose output joins the residual stream, in the families that may have none of their biases
+_JOINING_NAMES = ("o_proj", "down_proj", "c_proj")
 
 
 class _UnevenLayers:
     """A decoder that builds each layer from its own config; goes before the stock decoder of the family.
 
-    With output_bias in the config every o_proj and down_proj has a bias, whatever the stock class thinks of it.
+    With output_bias in the config every output linear has a bias, whatever the stock class thinks of it.
     """
 
     layer_class: Callable[[Any, int], nn.Module]
@@ -160,7 +235,7 @@ class _UnevenLayers:
             _build_layer(build, layer_config, i) for i, layer_config in enumerate(config.per_layer_config)
         )
         for name, module in self.layers.named_modules():
-            if getattr(config, "output_bias", False) and name.endswith(("o_proj", "down_proj")):
+            if getattr(config, "output_bias", False) and name.endswith(_JOINING_NAMES):
                 module.bias = nn.Parameter(torch.zeros(module.out_features))
         for module in self.layers.modules():
             # the layers read the attention implementation at run time: one config for all, so that
@@ -292,6 +367,186 @@ class SlimlineGemmaForCausalLM(_UnevenCausalLM, GemmaForCausalLM):
 
     config_class = SlimlineGemmaConfig
     part_class = SlimlineGemmaModel
+
+
+@strict
+class SlimlineGemma2Config(_UnevenConfig, Gemma2Config):
+    """A Gemma-2 config; widths may differ between layers."""
+
+    model_type = "slimline-gemma2"
+
+
+class SlimlineGemma2Model(_UnevenLayers, Gemma2Model):
+    """A Gemma-2 decoder of layers with their own widths."""
+
+    config_class = SlimlineGemma2Config
+    layer_class = Gemma2DecoderLayer
+
+
+class SlimlineGemma2ForCausalLM(_UnevenCausalLM, Gemma2ForCausalLM):
+    """A Gemma-2 language model of layers with their own widths."""
+
+    config_class = SlimlineGemma2Config
+    part_class = SlimlineGemma2Model
+
+
+@strict
+class SlimlineGemma3TextConfig(_UnevenConfig, Gemma3TextConfig):
+    """A config of the text part of a Gemma-3; widths may differ between layers."""
+
+    model_type = "slimline-gemma3_text"
+
+
+class SlimlineGemma3TextModel(_UnevenLayers, Gemma3TextModel):
+    """A Gemma-3 decoder of layers with their own widths."""
+
+    config_class = SlimlineGemma3TextConfig
+    layer_class = Gemma3DecoderLayer
+
+
+class SlimlineGemma3ForCausalLM(_UnevenCausalLM, Gemma3ForCausalLM):
+    """A Gemma-3 language model of layers with their own widths."""
+
+    config_class = SlimlineGemma3TextConfig
+    part_class = SlimlineGemma3TextModel
+
+
+@strict
+class SlimlineGlm4Config(_UnevenConfig, Glm4Config):
+    """A GLM-4 config; widths may differ between layers."""
+
+    model_type = "slimline-glm4"
+
+
+class SlimlineGlm4Model(_UnevenLayers, Glm4Model):
+    """A GLM-4 decoder of layers with their own widths."""
+
+    config_class = SlimlineGlm4Config
+    layer_class = Glm4DecoderLayer
+
+
+class SlimlineGlm4ForCausalLM(_UnevenCausalLM, Glm4ForCausalLM):
+    """A GLM-4 language model of layers with their own widths."""
+
+    config_class = SlimlineGlm4Config
+    part_class = SlimlineGlm4Model
+
+
+@strict
+class SlimlineGraniteConfig(_UnevenConfig, GraniteConfig):
+    """A Granite config; widths may differ between layers."""
+
+    model_type = "slimline-granite"
+
+
+class SlimlineGraniteModel(_UnevenLayers, GraniteModel):
+    """A Granite decoder of layers with their own widths."""
+
+    config_class = SlimlineGraniteConfig
+    layer_class = GraniteDecoderLayer
+
+
+class SlimlineGraniteForCausalLM(_UnevenCausalLM, GraniteForCausalLM):
+    """A Granite language model of layers with their own widths."""
+
+    config_class = SlimlineGraniteConfig
+    part_class = SlimlineGraniteModel
+
+
+@strict
+class SlimlineOlmo2Config(_UnevenConfig, Olmo2Config):
+    """An OLMo-2 config; widths may differ between layers."""
+
+    model_type = "slimline-olmo2"
+
+
+class SlimlineOlmo2Model(_UnevenLayers, Olmo2Model):
+    """An OLMo-2 decoder of layers with their own widths."""
+
+    config_class = SlimlineOlmo2Config
+    layer_class = Olmo2DecoderLayer
+
+
+class SlimlineOlmo2ForCausalLM(_UnevenCausalLM, Olmo2ForCausalLM):
+    """An OLMo-2 language model of layers with their own widths."""
+
+    config_class = SlimlineOlmo2Config
+    part_class = SlimlineOlmo2Model
+
+
+@strict
+class SlimlineSmolLM3Config(_UnevenConfig, SmolLM3Config):
+    """A SmolLM3 config; widths may differ between layers."""
+
+    model_type = "slimline-smollm3"
+
+
+class SlimlineSmolLM3Model(_UnevenLayers, SmolLM3Model):
+    """A SmolLM3 decoder of layers with their own widths."""
+
+    config_class = SlimlineSmolLM3Config
+    layer_class = SmolLM3DecoderLayer
+
+
+class SlimlineSmolLM3ForCausalLM(_UnevenCausalLM, SmolLM3ForCausalLM):
+    """A SmolLM3 language model of layers with their own widths."""
+
+    config_class = SlimlineSmolLM3Config
+    part_class = SlimlineSmolLM3Model
+
+
+@strict
+class SlimlineStarcoder2Config(_UnevenConfig, Starcoder2Config):
+    """A StarCoder2 config; widths may differ between layers."""
+
+    model_type = "slimline-starcoder2"
+
+
+class SlimlineStarcoder2Model(_UnevenLayers, Starcoder2Model):
+    """A StarCoder2 decoder of layers with their own widths."""
+
+    config_class = SlimlineStarcoder2Config
+    layer_class = Starcoder2DecoderLayer
+
+
+class SlimlineStarcoder2ForCausalLM(_UnevenCausalLM, Starcoder2ForCausalLM):
+    """A StarCoder2 language model of layers with their own widths."""
+
+    config_class = SlimlineStarcoder2Config
+    part_class = SlimlineStarcoder2Model
+
+
+@strict
+class SlimlinePhi3Config(_UnevenConfig, Phi3Config):
+    """A Phi-3 config; widths may differ between layers."""
+
+    model_type = "slimline-phi3"
+
+    def validate_rope(self: Any) -> None:
+        """As of every model; the stock Phi-3 rule wants factors for hidden_size / num_attention_heads features, and a
+        pruned model has fewer heads of the same width."""
+        PreTrainedConfig.validate_rope(self)
+
+
+def _phi3_layer(config: Any, index: int) -> nn.Module:
+    """The stock layer, with an attention that has its own number of heads."""
+    layer: Any = Phi3DecoderLayer(config, index)
+    own_heads_(layer.self_attn)
+    return layer  # type: ignore[no-any-return]
+
+
+class SlimlinePhi3Model(_UnevenLayers, Phi3Model):
+    """A Phi-3 decoder of layers with their own widths."""
+
+    config_class = SlimlinePhi3Config
+    layer_class = staticmethod(_phi3_layer)
+
+
+class SlimlinePhi3ForCausalLM(_UnevenCausalLM, Phi3ForCausalLM):
+    """A Phi-3 language model of layers with their own widths."""
+
+    config_class = SlimlinePhi3Config
+    part_class = SlimlinePhi3Model
 
 
 @strict

@@ -18,7 +18,7 @@ D columns per group.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,12 +36,18 @@ _COMPACT_SHARE = 0.125
 class System:
     """One linear and the dampened Hessian of its inputs, in one dtype (float64, but for trials) on one device.
 
-    W_OI: weight with dead inputs zeroed. H_II: dampened Hessian. name: for error messages.
+    W_OI: weight with dead inputs zeroed. H_II: dampened Hessian. name: for error messages. scale_O: how much an error
+    of each output counts, None for all the same: scores and errors depend on it, a least-squares refit does not.
     """
 
     name: str
     W_OI: Tensor
     H_II: Tensor
+    scale_O: Tensor | None = field(default=None, kw_only=True)
+
+    def counted(self, weight_OI: Tensor) -> Tensor:
+        """Rows of outputs times how much they count."""
+        return weight_OI if self.scale_O is None else weight_OI * self.scale_O[:, None]
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,13 @@ class Elimination:
 
 
 def dampen(
-    name: str, W_OI: Tensor, hessian: Hessian, *, dampening_frac: float, dtype: torch.dtype = torch.float64
+    name: str,
+    W_OI: Tensor,
+    hessian: Hessian,
+    *,
+    dampening_frac: float,
+    dtype: torch.dtype = torch.float64,
+    scale_O: Tensor | None = None,
 ) -> System:
     """Add `dampening_frac` of the mean diagonal to the Hessian's diagonal.
 
@@ -79,11 +91,17 @@ def dampen(
     W_OI[:, dead_I] = 0
     diagonal_I += dampening_frac * diagonal_I.mean()
     diagonal_I[dead_I] = 1.0
-    return System(name, W_OI, H_II)
+    return System(name, W_OI, H_II, scale_O=None if scale_O is None else scale_O.to(W_OI))
 
 
 def prepare(
-    name: str, W_OI: Tensor, hessian: Hessian, *, dampening_frac: float, dtype: torch.dtype = torch.float64
+    name: str,
+    W_OI: Tensor,
+    hessian: Hessian,
+    *,
+    dampening_frac: float,
+    dtype: torch.dtype = torch.float64,
+    scale_O: Tensor | None = None,
 ) -> Problem:
     """Dampen and invert the Hessian of one linear.
 
@@ -91,7 +109,7 @@ def prepare(
 
     Raises PruningError when H is not positive definite or too ill conditioned to trust, with the way out.
     """
-    system = dampen(name, W_OI, hessian, dampening_frac=dampening_frac, dtype=dtype)
+    system = dampen(name, W_OI, hessian, dampening_frac=dampening_frac, dtype=dtype, scale_O=scale_O)
     way_out = f"raise dampening_frac (now {dampening_frac:g}) or num_samples"
     L_II, info = torch.linalg.cholesky_ex(system.H_II)
     if int(info) != 0:
@@ -103,7 +121,7 @@ def prepare(
             f"Hessian of {name} ({hessian.num_tokens} tokens) is too ill conditioned (1/condition {rcond:.1e}); "
             f"{way_out}"
         )
-    return Problem(name, system.W_OI, system.H_II, inverse_II, rcond)
+    return Problem(name, system.W_OI, system.H_II, inverse_II, rcond, scale_O=system.scale_O)
 
 
 def single_precision_will_do(num_inputs: int, dampening_frac: float) -> bool:
@@ -191,7 +209,7 @@ class _Matrices:
 
     def __init__(self, problem: Problem, columns_ND: Tensor) -> None:
         self._columns_ND = columns_ND
-        self._W_OA, self._inverse_AA = problem.W_OI.clone(), problem.inverse_II.clone()
+        self._W_OA, self._inverse_AA = problem.counted(problem.W_OI).clone(), problem.inverse_II.clone()
         self._active_A = torch.arange(problem.W_OI.shape[1], device=columns_ND.device)
         self._place_I = self._active_A.clone()  # where a column of the linear stands in the matrices
         self._gone_I = torch.zeros_like(self._active_A, dtype=torch.bool)
@@ -233,8 +251,8 @@ def removal_error(system: System, pruned_OI: Tensor, removed_G: Tensor) -> float
 
     tr((W - W') H (W - W')ᵀ), of which the refit makes everything but (W - W') H_:,G W_Gᵀ vanish.
     """
-    difference_OG = (system.W_OI - pruned_OI) @ system.H_II[:, removed_G]
-    return float((difference_OG * system.W_OI[:, removed_G]).sum())
+    difference_OG = system.counted(system.W_OI - pruned_OI) @ system.H_II[:, removed_G]
+    return float((difference_OG * system.counted(system.W_OI[:, removed_G])).sum())
 
 
 def output_error(W_OI: Tensor, pruned_OI: Tensor, H_II: Tensor) -> float:

@@ -74,7 +74,7 @@ def _columns(importance_OI: Tensor, level: Level) -> Tensor:
 
 def weights(family: ModelFamily, layer: nn.Module) -> dict[str, Tensor]:
     """The weights of a layer by role, float64 so that products of four do not vanish."""
-    return {role: linear.weight.detach().double() for role, linear in family.linears(layer).items()}
+    return {role: rows.weight_OI.detach().double() for role, rows in family.projections(layer).items()}
 
 
 def weights_of_layers(job: RankingJob) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -98,7 +98,8 @@ def rank_by_taylor(
     for found in walk:
         names = {id(parameter): name for name, parameter in found.module.named_parameters()}
         importances = {
-            role: linear.weight.detach().double() * found.gradients[names[id(linear.weight)]].double()
-            for role, linear in family.linears(found.module).items()
+            role: rows.weight_OI.detach().double()
+            * rows.rows_of(found.gradients[names[id(rows.linear.weight)]]).double()
+            for role, rows in family.projections(found.module).items()
         }
         rank_layer(job, found.layer, importances, level=level, aggregation=aggregation)

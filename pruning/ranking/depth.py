@@ -151,12 +151,12 @@ def _score(
 def _sum_of_weights(family: ModelFamily, layer: nn.Module, block: Block, gradients: dict[str, Tensor] | None) -> float:
     """Sum of |W|, or of |W * dL/dW|, over the linears of a block."""
     roles = [role for kind in block.kinds for role in ("qkvo" if kind == "attention" else ("gate", "up", "down"))]
-    linears = family.linears(layer)
+    projections = family.projections(layer)
     names = {id(parameter): name for name, parameter in layer.named_parameters()}
     total = 0.0
-    for linear in (linears[role] for role in roles if role in linears):
-        weight_OI = linear.weight.detach().float()
+    for rows in (projections[role] for role in roles if role in projections):
+        weight_OI = rows.weight_OI.detach().float()
         if gradients is not None:
-            weight_OI = weight_OI * gradients[names[id(linear.weight)]]
+            weight_OI = weight_OI * rows.rows_of(gradients[names[id(rows.linear.weight)]])
         total += float(weight_OI.abs().sum(dtype=torch.float64))
     return total

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pruning.families.forward import SubLayerKind
 from pruning.ranking.job import RankingJob
 from pruning.statistics.moments import Moments, MomentsAccumulator
 from pruning.walk.sequential import walk_layers
 
-#: score of every input column of an output linear, (I,)
-ColumnScores = Callable[[SubLayerKind, nn.Linear, Moments], Tensor]
+#: score of every input column of an output linear, (I,), from its weight, rows times how much they count in the stream
+ColumnScores = Callable[[SubLayerKind, Tensor, Moments], Tensor]
 
 
 def rank_by_inputs(job: RankingJob, scores: ColumnScores, *, mean: bool = False, keep_means: bool = False) -> None:
@@ -29,7 +29,7 @@ def rank_by_inputs(job: RankingJob, scores: ColumnScores, *, mean: bool = False,
     head_dim, add = decoder.family.head_dim(decoder.skeleton), torch.mean if mean else torch.sum
     for sub_layer in walk_layers(decoder, job.calibration.input_ids_NL, job.options, accumulator=MomentsAccumulator):
         moments: Moments = sub_layer.statistic
-        scores_I = scores(sub_layer.kind, sub_layer.linear, moments).double()
+        scores_I = scores(sub_layer.kind, sub_layer.counting_weight_OI, moments).double()
         if sub_layer.kind == "attention":
             shape = job.shapes[sub_layer.layer]
             scores_KGD = scores_I.reshape(shape.num_kv_heads, shape.num_groups, head_dim)
@@ -42,6 +42,6 @@ def rank_by_inputs(job: RankingJob, scores: ColumnScores, *, mean: bool = False,
             job.orders.save_mean(sub_layer.name, moments.mean_I)
 
 
-def column_energy(linear: nn.Linear) -> Tensor:
+def column_energy(weight_OI: Tensor) -> Tensor:
     """Sum of W² of every input column, (I,) float32."""
-    return linear.weight.detach().float().square().sum(0)
+    return weight_OI.float().square().sum(0)

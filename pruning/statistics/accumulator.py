@@ -14,8 +14,9 @@ from pruning.distributed import ProcessGroup
 class Accumulator(Protocol):
     """Takes the inputs of one linear batch by batch, on their device."""
 
-    def add(self, inputs: Tensor) -> None:
-        """Take inputs of shape (..., I), any float dtype; every leading position is one token."""
+    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+        """Take inputs of shape (..., I), any float dtype; every leading position is one token. weights: (...) float32,
+        how much each token counts; None: once."""
 
     def finish(self, name: str, process_group: ProcessGroup | None = None) -> Any:
         """The statistic over the tokens of all processes of the group; the accumulator is used up.

@@ -20,7 +20,8 @@ _BLOCK = 256
 
 @dataclass(frozen=True)
 class Hessian:
-    """Mean of x xᵀ over calibration tokens; OBS's H is twice this (the factor moves no decision).
+    """Mean of x xᵀ over calibration tokens, each times its weight if they have weights; OBS's H is twice this (the
+    factor moves no decision).
 
     matrix_II: (I, I) float32, symmetric. num_tokens: how many tokens it averages.
     """
@@ -40,9 +41,12 @@ class HessianAccumulator:
         self._sum_II = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)
         self._num_tokens = 0
 
-    def add(self, inputs: Tensor) -> None:
-        """Take inputs of shape (..., I), any float dtype; every leading position is one token."""
+    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+        """Take inputs of shape (..., I), any float dtype; every leading position is one token. weights: (...) float32,
+        how much each token counts; None: once."""
         X_TI = inputs.reshape(inputs.shape[:-1].numel(), inputs.shape[-1]).float()
+        if weights is not None:
+            X_TI = X_TI * weights.reshape(-1, 1).sqrt()
         num_inputs = X_TI.shape[1]
         for start in range(0, num_inputs, _BLOCK):
             stop = min(start + _BLOCK, num_inputs)

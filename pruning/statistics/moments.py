@@ -16,17 +16,22 @@ from pruning.errors import PruningError
 
 @dataclass(frozen=True)
 class Moments:
-    """Of each input, float32 (I,). variance_I: unbiased, as `torch.var`. num_tokens: how many tokens they are of."""
+    """Of each input, float32 (I,). variance_I: unbiased, as `torch.var`. num_tokens: how many tokens they are of.
+
+    Of weighted tokens: the weighted mean, and the mean over tokens of weight times squared deviation from it;
+    mean_weight is then not 1.
+    """
 
     mean_I: Tensor
     variance_I: Tensor
     num_tokens: int
+    mean_weight: float = 1.0
 
     @property
     def square_I(self) -> Tensor:
-        """Mean of x², the diagonal of the Hessian."""
+        """Mean of x² (times the weight), the diagonal of the Hessian."""
         biased_I = self.variance_I * ((self.num_tokens - 1) / self.num_tokens)
-        return biased_I + self.mean_I.square()
+        return biased_I + self.mean_I.square() * self.mean_weight
 
 
 class MomentsAccumulator:
@@ -39,18 +44,25 @@ class MomentsAccumulator:
     def __init__(self, num_inputs: int, device: torch.device | str) -> None:
         self._mean_I = torch.zeros(num_inputs, dtype=torch.float32, device=device)
         self._deviation_I = torch.zeros_like(self._mean_I)  # sum of (x - mean)²
-        self._num_tokens = 0
+        self._num_tokens, self._weight = 0, 0.0  # the sum of the weights, of tokens without it is their number
 
-    def add(self, inputs: Tensor) -> None:
-        """Take inputs of shape (..., I), any float dtype; every leading position is one token."""
+    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+        """Take inputs of shape (..., I), any float dtype; every leading position is one token. weights: (...) float32,
+        how much each token counts; None: once."""
         X_TI = inputs.reshape(inputs.shape[:-1].numel(), inputs.shape[-1]).float()
-        mean_I = X_TI.mean(0)
-        self._deviation_I += (X_TI - mean_I).square().sum(0)
-        total = self._num_tokens + len(X_TI)
+        if weights is None:
+            mean_I, weight = X_TI.mean(0), float(len(X_TI))
+            self._deviation_I += (X_TI - mean_I).square().sum(0)
+        else:
+            weights_T1 = weights.reshape(-1, 1)
+            weight = float(weights_T1.sum())
+            mean_I = (X_TI * weights_T1).sum(0) / weight
+            self._deviation_I += ((X_TI - mean_I).square() * weights_T1).sum(0)
+        total = self._weight + weight
         step_I = mean_I - self._mean_I
-        self._deviation_I += step_I.square() * (self._num_tokens * len(X_TI) / total)
-        self._mean_I += step_I * (len(X_TI) / total)
-        self._num_tokens = total
+        self._deviation_I += step_I.square() * (self._weight * weight / total)
+        self._mean_I += step_I * (weight / total)
+        self._num_tokens, self._weight = self._num_tokens + len(X_TI), total
 
     def finish(self, name: str, process_group: ProcessGroup | None = None) -> Moments:
         """The moments over the tokens of all processes of the group; the accumulator is used up.
@@ -59,12 +71,13 @@ class MomentsAccumulator:
         there are fewer than two tokens, of which there is no variance.
         """
         process_group = process_group or ProcessGroup()
-        num_tokens = int(process_group.sum_of(self._num_tokens)[0])
+        num_tokens, weight = process_group.sum_of(self._num_tokens, self._weight)
+        num_tokens = int(num_tokens)
         if num_tokens < 2:
             raise PruningError(f"the variance of {name} needs two tokens and there are {num_tokens}; raise num_samples")
-        mean_I = self._mean_I * (self._num_tokens / num_tokens)
+        mean_I = self._mean_I * (self._weight / weight)
         process_group.sum_(mean_I)
-        deviation_I = self._deviation_I + (self._mean_I - mean_I).square() * self._num_tokens
+        deviation_I = self._deviation_I + (self._mean_I - mean_I).square() * self._weight
         process_group.sum_(deviation_I)
         if not bool(torch.isfinite(deviation_I).all()):
             raise PruningError(
@@ -72,4 +85,4 @@ class MomentsAccumulator:
                 "infinity; load the model in another dtype (float32 or bfloat16 instead of float16) or check its "
                 "weights"
             )
-        return Moments(mean_I, deviation_I / (num_tokens - 1), num_tokens)
+        return Moments(mean_I, deviation_I / (num_tokens - 1), num_tokens, weight / num_tokens)

@@ -142,11 +142,21 @@ def check_finite(model: nn.Module) -> None:
 
 
 def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
-    """Dotted names of the linears to adapt; a family may have no gate, a pruned MLP no channels."""
+    """Dotted names of the linears to adapt; a family may have no gate, a pruned MLP no channels.
+
+    Raises PruningError for a part of a fused linear, which is adapted as a whole, or if no target has weights left.
+    """
     from pruning.families import family_of
 
     family = family_of(model)
     names = family.linear_names()
+    for roles in family.fused_roles():
+        asked = [role for role in roles if role in config.targets]
+        if asked and len(asked) < len(roles):
+            raise PruningError(
+                f"the targets {', '.join(asked)} are parts of one linear in this model ({names[roles[0]]}: "
+                f"{', '.join(roles)}), which is adapted as a whole: name all of them, or none"
+            )
     wanted = {names[target] for target in config.targets if target in names}
     found = [
         f"{family.layers_path}.{name}"

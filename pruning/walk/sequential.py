@@ -2,15 +2,16 @@
 
 Every sub-layer is computed once. For attention and then the MLP of each layer the walk captures the inputs of the
 output linear (o_proj, down_proj) for all calibration tokens, hands the linear and its Hessian to the caller, who may
-change the weight in place, and adds the linear's output, with whatever weight it now has, to the residual stream.
+change the weight in place, and lets the linear's output, with whatever weight it now has, join the residual stream.
 
 Shapes: N samples, M held-out samples, B samples of one batch, L tokens per sample, I input features of the linear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from pruning.distributed import ProcessGroup
-from pruning.families.forward import KINDS, SubLayerKind, output_inputs, output_linear, output_name
+from pruning.families.forward import (
+    KINDS,
+    SubLayerKind,
+    join,
+    output_inputs,
+    output_linear,
+    output_name,
+    output_scale,
+    token_weights,
+)
+from pruning.families.head_norms import mask_head_norms_
 from pruning.statistics.accumulator import MakeAccumulator
 from pruning.statistics.hessian import Hessian, HessianAccumulator
 from pruning.walk.activations import Activations, ActivationStore
@@ -36,7 +47,10 @@ class SubLayer:
 
     layer: index. kind: which half of the layer. name: dotted name of the linear. statistic: of the linear's inputs, as
     the layers before it now give them: a Hessian unless the walk was given another accumulator, None if not wanted.
-    heldout: the same over the held-out samples, if any.
+    heldout: the same over the held-out samples, if any. output_scale_O: how much an error of each output counts in the
+    residual stream, None for all the same; with a norm behind the linear the tokens of the statistic have weights too
+    (see families.forward). keep_heads: to be called with the query and kv heads that stay of an attention: other parts
+    of the layer may depend on them.
     """
 
     layer: int
@@ -45,6 +59,14 @@ class SubLayer:
     linear: nn.Linear
     statistic: Any
     heldout: Any = None
+    output_scale_O: Tensor | None = None
+    keep_heads: Callable[[Sequence[int], Sequence[int]], None] = lambda query_heads, kv_heads: None
+
+    @property
+    def counting_weight_OI(self) -> Tensor:
+        """The weight, each row times how much its output counts in the residual stream."""
+        weight_OI = self.linear.weight.detach()
+        return weight_OI if self.output_scale_O is None else weight_OI.float() * self.output_scale_O[:, None]
 
     @property
     def hessian(self) -> Hessian | None:
@@ -183,24 +205,31 @@ class _Walk:
         device, process_group = self._options.device, self._options.process_group
         seen = self._accumulator(linear.in_features, device)
         held = self._accumulator(linear.in_features, device) if self._sees_heldout else None
-        kept = self._allocate(linear.in_features, linear.weight.dtype)
+        # where a norm spans all heads, those that stay give something else without the others
+        anew = kind == "attention" and self._family.head_norms_span_heads
+        kept = None if anew else self._allocate(linear.in_features, linear.weight.dtype)
         for start, stop in self.spans:
             inputs_BLI = self._inputs(layer, index, kind, start, stop)
             accumulator = seen if start < self._num_calibration else held
             if accumulator:
-                accumulator.add(inputs_BLI)
-            kept.put(start, inputs_BLI)
+                accumulator.add(inputs_BLI, token_weights(self._family, layer, kind, inputs_BLI))
+            if kept is not None:
+                kept.put(start, inputs_BLI)
         found = seen.finish(name, process_group), held.finish(name, process_group) if held else None
         del seen, held
-        yield SubLayer(index, kind, name, linear, *found)
+        yield self._offered(layer, index, kind, *found)
         del found
         self._next = self._new_stream()
         output_of = _without_zero_columns(linear)
         for start, stop in self.spans:
-            inputs_BLI = kept.get(start, stop).to(device)
-            kept.drop(start)
-            self._add(start, stop, output_of(inputs_BLI))
-        self._store.free(kept)
+            if kept is None:
+                inputs_BLI = self._inputs(layer, index, kind, start, stop)
+            else:
+                inputs_BLI = kept.get(start, stop).to(device)
+                kept.drop(start)
+            self._join(layer, kind, start, stop, output_of(inputs_BLI))
+        if kept is not None:
+            self._store.free(kept)
         self._advance_stream(kind)
 
     def pass_on(
@@ -209,11 +238,11 @@ class _Walk:
         """Yield with what was captured earlier, or with nothing; then compute and add."""
         linear, name = output_linear(self._family, layer, kind), output_name(self._family, index, kind)
         hessians = statistics.load(name, self._options.device) if statistics else (None, None)
-        yield SubLayer(index, kind, name, linear, *hessians)
+        yield self._offered(layer, index, kind, *hessians)
         del hessians
         self._next = self._new_stream()
         for start, stop in self.spans:
-            self._add(start, stop, linear(self._inputs(layer, index, kind, start, stop)))
+            self._join(layer, kind, start, stop, linear(self._inputs(layer, index, kind, start, stop)))
         self._advance_stream(kind)
 
     def finish_layer(self) -> None:
@@ -228,14 +257,23 @@ class _Walk:
         nothing = torch.empty(0, self._ids_NL.shape[1], self._model.config.hidden_size)
         return torch.cat(batches) if batches else nothing
 
+    def _offered(self, layer: nn.Module, index: int, kind: SubLayerKind, statistic: Any, heldout: Any) -> SubLayer:
+        family = self._family
+        linear, name = output_linear(family, layer, kind), output_name(family, index, kind)
+        offered = SubLayer(index, kind, name, linear, statistic, heldout, output_scale(family, layer, kind))
+        if not (kind == "attention" and family.head_norms_span_heads):
+            return offered
+        return replace(offered, keep_heads=partial(mask_head_norms_, family, layer))
+
     def _inputs(self, layer: nn.Module, index: int, kind: SubLayerKind, start: int, stop: int) -> Tensor:
         stream = self.stream if self._before is None else self._before
         batch_BLC = stream.get(start, stop).to(self._options.device)
         return output_inputs(self._family, layer, kind, batch_BLC, self._kwargs[index])
 
-    def _add(self, start: int, stop: int, output_BLC: Tensor) -> None:
-        """Put stream + output into the next stream."""
-        self._next.put(start, self.stream.get(start, stop).to(output_BLC.device) + output_BLC)
+    def _join(self, layer: nn.Module, kind: SubLayerKind, start: int, stop: int, output_BLC: Tensor) -> None:
+        """Put the stream with the output in it into the next stream."""
+        stream_BLC = self.stream.get(start, stop).to(output_BLC.device)
+        self._next.put(start, join(self._family, layer, kind, stream_BLC, output_BLC))
         if not self._family.parallel_residual:
             self.stream.drop(start)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pruning.families import ModelFamily, family_of
 from pruning.families.forward import silence_
+from pruning.families.head_norms import mask_head_norms_
 from pruning.plan import LayerPlan, LayerShape, PruningPlan
 from pruning.walk.activations import Activations
 
@@ -169,7 +170,9 @@ class MemoryWalkState(WalkState):
         """Give the model the masked weights and biases of all layers; a dropped layer adds nothing to the stream."""
         family = family_of(model)
         with torch.no_grad():
-            for layer, outputs in zip(family.layers(model), self._outputs, strict=True):
+            for layer, entry, outputs in zip(family.layers(model), self._entries, self._outputs, strict=True):
+                if entry.plan is not None:
+                    mask_head_norms_(family, layer, entry.plan.kept_query_heads, entry.plan.kept_kv_heads)
                 linears = family.o_proj(layer), family.down_proj(layer)
                 for linear, output in zip(linears, outputs or (None, None), strict=True):
                     if output is None:

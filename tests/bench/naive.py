@@ -98,7 +98,8 @@ def _halves(family: ModelFamily, layer: nn.Module, removal: Removal) -> list[_Ha
 def _num_heads(family: ModelFamily, layer: nn.Module) -> tuple[int, int]:
     """Of keys and of queries."""
     head_dim = int(family.attention(layer).head_dim)  # type: ignore[arg-type]
-    return family.k_proj(layer).out_features // head_dim, family.q_proj(layer).out_features // head_dim
+    rows = family.projections(layer)
+    return rows["k"].num_rows // head_dim, rows["q"].num_rows // head_dim
 
 
 def _heads_of(family: ModelFamily, layer: nn.Module, half: _Half, kept: tuple[int, ...]) -> tuple[int, ...]:

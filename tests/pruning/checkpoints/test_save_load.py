@@ -22,7 +22,7 @@ from pruning.errors import PruningError
 from pruning.families import family_of, shapes
 from pruning.plan import PruningPlan
 from tests.pruning.checkpoints.test_surgery import SLIDING, generate, logits, plan_for
-from tests.tiny import FAMILIES, ROPE_TYPES, random_ids, rope_model, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, LATER_FAMILIES, ROPE_TYPES, random_ids, rope_model, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow  # not in `make test-fast`
 
@@ -146,7 +146,7 @@ for folder in map(Path, sys.argv[1:]):
 
 
 def test_a_fresh_process_without_slimline_loads_every_family(tmp_path: Path) -> None:
-    models = {name: shrunk(name, **SLIDING.get(name, {})) for name in FAMILIES}
+    models = {name: shrunk(name, **SLIDING.get(name, {})) for name in (*FAMILIES, *LATER_FAMILIES)}
     for rope_type in ROPE_TYPES[1:]:
         model = rope_model("llama", rope_type)
         plan = plan_for(model)

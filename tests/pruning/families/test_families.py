@@ -5,22 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForSequenceClassification,
-    Phi3Config,
-    Phi3ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     PreTrainedModel,
 )
 
-from pruning.checkpoints.surgery import shrink_
+from pruning.checkpoints.decoder import ResidentDecoder
+from pruning.checkpoints.surgery import mask_, shrink_
 from pruning.errors import PruningError
 from pruning.families import FAMILIES as ROWS
 from pruning.families import decoder_parameters, family_of, layer_cost, shapes
+from pruning.families.forward import KINDS, input_norm, output_linear, output_norm
+from pruning.families.parts import check_parts
 from pruning.plan import LayerShape
-from tests.tiny import FAMILIES, random_ids, random_plan, tiny_model
+from tests.tiny import FAMILIES, LATER_FAMILIES, random_ids, random_plan, tiny_model
 
 
 @torch.no_grad()
@@ -35,12 +36,13 @@ def order_of_calls(model: PreTrainedModel) -> list[torch.nn.Module]:
     return calls
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *LATER_FAMILIES])
 def test_every_name_of_a_row_exists(name: str) -> None:
     model = tiny_model(name)
     family = family_of(model)
     assert family is family_of(model.config)
     assert family.name == name.removesuffix("-mha")
+    check_parts(family, model)
     decoder = model.get_decoder()
     layer = family.layers(model)[1]
     assert layer is decoder.layers[1]
@@ -51,19 +53,37 @@ def test_every_name_of_a_row_exists(name: str) -> None:
     calls = order_of_calls(model)
     assert calls[-1] is family.head(model)
     assert calls[-2] is family.final_norm(model)
-    norms = [family.attention_norm(layer), family.mlp_norm(layer)]
-    assert [module for module in calls if module in norms] == norms[: 2 - family.parallel_residual]
     linears = family.linears(layer)
     assert set(linears.values()) == {module for module in layer.modules() if isinstance(module, torch.nn.Linear)}
-    assert [module for module in calls if module in linears.values()] == list(linears.values())
+    distinct = list(dict.fromkeys(linears.values()))
+    assert [module for module in calls if module in distinct] == distinct
+    # in its order: what stands before a sub-layer, its output linear, what stands behind it
+    expected = [
+        module
+        for kind in KINDS
+        for module in (
+            input_norm(family, layer, kind),
+            output_linear(family, layer, kind),
+            output_norm(family, layer, kind),
+        )
+        if module is not None
+    ]
+    expected = list(dict.fromkeys(expected))  # parallel sub-layers share a norm
+    assert [module for module in calls if module in expected] == expected
     names = {id(module): path.rpartition(".")[2] for path, module in layer.named_modules()}
     assert {role: names[id(linear)] for role, linear in linears.items()} == family.linear_names()
-    roles = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    found = [getattr(family, role)(layer) for role in roles]
-    assert [linear for linear in found if linear is not None] == list(linears.values())
-    assert family.channel_linears(layer) == tuple(linear for linear in found[4:6] if linear is not None)
-    for norm in family.head_norm_names:
-        assert family.attention(layer).get_submodule(norm).weight.shape == (family.head_dim(model),)
+    assert (family.o_proj(layer), family.down_proj(layer)) == (linears["o"], linears["down"])
+    shape, head_dim = shapes(model)[1], family.head_dim(model)
+    sizes = {"q": shape.num_heads * head_dim, "k": shape.num_kv_heads * head_dim, "up": shape.intermediate_size}
+    sizes |= {"v": sizes["k"], "gate": sizes["up"], "o": 32, "down": 32}
+    rows = family.projections(layer)
+    assert {role: each.num_rows for role, each in rows.items()} == {role: sizes[role] for role in linears}
+    for linear in distinct:  # every row has a role
+        parts = [each for each in rows.values() if each.linear is linear]
+        assert torch.equal(torch.cat([each.weight_OI for each in parts]), linear.weight)
+    for norm, role in zip(family.head_norms(layer), "qk", strict=False):
+        width = sizes[role] if family.head_norms_span_heads else head_dim
+        assert norm.get_parameter("weight").shape == (width,)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -75,9 +95,10 @@ def test_shapes_and_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *LATER_FAMILIES])
 def test_cost_counts_parameters_without_surgery(name: str, bias: bool) -> None:
     biases = {"llama": ("attention_bias", "mlp_bias"), "gemma": ("attention_bias",), "opt": ("enable_bias",)}
+    biases |= dict.fromkeys(("gemma2", "olmo2", "granite", "glm4"), ("attention_bias",)) | {"starcoder2": ("use_bias",)}
     model = tiny_model(name, **dict.fromkeys(biases.get(name.removesuffix("-mha"), ()), bias))
     cost, head_dim = layer_cost(model), family_of(model).head_dim(model)
     for seed in range(3):
@@ -108,12 +129,30 @@ def test_what_a_config_calls_its_architecture_decides_nothing(named: list[str] |
 
 
 def test_relatives_with_other_parts_are_not_taken_for_the_family() -> None:
-    """Gemma-2 norms what o_proj and down_proj give; Phi-3 fuses q, k, v and gate, up."""
+    """OLMo has norms without weights and clips its queries."""
     small = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "pad_token_id": None}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    for relative in (Gemma2ForCausalLM(Gemma2Config(**small, **heads)), Phi3ForCausalLM(Phi3Config(**small, **heads))):
-        with pytest.raises(PruningError, match=rf"cannot prune {type(relative).__name__} .*GemmaForCausalLM \(gemma\)"):
-            family_of(relative)
+    relative = OlmoForCausalLM(OlmoConfig(**small, num_attention_heads=2, num_key_value_heads=2))
+    with pytest.raises(PruningError, match=r"cannot prune OlmoForCausalLM .*Olmo2ForCausalLM \(olmo2\)"):
+        family_of(relative)
+
+
+@pytest.mark.parametrize("part", ["linear", "norm", "parameter", "buffer"])
+def test_a_part_that_the_row_does_not_know_is_named(part: str) -> None:
+    model = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    if part == "parameter":
+        attention.extra = torch.nn.Parameter(torch.ones(8))
+    elif part == "buffer":
+        attention.register_buffer("extra", torch.ones(8))
+    else:
+        attention.extra = torch.nn.Linear(4, 4) if part == "linear" else torch.nn.RMSNorm(4)
+    plan = random_plan(shapes(model), 4)
+    for act in (lambda: ResidentDecoder(model), lambda: shrink_(model, plan), lambda: mask_(model, plan)):
+        with pytest.raises(PruningError, match=r"model\.layers\.1\.self_attn\.extra.* family llama does not know"):
+            act()
+    attention.extra = None
+    attention.register_buffer("tables", torch.ones(8), persistent=False)  # which no checkpoint holds
+    shrink_(model, plan)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.checkpoints.surgery import shrink_
 from pruning.families import family_of, shapes
-from pruning.families.forward import KINDS, output_inputs, output_linear
-from tests.tiny import FAMILIES, random_ids, random_plan, tiny_model
+from pruning.families.forward import KINDS, join, output_inputs, output_linear
+from tests.tiny import FAMILIES, LATER_FAMILIES, random_ids, random_plan, tiny_model
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in FAMILIES},
+    **{name: (name, {}) for name in (*FAMILIES, *LATER_FAMILIES)},
     "mistral-sliding": ("mistral", {"sliding_window": 5}),
     "gemma-one-kv-head": ("gemma", {"kv_heads": 1}),
     "phi-2-rotary": ("phi", {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.4}, "hidden": 80}),
@@ -75,7 +76,8 @@ def walk(model: PreTrainedModel, stream_BLC: Tensor, kwargs_of: list[dict[str, A
         for kind in KINDS:
             read_BLC = before_BLC if family.parallel_residual else stream_BLC
             inputs[kind] = output_inputs(family, layer, kind, read_BLC, kwargs)
-            stream_BLC = stream_BLC + output_linear(family, layer, kind)(inputs[kind])
+            output_BLC = output_linear(family, layer, kind)(inputs[kind])
+            stream_BLC = join(family, layer, kind, stream_BLC, output_BLC)
         found.append(inputs | {"after": stream_BLC})
     return found
 
@@ -83,7 +85,6 @@ def walk(model: PreTrainedModel, stream_BLC: Tensor, kwargs_of: list[dict[str, A
 @pytest.mark.parametrize("name", MODELS)
 def test_a_walk_sees_what_the_model_sees(name: str) -> None:
     model = model_of(name)
-    family = family_of(model)
     seen, logits = watched(model, random_ids(model, batch=3))
     walked = walk(model, seen[0].before_BLC, [layer.kwargs for layer in seen])
     for layer, found in zip(seen, walked, strict=True):
@@ -92,7 +93,8 @@ def test_a_walk_sees_what_the_model_sees(name: str) -> None:
             theirs = layer.inputs[kind].reshape(found[kind].shape)
             torch.testing.assert_close(found[kind], theirs, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(found["after"], layer.after_BLC, atol=1e-5, rtol=1e-5)
-    ours = family.head(model)(family.final_norm(model)(walked[-1]["after"]))
+    with torch.no_grad():
+        ours = ResidentDecoder(model).logits_of(torch.device("cpu"))(walked[-1]["after"])
     torch.testing.assert_close(ours, logits, atol=1e-5, rtol=1e-5)
 
 
@@ -108,7 +110,7 @@ def test_from_the_same_stream_the_inputs_are_equal_bit_for_bit(name: str) -> Non
                 inputs_BLI = output_inputs(family, module, kind, read_BLC, layer.kwargs)
                 assert torch.equal(inputs_BLI, layer.inputs[kind].reshape(inputs_BLI.shape))
                 if kind == "attention" and not family.parallel_residual:
-                    read_BLC = read_BLC + family.o_proj(module)(inputs_BLI)
+                    read_BLC = join(family, module, kind, read_BLC, family.o_proj(module)(inputs_BLI))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

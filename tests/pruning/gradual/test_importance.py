@@ -117,28 +117,28 @@ class _Watched(LoraImportance):
     def before_step(self, step: int) -> None:
         for site in self._prunable.sites:
             parts: dict[str, Tensor] = {}
-            for role, linear in self._linears[site.name].items():
-                found: Any = low_rank(linear)
+            for role, rows in self._rows[site.name].items():
+                found: Any = low_rank(rows.linear)
                 a, b, grad_a, grad_b = (
                     each.detach().double() for each in (found.a_RI, found.b_OR, found.a_RI.grad, found.b_OR.grad)
                 )
                 change = grad_b @ a + b @ grad_a - grad_b @ grad_a
-                parts[role] = (change * (found.weight_OI.double() + found.scaling * b @ a)) ** 2
+                parts[role] = rows.rows_of((change * (found.weight_OI.double() + found.scaling * b @ a)) ** 2)
             before = self.by_hand.get(site.name, torch.zeros(site.num_groups, dtype=torch.float64))
             self.by_hand[site.name] = 0.9 * before + 0.1 * coupled(site, parts)
         super().before_step(step)
         self.masked.append(self.figures()["sparsity"])
 
 
-@pytest.mark.parametrize("accumulated", [1, 4])
+@pytest.mark.parametrize(("accumulated", "family"), [(1, "qwen2"), (4, "qwen2"), (4, "phi3")])
 def test_a_moving_average_of_whole_optimizer_steps_decides(
-    accumulated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    accumulated: int, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _Watched.seen.clear()
     monkeypatch.setattr(module, "LoraImportance", _Watched)
     options = {**TRAINING, "micro_batch_size": 4 // accumulated, "max_steps": 5, "dropout": 0.0}
     config = loraprune.Config(sparsity=0.3, **options)
-    model = tiny_model("qwen2")
+    model = tiny_model(family)
     pruned = loraprune.train(model, tiny_tokenizer(), RecoveryInputs(records=RECORDS), config, TrainingRun(tmp_path))
     (watched,) = _Watched.seen
     for name, average in watched.average.items():

@@ -107,7 +107,7 @@ def test_what_is_no_stock_model_brings_its_class(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(last), expected[folder], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "phi3", "olmo2"])
 def test_attention_and_mlp_apart(family: str, tmp_path: Path) -> None:
     dense = tiny_model(family, layers=4)
     loaded, pruned = streamed(dense, tmp_path, layers=3, unit="sub_layer", criterion="influence")

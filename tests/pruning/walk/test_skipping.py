@@ -33,7 +33,7 @@ def loss(model: PreTrainedModel, ids_NL: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("unit", ["layer", "sub_layer"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "olmo2", "granite"])
 def test_equals_the_model_without_it(family: str, unit: Any) -> None:
     model = tiny_model(family)
     ids_NL = random_ids(model, 4, 15)
