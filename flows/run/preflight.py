@@ -108,12 +108,13 @@ def _check_pruning(request: PruneRequest, card: ModelCard) -> None:
         num_heads=card.num_heads, num_kv_heads=card.num_kv_heads, intermediate_size=card.intermediate_size
     )
     head_dim = (card.attention_size or card.hidden_size) // card.num_heads
-    gated = next(family.gate_name is not None for family in FAMILIES if card.model_type in family.model_types)
+    family = next(family for family in FAMILIES if card.model_type in family.model_types)
     cost = LayerCost(
         per_query_head=2 * head_dim * card.hidden_size,
         per_kv_head=2 * head_dim * card.hidden_size,
-        per_channel=(2 + gated) * card.hidden_size,
+        per_channel=(2 + (family.gate_name is not None)) * card.hidden_size,
         fixed=2 * card.hidden_size,
+        stock_heads=family.stock_heads(card.num_heads, card.hidden_size, head_dim),
     )
     request.module.check_model(request.typed_config, (shape,) * card.num_layers, cost)
 
