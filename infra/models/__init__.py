@@ -8,4 +8,5 @@ gguf_header.py   the header of a GGUF file, without the weights
 baichuan.py      Baichuan-7B as the Llama that it is
 vocabulary.py    tokens that a tokenizer has and its model has no embedding for
 trusted_code.py  code that comes with a model: none is run but a trusted tokenizer's
+licence.py       under which licence it came
 """
