@@ -23,6 +23,23 @@ def check_place(out: Path) -> None:
 
 
 @contextmanager
+def file_aside(out: Path) -> Iterator[Path]:
+    """The path of a file that becomes `out` when the block ends, and vanishes if it raises; as `written_aside`."""
+    check_place(out)
+    if out.is_dir():
+        raise SourceInvalid(f"{out} is a folder, and one file is written: give its name")
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with full_disk_named(out.parent):
+            yield aside
+            aside.rename(out)
+    except PermissionError as error:
+        raise SourceInvalid(f"{out} cannot be written ({error.strerror}): give another place") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
 def written_aside(out: Path) -> Iterator[Path]:
     """An empty folder that becomes `out` when the block ends, and vanishes if it raises. Raises DiskFull, and
     SourceInvalid for a place that is taken or cannot be written."""

@@ -28,6 +28,16 @@ class Format(StrEnum):
     bundle = "bundle"
     hf = "hf"
     hf_uniform = "hf-uniform"
+    gguf = "gguf"
+
+
+class GgufType(StrEnum):
+    """What the matrices of a GGUF file are stored as."""
+
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    f32 = "f32"
 
 
 @app.command()
@@ -38,26 +48,27 @@ def export(
     ] = None,
     form: Annotated[
         Format,
-        typer.Option(
-            "--format", help="bundle: all of the run; hf: a Hugging Face folder; hf-uniform: of equal layers."
-        ),
+        typer.Option("--format", help="The whole run, a folder, one of equal layers, a file for llama.cpp."),
     ] = Format.bundle,
     checkpoint: Checkpoint = None,
     out: Annotated[Path | None, typer.Option(metavar="PATH", help="The same as PATH.")] = None,
+    kind: Annotated[GgufType | None, typer.Option("--type", help="Of a GGUF file's matrices; f16 by default.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a run with all its artifacts into one file (for `slimline import`), or a checkpoint for other programs."""
     settings = prepared()
     if file is not None and out is not None:
         raise SpecError(f"{file} and --out {out} both say where to write: give one of them")
-    if form is Format.bundle:
-        if checkpoint is not None:
-            raise SpecError(
-                f"--checkpoint {checkpoint} goes with --format hf and the like: a bundle has all checkpoints of the run"
-            )
-        _export_bundle(settings, run, out or file, as_json)
+    if kind is not None and form is not Format.gguf:
+        raise SpecError(f"--type {kind.value} is of GGUF files: add --format gguf")
+    if form is not Format.bundle:
+        _export_checkpoint(settings, run, checkpoint, form, kind or GgufType.f16, out or file, as_json)
         return
-    _export_checkpoint(settings, run, checkpoint, form, out or file, as_json)
+    if checkpoint is not None:
+        raise SpecError(
+            f"--checkpoint {checkpoint} goes with --format hf and the like: a bundle has all checkpoints of the run"
+        )
+    _export_bundle(settings, run, out or file, as_json)
 
 
 def _export_bundle(settings: Settings, run: str, file: Path | None, as_json: bool) -> None:
@@ -83,9 +94,15 @@ def _export_bundle(settings: Settings, run: str, file: Path | None, as_json: boo
 
 
 def _export_checkpoint(
-    settings: Settings, run: str, checkpoint: str | None, form: Format, out: Path | None, as_json: bool
+    settings: Settings,
+    run: str,
+    checkpoint: str | None,
+    form: Format,
+    kind: GgufType,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
-    from flows.checkpoints.export import export_hf
+    from flows.checkpoints.export import export_gguf, export_hf
     from flows.checkpoints.find import find_checkpoint
     from flows.records.export.write import safe_name
     from infra.artifacts.store import ArtifactStore
@@ -94,9 +111,14 @@ def _export_checkpoint(
 
     results = ResultsStore.of(settings)
     found = find_checkpoint(results, ArtifactStore(settings.store_root), run, checkpoint)
-    place = (out or Path(safe_name(found.name))).absolute()
+    name = safe_name(found.name) + (f"-{kind.value.upper()}.gguf" if form is Format.gguf else "")
+    place = (out or Path(name)).absolute()
     check_place(place)
-    exported = export_hf(found, results, settings, place, stock=form is Format.hf_uniform)
+    if form is Format.gguf:
+        with progress_bar("export") as (_, written):
+            exported = export_gguf(found, settings, place, kind.value, written)
+    else:
+        exported = export_hf(found, results, settings, place, stock=form is Format.hf_uniform)
     _say(exported, found.run.run_key, found.row.checkpoint, form, as_json)
 
 

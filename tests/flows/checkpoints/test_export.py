@@ -19,8 +19,9 @@ from infra.models.licence import Licence, licence_of, licence_texts
 from pruning.checkpoints.plain_folder import write_plain_folder
 from pruning.checkpoints.save_load import load_checkpoint
 from pruning.errors import PruningError
-from tests.flows.checkpoints.conftest import BASE, TEMPLATE, Command
+from tests.flows.checkpoints.conftest import BASE, Command
 from tests.flows.recorded_runs import Records
+from tests.tasks.exporting.kinds import TEMPLATE
 from tests.tiny import random_ids, tiny_model
 
 
