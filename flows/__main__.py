@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from flows.commands import figure, help, nights, report, results, retry, runs, serve, store, watch
 from flows.commands.app import app
-from flows.commands.checkpoints import export
+from flows.commands.checkpoints import chat, export, push
 from flows.night.outcome import NightFailed
 from flows.run.outcome import StagesFailed
 from flows.runtime.environment import log_to_terminal
@@ -18,11 +18,13 @@ from infra.secrets import redacted
 
 __all__ = [
     "app",
+    "chat",
     "export",
     "figure",
     "help",
     "main",
     "nights",
+    "push",
     "report",
     "results",
     "retry",

@@ -46,7 +46,7 @@ PROGRAMS = ("slimline", "make", "python", "pip", "prefect", "hf", "docker")
 SLIMLINE = get_command(app).commands  # type: ignore[attr-defined]
 Words = tuple[str, ...]
 #: they want a checkpoint, run stages for minutes, ask the hub or a server, or go on until they are ended
-ONLY_PARSED = ("plan", "export", "run", "nightly", "retry", "serve", "ui", "automations", "doctor")
+ONLY_PARSED = ("plan", "export", "push", "chat", "run", "nightly", "retry", "serve", "ui", "automations", "doctor")
 
 
 def _commands(lines: list[str]) -> list[tuple[str, ...]]:

@@ -2,7 +2,8 @@
 
 * hf_folder.py   a plain Hugging Face folder
 * gguf.py        one file for llama.cpp
+* talk.py        loaded, to be talked to
 * publishing.py  a folder beside its place until it is whole
 
-May import pruning, infra and the rest of tasks; nothing here is a stage.
+May import pruning, evaluation, infra and the rest of tasks; nothing here is a stage.
 """
