@@ -5,6 +5,7 @@
 * `night/`      many runs: a matrix of specs, gates, regressions against the last good night
 * `records/`    what was recorded: looked up, compared, verified, kept or cleared
 * `watch/`      what runs now, followed from another terminal
+* `checkpoints/` a checkpoint taken out of a run: formats, model card
 * `runtime/`    Prefect's server and settings, task runners, signals, processes
 * `serve/`      schedules and deployments
 * `commands/`   the command line, one file per group of commands; `topics/` is what `slimline help` shows

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from flows.commands import figure, help, nights, report, results, retry, runs, serve, store, watch
 from flows.commands.app import app
+from flows.commands.checkpoints import chat, export, push
 from flows.night.outcome import NightFailed
 from flows.run.outcome import StagesFailed
 from flows.runtime.environment import log_to_terminal
@@ -15,7 +16,23 @@ from flows.runtime.user_errors import user_message
 from flows.spec.validation import one_line
 from infra.secrets import redacted
 
-__all__ = ["app", "figure", "help", "main", "nights", "report", "results", "retry", "runs", "serve", "store", "watch"]
+__all__ = [
+    "app",
+    "chat",
+    "export",
+    "figure",
+    "help",
+    "main",
+    "nights",
+    "push",
+    "report",
+    "results",
+    "retry",
+    "runs",
+    "serve",
+    "store",
+    "watch",
+]
 
 log = logging.getLogger("slimline")
 

@@ -12,5 +12,6 @@ results/     what was measured: a parquet file per run, DuckDB as the index over
 tracking/    MLflow
 running/     what runs now, for who wants to follow it
 figures/     drawings as SVG, PNG, PDF
+exporting/   formats that other programs read
 Read keys.py (what names a stage) and artifacts/store.py (where it lies) first.
 """

@@ -74,6 +74,10 @@ class SourceUnreadable(SourceInvalid):
     """The files of a data set are not there or are damaged: not what was asked of it is wrong, but its copy."""
 
 
+class UploadRefused(InfraError):
+    """The hub does not take what is to be uploaded: nobody is logged in, no right to write, a public repository."""
+
+
 class QuestionRefused(InfraError):
     """SQL that is not one SELECT, or that DuckDB cannot answer."""
 

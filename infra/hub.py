@@ -1,11 +1,13 @@
-"""The Hugging Face hub: whether a repository is there, at which commit, and the files of a model."""
+"""The Hugging Face hub: whether a repository is there, at which commit, the files of a model; and uploading one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from infra.errors import SourceInvalid, SourceMissing
+from infra.errors import SourceInvalid, SourceMissing, UploadRefused
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import DatasetInfo, ModelInfo
@@ -145,3 +147,66 @@ def reachable() -> bool:
     except (URLError, OSError):
         return False
     return True
+
+
+def check_upload(repo_id: str, *, private: bool) -> None:
+    """Raise UploadRefused or Unreachable if a model cannot be uploaded there: before any work. One or two requests.
+
+    private: nobody but its owners is to see it, so that a repository that is there and public is refused.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if repo_id.count("/") != 1:
+        raise UploadRefused(f"{repo_id!r} is no name of a repository; give owner/name, the owner being you or a group")
+    if get_token() is None:
+        raise UploadRefused("nobody is logged in on the hub: `hf auth login`, or set HF_TOKEN, then push again")
+    with _said_of_upload(repo_id):
+        try:
+            there = HfApi().model_info(repo_id, timeout=_TIMEOUT)
+        except RepositoryNotFoundError:
+            return
+    if private and not there.private:
+        raise UploadRefused(
+            f"{repo_id} is there already and public: add --public if everybody may see it, or give another name"
+        )
+
+
+def upload(folder: Path, repo_id: str, *, private: bool, message: str) -> str:
+    """Upload the files of a folder as a model repository, which is made if there is none; returns the commit's address.
+
+    Raises UploadRefused or Unreachable. Files that the repository has besides stay.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _said_of_upload(repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message).commit_url)
+
+
+@contextmanager
+def _said_of_upload(repo_id: str) -> Iterator[None]:
+    """The hub's refusals in a sentence."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise UploadRefused(f"{repo_id!r} is no name of a repository on the hub; give owner/name") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise UploadRefused(
+                f"the hub does not let you write to {repo_id} (HTTP {status}): log in with a token that may write "
+                "(`hf auth login`), or give a repository of yours"
+            ) from error
+        if status < 500:
+            raise UploadRefused(f"the hub refused the upload to {repo_id} (HTTP {status}: {_reason(error)})") from error
+        raise Unreachable(f"the hub failed while {repo_id} was uploaded (HTTP {status}); push again") from error
+    except Exception as error:  # of its HTTP library, whose errors have no common name
+        raise Unreachable(f"the hub did not answer ({error or type(error).__name__}); push again") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "server_message", None) or error).strip().partition("\n")[0]

@@ -37,6 +37,7 @@ ONLY_IMPORTER = {
     "lm_eval": "evaluation/harness/run_tasks.py",
     "peft": "pruning/training/adapters.py",
     "datasets": "infra/sources/datasets.py",
+    "gguf": "infra/exporting/gguf_file.py",
     "matplotlib": "infra/figures/draw.py",
     "plotly": "flows/records/page/document.py",
 }

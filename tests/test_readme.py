@@ -45,8 +45,8 @@ BLOCKS = [block for text in TEXTS.values() for block in re.findall(r"```(\w+)\n(
 PROGRAMS = ("slimline", "make", "python", "pip", "prefect", "hf", "docker")
 SLIMLINE = get_command(app).commands  # type: ignore[attr-defined]
 Words = tuple[str, ...]
-#: they run stages for minutes, ask the hub or a server, or go on until they are ended
-ONLY_PARSED = ("plan", "run", "nightly", "retry", "serve", "ui", "automations", "doctor")
+#: they want a checkpoint, run stages for minutes, ask the hub or a server, or go on until they are ended
+ONLY_PARSED = ("plan", "export", "push", "chat", "run", "nightly", "retry", "serve", "ui", "automations", "doctor")
 
 
 def _commands(lines: list[str]) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""`slimline verify`, `slimline gc`, `slimline export`, `slimline import`: commands on the artifact store."""
+"""`slimline verify`, `slimline gc`, `slimline import`: commands on the artifact store."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def verify(
     from infra.artifacts.store import ArtifactStore
 
     store = ArtifactStore(settings.store_root)
-    with _progress("verify") as (total, read):
+    with progress_bar("verify") as (total, read):
         report = verify_artifacts(settings, runs or (), total, read)
     for finding in (*report.broken, *report.litter):
         print(f"{'BROKEN' if finding.ref else 'litter'} {finding.path}: {finding.problem}")
     left = [finding for finding in report.broken if not (remove and remove_broken(store, finding))]
-    print(f"{report.num_artifacts} artifacts read ({_size(report.num_bytes)}), {len(report.broken)} broken")
+    print(f"{report.num_artifacts} artifacts read ({in_units(report.num_bytes)}), {len(report.broken)} broken")
     if report.broken and remove:
         print(f"{len(report.broken) - len(left)} taken out; run their specs again (slimline retry RUN) to remake them")
     if as_json:
@@ -80,34 +80,6 @@ def gc(
         print(json.dumps(clearing.as_json() | {"deleted": delete}))
 
 
-@app.command()
-def export(
-    run: Run,
-    file: Annotated[Path, typer.Argument(metavar="FILE.tar", help="Where to write it; an older one is replaced.")],
-    as_json: AsJson = False,
-) -> None:
-    """Write a recorded run with all its artifacts into one file, for `slimline import` on another machine."""
-    settings = prepared()
-    from flows.records.lookup import find_run
-    from flows.records.retention import finished_artifacts
-    from infra.artifacts.bundle_writer import contents_of, write_bundle
-    from infra.artifacts.store import ArtifactStore
-    from infra.results.store import ResultsStore
-
-    if not file.absolute().parent.is_dir() or file.is_dir():
-        raise SpecError(f"{file} cannot be written: give a file in a folder that exists")
-    results, store = ResultsStore.of(settings), ArtifactStore(settings.store_root)
-    row = find_run(results, run)
-    rows = results.export_file(row.run_key).read_bytes()
-    contents = contents_of(store, row.run_key, row.name, finished_artifacts(results, row.run_key), rows)
-    with _progress("export") as (total, written):
-        total(contents.bytes)
-        write_bundle(store, contents, rows, file.absolute(), written)
-    print(f"{row.run_key}: {len(contents.artifacts)} artifacts ({_size(contents.bytes)}) in {file}")
-    if as_json:
-        print(json.dumps({"run_key": row.run_key, "artifacts": len(contents.artifacts), "bytes": contents.bytes}))
-
-
 @app.command(name="import")
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE.tar", help="What `slimline export` wrote.")],
@@ -122,7 +94,7 @@ def import_(
     store, results = ArtifactStore(settings.store_root), ResultsStore.of(settings)
     store.preflight()
     bundle = read_bundle(file)
-    with _progress("import") as (total, done):
+    with progress_bar("import") as (total, done):
         total(bundle.contents.bytes)
         taken = import_bundle(store, bundle, results.add_file, done)
     run_key, there = taken.contents.run_key, len(taken.contents.artifacts) - len(taken.new)
@@ -138,12 +110,12 @@ def _print_clearing(clearing: Clearing, delete: bool) -> None:
     shown = [each for each in by_size(clearing.garbage) if each.what != "lock"]
     width = max((len(each.what) for each in shown), default=0)
     for each in shown:
-        print(f"{each.what:{width}}  {_size(each.bytes):>10}  {each.changed_at:%Y-%m-%d %H:%M}  {each.name}")
+        print(f"{each.what:{width}}  {in_units(each.bytes):>10}  {each.changed_at:%Y-%m-%d %H:%M}  {each.name}")
     locks = len(clearing.garbage) - len(shown)
     also = f" and {locks} lock files" if locks else ""
     done = "deleted" if delete else "would go"
-    print(f"{len(shown)} things{also} {done}: {_size(clearing.bytes)}", end="; ")
-    print(f"{clearing.num_kept} artifacts kept: {_size(clearing.kept_bytes)}")
+    print(f"{len(shown)} things{also} {done}: {in_units(clearing.bytes)}", end="; ")
+    print(f"{clearing.num_kept} artifacts kept: {in_units(clearing.kept_bytes)}")
     for name in clearing.in_use:
         print(f"left, since somebody is at work on it: {name}")
     if shown and not delete:
@@ -158,7 +130,8 @@ def _age(text: str) -> timedelta:
     return timedelta(**{units[match[2] or "s"]: int(match[1])})
 
 
-def _size(num_bytes: int) -> str:
+def in_units(num_bytes: int) -> str:
+    """A number of bytes as it is read: "1.50 GiB"."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= size:
             return f"{num_bytes / size:.2f} {unit}"
@@ -166,7 +139,7 @@ def _size(num_bytes: int) -> str:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+def progress_bar(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
     """A bar in a terminal: a function that sets the number of bytes in all, and one that adds to those done."""
     from tqdm import tqdm
 

@@ -9,4 +9,5 @@ baichuan.py      Baichuan-7B as the Llama that it is
 gemma3.py        a multimodal Gemma-3 as the text model in it
 vocabulary.py    tokens that a tokenizer has and its model has no embedding for
 trusted_code.py  code that comes with a model: none is run but a trusted tokenizer's
+licence.py       under which licence it came
 """

@@ -6,92 +6,26 @@ the asked share of all decoder-layer parameters. Pure arithmetic on integers, no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
+from pruning.allocation.budget import (
+    Allocation,
+    HeadUnit,
+    LayerBudget,
+    num_head_units,
+    removed_parameters,
+    split_ratios,
+    unit_parameters,
+)
+from pruning.allocation.curves import MAX_RATIO, curve_ratios, curve_weights
+from pruning.allocation.grid import EqualLayer, check_met, check_widths, equal_widths, round_to_multiples
 from pruning.errors import PruningError
 from pruning.families import LayerCost
 from pruning.plan import LayerShape
 
-Curve = Literal["log_increase", "linear_increase", "uniform", "log_decrease", "linear_decrease"]
-HeadUnit = Literal["kv_group", "query_head"]
-HeadRounding = Literal["carry", "down"]
-
-#: attention ratio over FFN ratio in one layer, by the name of the split
-ATTENTION_RATIOS = {"equal": 1.0, "half": 1 / 2, "third": 1 / 3, "ffn": 0.0, "attention": math.inf}
-#: no sub-layer loses more than this share of its heads or channels
-MAX_RATIO = 0.95
-#: end points of the paper at 20 %: r_0 = 0.0625, r_31 = 0.25; the same proportion is kept at other sparsities
-START_OVER_END = 0.25
 #: how far the share that given end points remove may lie from the asked one
 END_POINT_TOLERANCE = 0.002
-
-
-@dataclass(frozen=True)
-class LayerBudget:
-    """What to remove from one layer: head units (see HeadUnit) and FFN channels."""
-
-    head_units: int
-    channels: int
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """The wanted shape of the cut.
-
-    sparsity: share of all decoder-layer parameters to remove. curve: over depth. attention_ratio: ratio of attention
-    over ratio of FFN in the same layer: 1 is the paper's equal split, 0 leaves attention alone, infinity leaves the
-    FFN alone. protect_first, protect_last: layers left whole. head_unit: what goes at once (see head_unit_costs).
-    end_points: ratios of the first and the last layer, taken as they are instead of solved from the sparsity, which
-    they must then meet; start_over_end plays no part. head_rounding: whole units per layer by carrying the rounding
-    error from layer to layer, or down in each layer alone; channels make up for it.
-    """
-
-    sparsity: float
-    curve: Curve = "log_increase"
-    start_over_end: float = START_OVER_END
-    attention_ratio: float = 1.0
-    protect_first: int = 0
-    protect_last: int = 0
-    head_unit: HeadUnit = "kv_group"
-    end_points: tuple[float, float] | None = None
-    head_rounding: HeadRounding = "carry"
-
-
-def curve_weights(curve: Curve, num_layers: int, start_over_end: float = START_OVER_END) -> tuple[float, ...]:
-    """Relative pruning ratio of each layer, 1 at the most pruned end; first layer first.
-
-    log_increase: r_i = r_0 + (r_{n-1} - r_0) log(i + 1) / log(n), with i from 0; linear likewise with i / (n - 1).
-    """
-    if num_layers == 1 or curve == "uniform":
-        return (1.0,) * num_layers
-    rising = [start_over_end + (1 - start_over_end) * share for share in _shares(curve, num_layers)]
-    return tuple(rising if curve.endswith("increase") else reversed(rising))
-
-
-def curve_ratios(curve: Curve, num_layers: int, end_points: tuple[float, float]) -> tuple[float, ...]:
-    """Pruning ratio of each layer between given ratios of the first and of the last one (section 3.4).
-
-    A decreasing curve is the increasing one seen from the other end. Raises PruningError for ratios outside
-    [0, MAX_RATIO] or a curve that does not lead from the first to the last.
-    """
-    first, last = end_points
-    if not (0 <= first <= MAX_RATIO and 0 <= last <= MAX_RATIO):
-        raise PruningError(f"end_points {end_points} are not ratios between 0 and {MAX_RATIO}; give two such ratios")
-    if num_layers == 1 or curve == "uniform":
-        if first != last:
-            where = "a uniform curve" if num_layers > 1 else "a model of one layer"
-            raise PruningError(f"end_points {end_points} differ, but {where} has one ratio; give it twice")
-        return (first,) * num_layers
-    rises = curve.endswith("increase")
-    if first > last if rises else first < last:
-        other = curve.replace("increase", "decrease") if rises else curve.replace("decrease", "increase")
-        raise PruningError(f"curve {curve} does not lead from {first} to {last}; swap the end_points or take {other}")
-    low, high = min(end_points), max(end_points)
-    rising = [low + (high - low) * share for share in _shares(curve, num_layers)]
-    return tuple(rising if rises else reversed(rising))
 
 
 def solve_budgets(shapes: Sequence[LayerShape], cost: LayerCost, allocation: Allocation) -> tuple[LayerBudget, ...]:
@@ -99,9 +33,11 @@ def solve_budgets(shapes: Sequence[LayerShape], cost: LayerCost, allocation: All
 
     Heads are rounded to whole units along the curve; channels, being fine, make up the difference, so the count is met
     within one channel (within one head unit when only attention is pruned or the channels are at their limit). Given
-    end points are rounded layer by layer and met as they are. Raises PruningError when the sparsity cannot be reached,
-    naming the most that can, or is not what the end points amount to, naming what is.
+    end points are rounded layer by layer and met as they are. On a grid (channel_multiple, uniform) it is met within
+    half a percent. Raises PruningError when the sparsity cannot be reached, naming the most that can, or is not what
+    the end points or the grid amount to, naming what is.
     """
+    check_widths(shapes, allocation)
     if allocation.end_points is not None:
         return _given_budgets(shapes, cost, allocation, allocation.end_points)
     total = sum(cost.parameters(shape) for shape in shapes)
@@ -109,6 +45,8 @@ def solve_budgets(shapes: Sequence[LayerShape], cost: LayerCost, allocation: All
     weights = _protected(curve_weights(allocation.curve, len(shapes), allocation.start_over_end), allocation)
     attention, ffn = split_ratios(allocation.attention_ratio)
     check_reach(allocation, shapes, cost)
+    if allocation.uniform:
+        return _equal_budgets(shapes, cost, allocation)
     scale = _bisect(lambda scale: _removed(scale, weights, shapes, cost, allocation), wanted)
     ratios = [_head_ratio(scale * w * attention, s, allocation.head_unit) for w, s in zip(weights, shapes, strict=True)]
     if allocation.head_rounding == "down":
@@ -120,10 +58,12 @@ def solve_budgets(shapes: Sequence[LayerShape], cost: LayerCost, allocation: All
     )
     channels = [0] * len(heads)
     if ffn:
-        channels = _round_channels(shapes, cost, weights, wanted - head_parameters)
+        channels = _round_channels(shapes, cost, weights, wanted - head_parameters, allocation.channel_multiple)
     if allocation.head_rounding == "down":
         _check_made_up(head_parameters + sum(channels) * cost.per_channel, wanted, total, allocation)
-    return tuple(LayerBudget(h, c) for h, c in zip(heads, channels, strict=True))
+    budgets = tuple(LayerBudget(h, c) for h, c in zip(heads, channels, strict=True))
+    check_met(budgets, shapes, cost, allocation)
+    return budgets
 
 
 def _check_made_up(removed: int, wanted: float, total: int, allocation: Allocation) -> None:
@@ -131,15 +71,6 @@ def _check_made_up(removed: int, wanted: float, total: int, allocation: Allocati
         raise PruningError(
             f"sparsity {allocation.sparsity:g} cannot be reached with heads rounded down in each layer: channels make "
             f"up for it to {removed / total:.3f} only; lower sparsity, or set head_rounding to carry"
-        )
-
-
-def check_head_unit(head_unit: HeadUnit, shapes: Sequence[LayerShape]) -> None:
-    """Raise PruningError if query heads are to go one by one from groups of one."""
-    if head_unit == "query_head" and any(shape.num_groups == 1 for shape in shapes if shape.num_heads):
-        raise PruningError(
-            "head_unit 'query_head' takes query heads from groups that share a kv head, and a layer of this model has "
-            "one query head per kv head; use kv_group, which there means single heads"
         )
 
 
@@ -160,6 +91,23 @@ def check_reach(allocation: Allocation, shapes: Sequence[LayerShape], cost: Laye
         )
 
 
+def check_grid(allocation: Allocation, shapes: Sequence[LayerShape], cost: LayerCost, *, threshold: bool) -> None:
+    """Raise PruningError if the widths that channel_multiple and uniform ask for cannot be had, before any work.
+
+    threshold: one threshold decides in the place of the curve.
+    """
+    if threshold and allocation.uniform:
+        raise PruningError(
+            "uniform keeps the same of every layer, and one threshold for all layers does not: take a method or an "
+            "option that lets every layer lose the same ratio (allocation curve; of loraprune uniform; of flap "
+            "structure UL-UM or UL-MM), or leave uniform out"
+        )
+    if threshold:
+        check_widths(shapes, allocation)
+    elif allocation.uniform or allocation.channel_multiple > 1:
+        solve_budgets(shapes, cost, allocation)
+
+
 def _removed(
     scale: float,
     weights: Sequence[float],
@@ -175,28 +123,6 @@ def _removed(
         + _ratio(scale * weight * ffn) * shape.intermediate_size * cost.per_channel
         for weight, shape in zip(weights, shapes, strict=True)
     )
-
-
-def removed_parameters(
-    budgets: Sequence[LayerBudget], shapes: Sequence[LayerShape], cost: LayerCost, head_unit: HeadUnit
-) -> int:
-    """Decoder-layer parameters that these budgets take away."""
-    return sum(
-        budget.head_units * unit_parameters(shape, cost, head_unit) + budget.channels * cost.per_channel
-        for budget, shape in zip(budgets, shapes, strict=True)
-    )
-
-
-def num_head_units(shape: LayerShape, head_unit: HeadUnit) -> int:
-    """How many units attention has: kv groups, or query heads per kv group (one goes from every group at once)."""
-    return shape.num_kv_heads if head_unit == "kv_group" or not shape.num_heads else shape.num_groups
-
-
-def _shares(curve: Curve, num_layers: int) -> list[float]:
-    """How far a rising curve has come at each layer: 0 at the first, 1 at the last; two layers at least."""
-    if curve.startswith("log"):
-        return [math.log(i + 1) / math.log(num_layers) for i in range(num_layers)]
-    return [i / (num_layers - 1) for i in range(num_layers)]
 
 
 def _given_budgets(
@@ -224,11 +150,22 @@ def _given_budgets(
     return budgets
 
 
-def unit_parameters(shape: LayerShape, cost: LayerCost, head_unit: HeadUnit) -> int:
-    """Parameters that go with one head unit."""
-    if head_unit == "kv_group":
-        return cost.per_kv_head + shape.num_groups * cost.per_query_head
-    return shape.num_kv_heads * cost.per_query_head
+def _equal_budgets(shapes: Sequence[LayerShape], cost: LayerCost, allocation: Allocation) -> tuple[LayerBudget, ...]:
+    shape, unit = shapes[0], allocation.head_unit
+    attention, ffn = split_ratios(allocation.attention_ratio)
+    total, units = cost.parameters(shape), num_head_units(shape, unit)
+    wanted = allocation.sparsity * total
+    scale = _bisect(lambda scale: _removed(scale, (1.0,), (shape,), cost, allocation), wanted)
+    exact = _head_ratio(scale * attention, shape, unit) * units
+    heads_per_unit = shape.num_heads // max(1, units)
+    allowed = tuple(gone for gone in range(max(1, units)) if cost.builds(shape.num_heads - gone * heads_per_unit))
+    layer = EqualLayer(
+        units, unit_parameters(shape, cost, unit), shape.intermediate_size, cost.per_channel, total, allowed
+    )
+    found = equal_widths(
+        layer, allocation.sparsity, exact, allocation.channel_multiple, attention=attention > 0, ffn=ffn > 0
+    )
+    return (LayerBudget(*found),) * len(shapes)
 
 
 def _attention_parameters(shape: LayerShape, cost: LayerCost, head_unit: HeadUnit) -> int:
@@ -238,14 +175,6 @@ def _attention_parameters(shape: LayerShape, cost: LayerCost, head_unit: HeadUni
 def _protected(weights: Sequence[float], allocation: Allocation) -> tuple[float, ...]:
     last = len(weights) - allocation.protect_last
     return tuple(w if allocation.protect_first <= i < last else 0.0 for i, w in enumerate(weights))
-
-
-def split_ratios(attention_ratio: float) -> tuple[float, float]:
-    """Relative ratios of attention and FFN, the larger one 1."""
-    if math.isinf(attention_ratio):
-        return 1.0, 0.0
-    largest = max(1.0, attention_ratio)
-    return attention_ratio / largest, 1.0 / largest
 
 
 def _ratio(value: float) -> float:
@@ -283,9 +212,10 @@ def _round_heads(
 
 
 def _round_channels(
-    shapes: Sequence[LayerShape], cost: LayerCost, weights: Sequence[float], wanted: float
+    shapes: Sequence[LayerShape], cost: LayerCost, weights: Sequence[float], wanted: float, multiple: int = 1
 ) -> list[int]:
-    """Channels per layer along the curve that remove `wanted` parameters in all, to within half a channel."""
+    """Channels per layer along the curve that remove `wanted` parameters in all, to within half a channel, or half a
+    multiple."""
 
     def exact(scale: float) -> list[float]:
         return [_ratio(scale * w) * shape.intermediate_size for w, shape in zip(weights, shapes, strict=True)]
@@ -293,12 +223,20 @@ def _round_channels(
     def removed(scale: float) -> float:
         return sum(exact(scale)) * cost.per_channel
 
-    if wanted <= 0:
+    if wanted <= 0 and multiple == 1:
         return [0] * len(shapes)
-    wanted = min(wanted, removed(1e6))  # heads may have been rounded down where the channels are at their limit
+    wanted = min(
+        max(0.0, wanted), removed(1e6)
+    )  # heads may have been rounded down where the channels are at their limit
+    values = exact(_bisect(removed, wanted))
+    if multiple > 1:
+        widths = [shape.intermediate_size for shape in shapes]
+        return round_to_multiples(
+            widths, [v if w > 0 and n else None for v, w, n in zip(values, weights, widths, strict=True)], multiple
+        )
     counts: list[int] = []
     carried = 0.0
-    for value in exact(_bisect(removed, wanted)):
+    for value in values:
         count = max(0, round(value + carried)) if value > 0 else 0
         counts.append(count)
         carried += value - count

@@ -13,14 +13,9 @@ from itertools import accumulate
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Literal
 
-from pruning.allocation.schedule import (
-    MAX_RATIO,
-    Allocation,
-    LayerBudget,
-    num_head_units,
-    split_ratios,
-    unit_parameters,
-)
+from pruning.allocation.budget import Allocation, LayerBudget, num_head_units, split_ratios, unit_parameters
+from pruning.allocation.curves import MAX_RATIO
+from pruning.allocation.grid import on_grid
 from pruning.errors import PruningError
 from pruning.families import LayerCost
 from pruning.plan import LayerShape
@@ -65,7 +60,7 @@ def threshold_budgets(
 
     allocation: its sparsity, protected layers and head unit; with `joint` false also its attention_ratio, for which
     heads and channels have a threshold each. One head unit of a layer always stays, and of its channels the share that
-    MAX_RATIO leaves.
+    MAX_RATIO leaves. With a channel_multiple what a layer is rounded by is carried on to the next one.
 
     Raises PruningError if the sparsity cannot be reached.
     """
@@ -82,7 +77,8 @@ def threshold_budgets(
     counts = {(layer, kind): 0 for layer in range(len(shapes)) for kind in ("attention", "mlp")}
     for each in chosen:
         counts[each.layer, each.kind] += 1
-    return tuple(LayerBudget(counts[layer, "attention"], counts[layer, "mlp"]) for layer in range(len(shapes)))
+    budgets = tuple(LayerBudget(counts[layer, "attention"], counts[layer, "mlp"]) for layer in range(len(shapes)))
+    return on_grid(budgets, shapes, cost, allocation)
 
 
 def _candidates(

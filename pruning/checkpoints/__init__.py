@@ -8,4 +8,6 @@
 * `surgery`         `shrink_` cuts a model to a plan, `mask_` zeroes instead
 * `clean`           rewrites an imported folder so that every loader reads the same
 * `load_check`      loads what was just written and compares its logits
+* `plain_folder`    a checkpoint for whoever loads it without slimline
+* `llama_cpp`       its layers and tensors as llama.cpp computes with them
 """

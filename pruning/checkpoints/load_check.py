@@ -66,6 +66,17 @@ def check_saved(folder: Path, model: PreTrainedModel) -> None:
     _compare(_clean(folder), expected, model.dtype, "the model that was saved")
 
 
+@torch.no_grad()
+def check_copied(folder: Path, source: Path) -> None:
+    """Compare the checkpoint in `folder` with the one in `source` that it was written from, both in float32.
+
+    Raises UnsoundCheckpoint if the folder does not load or gives other logits.
+    """
+    with checkpoint_on_disk(stored_tensors(source), torch.float32) as model:
+        expected = _logits(model)
+    _compare(_clean(folder), expected, torch.float32, str(source))
+
+
 def _clean(folder: Path) -> StoredTensors:
     with _failing_as_ours(folder):
         stored = stored_tensors(folder)

@@ -13,7 +13,7 @@ May import pruning.plan and pruning.errors. What it asks of a model are names an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pruning.errors import PruningError
@@ -31,15 +31,26 @@ __all__ = ["FAMILIES", "LayerCost", "ModelFamily", "decoder_parameters", "family
 class LayerCost:
     """Parameters of one decoder layer as a linear function of its widths; equal for all layers of a model.
 
+<<<<<<< HEAD
     per_query_head: rows of q, columns of o, bias of q. per_kv_head: rows and biases of k and v. Both: their share of a
     norm that spans all heads. per_channel: rows of up (and of gate, if there is one), column of down, biases of up and
     gate. fixed: the other norms, biases of o and down.
+=======
+    per_query_head: rows of q, columns of o, bias of q. per_kv_head: rows and biases of k and v.
+    per_channel: rows of up (and of gate, if there is one), column of down, biases of up and gate. fixed: norms, biases
+    of o and down. stock_heads: numbers of query heads that the stock class can be built with, None: any.
+>>>>>>> exports
     """
 
     per_query_head: int
     per_kv_head: int
     per_channel: int
     fixed: int
+    stock_heads: tuple[int, ...] | None = None
+
+    def builds(self, num_heads: int) -> bool:
+        """Whether the stock class can be built with so many query heads."""
+        return self.stock_heads is None or num_heads in self.stock_heads
 
     def parameters(self, shape: LayerShape) -> int:
         """Parameters of a layer of `shape`."""
@@ -95,7 +106,9 @@ def layer_cost(model: nn.Module) -> LayerCost:
         fixed=0,
     )
     numel = sum(parameter.numel() for parameter in layer.parameters())
-    return LayerCost(cost.per_query_head, cost.per_kv_head, cost.per_channel, fixed=numel - cost.parameters(shape))
+    hidden = family.q_proj(layer).in_features
+    stock_heads = family.stock_heads(shape.num_heads, hidden, head_dim)
+    return replace(cost, fixed=numel - cost.parameters(shape), stock_heads=stock_heads)
 
 
 def _shape(family: ModelFamily, layer: nn.Module, head_dim: int) -> LayerShape:

@@ -35,6 +35,7 @@ class ModelFamily:
     gate_name: None for an MLP without a gate. rotary_path: None where positions are learned with the embeddings.
     kv_heads_field: None where every query head has a kv head of its own. stock_head_dim: the stock class takes the
     width of a head from the config; False where it divides hidden_size by the number of heads, so that it cannot
+<<<<<<< HEAD
     describe pruned heads. per_layer_fields: lists in the config with an entry for each layer.
 
     On the way to a sub-layer: attention_norm_name, mlp_norm_name; None where it reads the residual stream itself.
@@ -46,6 +47,11 @@ class ModelFamily:
 
     head_norm_names: norms of queries and keys, of width head_dim, shared by all heads and never cut; or with
     head_norms_span_heads one norm over all of them, which is cut along with the heads.
+=======
+    describe pruned heads. heads_divide_hidden: the stock class takes only numbers of heads that divide hidden_size,
+    although it takes the width of a head from the config. parallel_residual: attention and MLP both read the residual
+    stream as it was before the layer, else the MLP reads it after the attention.
+>>>>>>> exports
     """
 
     name: str
@@ -82,6 +88,7 @@ class ModelFamily:
     intermediate_field: str = "intermediate_size"
     per_layer_fields: tuple[str, ...] = ("layer_types",)
     stock_head_dim: bool = True
+    heads_divide_hidden: bool = False
     parallel_residual: bool = False
     requirements: tuple[Requirement, ...] = ()
 
@@ -168,6 +175,14 @@ class ModelFamily:
     def head_dim(self, model: nn.Module) -> int:
         """Width of one head, from the model's own modules."""
         return self.head_dim_of(self.layers(model)[0])
+
+    def stock_heads(self, num_heads: int, hidden_size: int, head_dim: int) -> tuple[int, ...] | None:
+        """The numbers of query heads, up to `num_heads`, that the stock class can be built with; None: all of them."""
+        if not self.stock_head_dim:
+            return (hidden_size // head_dim,)
+        if not self.heads_divide_hidden:
+            return None
+        return tuple(count for count in range(1, num_heads + 1) if hidden_size % count == 0)
 
     def head_dim_of(self, layer: nn.Module) -> int:
         """Width of one head of a layer."""

@@ -9,6 +9,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
         name="llama",
         model_types=("llama", "slimline-llama"),
         architectures=("LlamaForCausalLM", "SlimlineLlamaForCausalLM"),
+        heads_divide_hidden=True,
     ),
     ModelFamily(
         name="mistral",

@@ -14,8 +14,13 @@ from pruning.training.data import RecordData, TextsOrRecords
 from pruning.training.options import TextConfig
 
 if TYPE_CHECKING:
+<<<<<<< HEAD
     from pruning.allocation.schedule import Allocation
     from pruning.families import LayerCost, ModelFamily
+=======
+    from pruning.allocation.budget import Allocation
+    from pruning.families import LayerCost
+>>>>>>> exports
     from pruning.plan import LayerShape
 
 
@@ -30,6 +35,12 @@ class TrainedOptions(TextConfig, AdapterConfig):
     """Layers at the start that are left whole."""
     protect_last: Amount = 0
     """Layers at the end that are left whole."""
+    channel_multiple: Count = Field(default=1, le=1024, exclude_if=lambda multiple: multiple == 1)
+    """What stays of every FFN is a multiple of this, such as 64 or 128: odd widths lose the fast kernels. What one
+    layer is rounded by the next ones make up for."""
+    uniform: bool = Field(default=False, exclude_if=lambda uniform: not uniform)
+    """Every layer keeps the same heads and channels, in numbers that transformers' own class builds: vLLM, SGLang, TGI
+    and llama.cpp load what comes out. No curve then plays a part."""
     data: TextsOrRecords = RecordData()
     """Text (c4, fineweb-edu, redpajama, slimpajama), records (alpaca, stanford-alpaca, gpt4-alpaca), or a mapping that
     names a data set."""
@@ -70,7 +81,7 @@ class TrainedOptions(TextConfig, AdapterConfig):
 
     def allocation_(self) -> Allocation:
         """How much goes from where."""
-        from pruning.allocation.schedule import ATTENTION_RATIOS, Allocation
+        from pruning.allocation.budget import ATTENTION_RATIOS, Allocation
 
         return Allocation(
             sparsity=self.sparsity,
@@ -79,11 +90,14 @@ class TrainedOptions(TextConfig, AdapterConfig):
             protect_first=self.protect_first,
             protect_last=self.protect_last,
             head_unit=self.head_unit,
+            channel_multiple=self.channel_multiple,
+            uniform=self.uniform,
         )
 
     def check_layers(self, layers: Sequence[LayerShape], cost: LayerCost, family: ModelFamily) -> None:
         """Raise PruningError if a model of these layers cannot be pruned so."""
-        from pruning.allocation.schedule import check_head_unit, check_reach
+        from pruning.allocation.budget import check_head_unit
+        from pruning.allocation.schedule import check_grid, check_reach
 
         if family.head_norms_span_heads and self.split_ != "ffn":
             raise PruningError(
@@ -92,3 +106,4 @@ class TrainedOptions(TextConfig, AdapterConfig):
             )
         check_head_unit(self.head_unit, layers)
         check_reach(self.allocation_(), layers, cost, joint=self.joint)
+        check_grid(self.allocation_(), layers, cost, threshold=self.measure is not None)

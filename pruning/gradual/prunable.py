@@ -12,14 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pruning.allocation.schedule import (
-    Allocation,
-    LayerBudget,
-    removed_parameters,
-    solve_budgets,
-    split_ratios,
-    unit_parameters,
-)
+from pruning.allocation.budget import Allocation, LayerBudget, removed_parameters, split_ratios, unit_parameters
+from pruning.allocation.schedule import solve_budgets
 from pruning.allocation.threshold import LayerScores, Measure, threshold_budgets
 from pruning.families import LayerCost, ModelFamily, family_of, layer_cost, shapes
 from pruning.families.sites import Site, sites_of
@@ -95,6 +89,8 @@ class Prunable:
         of = {name: values.detach().double().cpu() for name, values in scores.items()}
         orders = {site.name: _order(site, of[site.name]) for site in self.sites}
         allocation = replace(self.allocation, sparsity=sparsity)
+        if sparsity < self.allocation.sparsity:  # masks on the way need not lie on a grid
+            allocation = replace(allocation, channel_multiple=1, uniform=False)
         budgets: tuple[LayerBudget, ...] = (LayerBudget(0, 0),) * len(self.widths)
         if sparsity > 0 and self.measure is None:
             budgets = solve_budgets(self.widths, self.cost, allocation)

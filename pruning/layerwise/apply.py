@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from pruning.allocation.schedule import Allocation, LayerBudget, removed_parameters, solve_budgets
+from pruning.allocation.budget import Allocation, LayerBudget, removed_parameters
+from pruning.allocation.schedule import solve_budgets
 from pruning.allocation.threshold import LayerScores, Measure, threshold_budgets
 from pruning.checkpoints.surgery import give_output_bias_
 from pruning.families import layer_cost, shapes

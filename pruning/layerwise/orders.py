@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pruning.allocation.schedule import MAX_RATIO, HeadUnit, num_head_units
+from pruning.allocation.budget import HeadUnit, num_head_units
+from pruning.allocation.curves import MAX_RATIO
 from pruning.distributed import ProcessGroup
 from pruning.families import shapes
 from pruning.obs.elimination import nested_group_sizes, prepare

@@ -23,7 +23,7 @@ from pruning.walk.sequential import SubLayer
 from pruning.walk.state import LayerEntry, SubLayerReport, WalkState
 
 if TYPE_CHECKING:
-    from pruning.allocation.schedule import HeadUnit, LayerBudget
+    from pruning.allocation.budget import HeadUnit, LayerBudget
     from pruning.orders import Orders
 
 log = logging.getLogger("slimline")

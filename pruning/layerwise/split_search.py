@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pruning.allocation.schedule import Allocation, removed_parameters, solve_budgets
+from pruning.allocation.budget import Allocation, LayerBudget, removed_parameters
+from pruning.allocation.schedule import solve_budgets
 from pruning.calibration import CalibrationSet
 from pruning.checkpoints.decoder import Decoder
 from pruning.errors import PruningError
@@ -183,7 +184,8 @@ def _part(progress: Progress, index: int, count: int, what: str) -> Progress:
 
 
 def _worth_trying(decoder: Decoder, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that can reach their sparsity and leave enough of the FFN, asked before hours are spent.
+    """Those that can reach their sparsity and leave enough of the FFN, asked before hours are spent; of equal layers
+    those that come to something else.
 
     If none leaves enough, those that can reach it at all; the first one's error if none can.
     """
@@ -191,12 +193,16 @@ def _worth_trying(decoder: Decoder, candidates: Sequence[Candidate]) -> list[Can
     channels = sum(width.intermediate_size for width in widths)
     shares: dict[str, float] = {}
     errors: list[PruningError] = []
+    known: list[tuple[LayerBudget, ...]] = []
     for candidate in candidates:
         try:
             budgets = solve_budgets(widths, cost, candidate.allocation)
         except PruningError as error:
             errors.append(error)
         else:
+            if candidate.allocation.uniform and budgets in known:
+                continue  # heads are few: several splits come to the same
+            known.append(budgets)
             shares[candidate.name] = sum(budget.channels for budget in budgets) / max(1, channels)
     if not shares:
         raise errors[0]

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pruning.bounds import Amount, Real
+from pruning.bounds import Amount, Count, Real
 from pruning.errors import PruningError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pruning.allocation.schedule import Allocation
+    from pruning.allocation.budget import Allocation
     from pruning.calibration import CalibrationSet
     from pruning.checkpoints.decoder import Decoder
     from pruning.families import LayerCost, ModelFamily
@@ -61,6 +61,12 @@ class WidthOptions(BaseModel):
     """Layers at the start that are left whole."""
     protect_last: Amount = 0
     """Layers at the end that are left whole."""
+    channel_multiple: Count = Field(default=1, le=1024, exclude_if=lambda multiple: multiple == 1)
+    """What stays of every FFN is a multiple of this, such as 64 or 128: odd widths lose the fast kernels. What one
+    layer is rounded by the next ones make up for."""
+    uniform: bool = Field(default=False, exclude_if=lambda uniform: not uniform)
+    """Every layer keeps the same heads and channels, in numbers that transformers' own class builds: vLLM, SGLang, TGI
+    and llama.cpp load what comes out. No curve then plays a part."""
     repair: Literal["none", "least_squares"] = "none"
     """least_squares: refit the columns that stay of each output linear from the dense model's Hessians."""
     dampening_frac: Real = Field(default=0.01, gt=0, le=1e6)
@@ -86,7 +92,7 @@ class WidthOptions(BaseModel):
 
     def allocation_(self) -> Allocation:
         """How much goes from where."""
-        from pruning.allocation.schedule import ATTENTION_RATIOS, Allocation
+        from pruning.allocation.budget import ATTENTION_RATIOS, Allocation
 
         return Allocation(
             sparsity=self.sparsity,
@@ -94,6 +100,8 @@ class WidthOptions(BaseModel):
             protect_first=self.protect_first,
             protect_last=self.protect_last,
             head_unit=self.head_unit,
+            channel_multiple=self.channel_multiple,
+            uniform=self.uniform,
             **self.over_depth,
         )
 
@@ -205,10 +213,18 @@ class Ranked:
         self, config: WidthOptions, layers: Sequence[LayerShape], cost: LayerCost, family: ModelFamily
     ) -> None:
         """Raise PruningError if a model of these layers cannot be pruned so."""
-        from pruning.allocation.schedule import check_head_unit, check_reach
+        from pruning.allocation.budget import check_head_unit
+        from pruning.allocation.schedule import check_grid, check_reach
 
         check_head_unit(config.head_unit, layers)
-        check_reach(config.allocation_(), layers, cost, joint=config.measure is not None and config.split is None)
+        by_threshold = config.measure is not None
+        check_reach(config.allocation_(), layers, cost, joint=by_threshold and config.split is None)
+        check_grid(config.allocation_(), layers, cost, threshold=by_threshold)
+        if config.uniform and str(config.repair) == "bias":
+            raise PruningError(
+                "uniform makes a model that stock classes load, which know no biases on output linears: set repair to "
+                "none or least_squares, or leave uniform out"
+            )
 
 
 def _model(decoder: Decoder) -> tuple[Sequence[LayerShape], LayerCost]:

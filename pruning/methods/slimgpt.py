@@ -15,7 +15,7 @@ from pruning.bounds import Amount, Count, Real
 from pruning.errors import PruningError
 
 if TYPE_CHECKING:
-    from pruning.allocation.schedule import HeadUnit
+    from pruning.allocation.budget import HeadUnit
     from pruning.calibration import CalibrationSet
     from pruning.checkpoints.decoder import Decoder
     from pruning.families import LayerCost, ModelFamily
@@ -67,6 +67,12 @@ class Config(BaseModel):
     """Layers at the start that are left whole."""
     protect_last: Amount = 0
     """Layers at the end that are left whole."""
+    channel_multiple: Count = Field(default=1, le=1024, exclude_if=lambda multiple: multiple == 1)
+    """What stays of every FFN is a multiple of this, such as 64 or 128: odd widths lose the fast kernels. What one
+    layer is rounded by the next ones make up for."""
+    uniform: bool = Field(default=False, exclude_if=lambda uniform: not uniform)
+    """Every layer keeps the same heads and channels, in numbers that transformers' own class builds: vLLM, SGLang, TGI
+    and llama.cpp load what comes out. No curve then plays a part."""
 
 
 def needs_statistics(config: Config) -> bool:
@@ -164,17 +170,20 @@ def _check_statistics(statistics: Path | None, config: Config) -> None:
 
 def check_model(config: Config, layers: Sequence[LayerShape], cost: LayerCost, family: ModelFamily) -> None:
     """Raise PruningError if a model of these layers cannot be pruned so: by no split that is to be tried."""
-    from pruning.allocation.schedule import check_head_unit, check_reach
+    from pruning.allocation.budget import check_head_unit
+    from pruning.allocation.schedule import check_grid, check_reach
 
     if config.head_unit is not None:
         check_head_unit(config.head_unit, layers)
-    if config.end_points is not None:
-        return  # each layer's ratio is given
-    reasons: list[PruningError] = []
     candidates = _candidates(layers, config)
+    if config.end_points is not None:  # each layer's ratio is given
+        check_grid(candidates[0].allocation, layers, cost, threshold=False)
+        return
+    reasons: list[PruningError] = []
     for candidate in candidates:
         try:
             check_reach(candidate.allocation, layers, cost)
+            check_grid(candidate.allocation, layers, cost, threshold=False)
         except PruningError as reason:
             reasons.append(reason)
     if len(reasons) == len(candidates):
@@ -192,7 +201,7 @@ def _candidates(layers: Sequence[LayerShape], config: Config) -> list[Candidate]
 
 
 def _candidate(config: Config, split: str, head_unit: HeadUnit) -> Candidate:
-    from pruning.allocation.schedule import ATTENTION_RATIOS, Allocation
+    from pruning.allocation.budget import ATTENTION_RATIOS, Allocation
     from pruning.layerwise.split_search import Candidate
     from pruning.obs.groups import Solver
 
@@ -205,6 +214,8 @@ def _candidate(config: Config, split: str, head_unit: HeadUnit) -> Candidate:
         protect_first=config.protect_first,
         protect_last=config.protect_last,
         head_unit=head_unit,
+        channel_multiple=config.channel_multiple,
+        uniform=config.uniform,
     )
     solver = Solver(config.dampening_frac, config.grouped_cholesky, config.group_size, head_unit)
     return Candidate(split, allocation, solver)

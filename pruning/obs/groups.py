@@ -17,7 +17,7 @@ from pruning.obs.elimination import Elimination, Problem, eliminate_groups, fixe
 from pruning.plan import LayerShape
 
 if TYPE_CHECKING:
-    from pruning.allocation.schedule import HeadUnit
+    from pruning.allocation.budget import HeadUnit
 
 
 @dataclass(frozen=True)

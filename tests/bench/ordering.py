@@ -7,7 +7,7 @@ from typing import get_args
 
 from transformers import PreTrainedModel
 
-from pruning.allocation.schedule import Curve
+from pruning.allocation.curves import Curve
 from pruning.errors import PruningError
 from pruning.methods import slimgpt
 from tests.bench.materials import Materials

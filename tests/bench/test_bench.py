@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from pruning.allocation.schedule import HeadUnit
+from pruning.allocation.budget import HeadUnit
 from pruning.calibration import CalibrationSet
 from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
 from pruning.families import family_of

@@ -15,7 +15,8 @@ from flows.spec.load import dump_spec, load_spec, shipped_specs
 from flows.spec.run import RunSpec
 from flows.spec.steps import PruneStep
 from infra.sources.find import Sources
-from pruning.allocation.schedule import Allocation, removed_parameters, solve_budgets
+from pruning.allocation.budget import Allocation, removed_parameters
+from pruning.allocation.schedule import solve_budgets
 from tests.pruning.allocation.test_schedule import MODELS
 
 ABLATIONS = [name for name in shipped_specs() if "-table" in name or "-figure" in name or name.endswith("-ablation")]

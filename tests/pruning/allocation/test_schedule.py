@@ -9,18 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning.allocation.schedule import (
-    MAX_RATIO,
-    Allocation,
-    Curve,
-    HeadUnit,
-    LayerBudget,
-    curve_ratios,
-    curve_weights,
-    num_head_units,
-    removed_parameters,
-    solve_budgets,
-)
+from pruning.allocation.budget import Allocation, HeadUnit, LayerBudget, num_head_units, removed_parameters
+from pruning.allocation.curves import MAX_RATIO, Curve, curve_ratios, curve_weights
+from pruning.allocation.schedule import solve_budgets
 from pruning.errors import PruningError
 from pruning.families import LayerCost, decoder_parameters, layer_cost, shapes
 from pruning.plan import LayerShape

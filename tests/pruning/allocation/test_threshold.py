@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pruning.allocation.schedule import Allocation, removed_parameters
+from pruning.allocation.budget import Allocation, removed_parameters
 from pruning.allocation.threshold import LayerScores, Measure, threshold_budgets
 from pruning.errors import PruningError
 from pruning.families import LayerCost

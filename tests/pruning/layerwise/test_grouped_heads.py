@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pruning.allocation.schedule import HeadUnit
+from pruning.allocation.budget import HeadUnit
 from pruning.checkpoints.surgery import shrink_
 from pruning.families import shapes
 from pruning.methods.slimgpt import Config

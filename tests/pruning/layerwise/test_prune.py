@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning.allocation.schedule import HeadUnit, LayerBudget, removed_parameters
+from pruning.allocation.budget import HeadUnit, LayerBudget, removed_parameters
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.checkpoints.surgery import mask_, shrink_
 from pruning.errors import PruningError

@@ -12,7 +12,8 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from pruning.allocation.schedule import Allocation, HeadUnit, LayerBudget, removed_parameters, solve_budgets
+from pruning.allocation.budget import Allocation, HeadUnit, LayerBudget, removed_parameters
+from pruning.allocation.schedule import solve_budgets
 from pruning.calibration import CalibrationSet
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.checkpoints.surgery import shrink_

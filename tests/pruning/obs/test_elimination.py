@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pruning.allocation.schedule import HeadUnit
+from pruning.allocation.budget import HeadUnit
 from pruning.errors import PruningError
 from pruning.obs import elimination
 from pruning.obs.groups import head_groups
