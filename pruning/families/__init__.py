@@ -31,15 +31,10 @@ __all__ = ["FAMILIES", "LayerCost", "ModelFamily", "decoder_parameters", "family
 class LayerCost:
     """Parameters of one decoder layer as a linear function of its widths; equal for all layers of a model.
 
-<<<<<<< HEAD
     per_query_head: rows of q, columns of o, bias of q. per_kv_head: rows and biases of k and v. Both: their share of a
     norm that spans all heads. per_channel: rows of up (and of gate, if there is one), column of down, biases of up and
-    gate. fixed: the other norms, biases of o and down.
-=======
-    per_query_head: rows of q, columns of o, bias of q. per_kv_head: rows and biases of k and v.
-    per_channel: rows of up (and of gate, if there is one), column of down, biases of up and gate. fixed: norms, biases
-    of o and down. stock_heads: numbers of query heads that the stock class can be built with, None: any.
->>>>>>> exports
+    gate. fixed: the other norms, biases of o and down. stock_heads: numbers of query heads that the stock class can be
+    built with, None: any.
     """
 
     per_query_head: int
@@ -106,8 +101,7 @@ def layer_cost(model: nn.Module) -> LayerCost:
         fixed=0,
     )
     numel = sum(parameter.numel() for parameter in layer.parameters())
-    hidden = family.q_proj(layer).in_features
-    stock_heads = family.stock_heads(shape.num_heads, hidden, head_dim)
+    stock_heads = family.stock_heads(shape.num_heads, family.o_proj(layer).out_features, head_dim)
     return replace(cost, fixed=numel - cost.parameters(shape), stock_heads=stock_heads)
 
 

@@ -35,8 +35,9 @@ class ModelFamily:
     gate_name: None for an MLP without a gate. rotary_path: None where positions are learned with the embeddings.
     kv_heads_field: None where every query head has a kv head of its own. stock_head_dim: the stock class takes the
     width of a head from the config; False where it divides hidden_size by the number of heads, so that it cannot
-<<<<<<< HEAD
-    describe pruned heads. per_layer_fields: lists in the config with an entry for each layer.
+    describe pruned heads. heads_divide_hidden: the stock class takes only numbers of heads that divide hidden_size,
+    although it takes the width of a head from the config. per_layer_fields: lists in the config with an entry for each
+    layer.
 
     On the way to a sub-layer: attention_norm_name, mlp_norm_name; None where it reads the residual stream itself.
     parallel_residual: attention and MLP both read the stream as it was before the layer, else the MLP reads it after
@@ -47,11 +48,6 @@ class ModelFamily:
 
     head_norm_names: norms of queries and keys, of width head_dim, shared by all heads and never cut; or with
     head_norms_span_heads one norm over all of them, which is cut along with the heads.
-=======
-    describe pruned heads. heads_divide_hidden: the stock class takes only numbers of heads that divide hidden_size,
-    although it takes the width of a head from the config. parallel_residual: attention and MLP both read the residual
-    stream as it was before the layer, else the MLP reads it after the attention.
->>>>>>> exports
     """
 
     name: str

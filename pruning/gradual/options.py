@@ -14,13 +14,8 @@ from pruning.training.data import RecordData, TextsOrRecords
 from pruning.training.options import TextConfig
 
 if TYPE_CHECKING:
-<<<<<<< HEAD
-    from pruning.allocation.schedule import Allocation
-    from pruning.families import LayerCost, ModelFamily
-=======
     from pruning.allocation.budget import Allocation
-    from pruning.families import LayerCost
->>>>>>> exports
+    from pruning.families import LayerCost, ModelFamily
     from pruning.plan import LayerShape
 
 
