@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -169,3 +170,24 @@ def test_variants_that_cannot_be_pruned_say_why(name: str, config: dict[str, obj
     for what in (model, model.config):
         with pytest.raises(PruningError, match=rf"cannot prune this (OPT|Phi)ForCausalLM: .*{reason}"):
             family_of(what)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *LATER_FAMILIES])
+def test_the_stock_class_can_be_built_with_the_heads_that_a_family_says(family: str) -> None:
+    """Of heads as wide as they are: what `uniform` may leave of them. hidden_size is 32."""
+    model = tiny_model(family)
+    row, config = family_of(model), model.config
+    head_dim, hidden, heads = row.head_dim(model), config.hidden_size, shapes(model)[0].num_heads
+    said = row.stock_heads(heads, hidden, head_dim)
+    for count in range(1, heads + 1):
+        fields = config.to_dict() | {row.heads_field: count, "num_hidden_layers": 1, "layer_types": None}
+        fields |= {row.kv_heads_field: 1} if row.kv_heads_field else {}
+        fields |= {"head_dim": head_dim} if row.stock_head_dim else {}
+        try:
+            built = type(model)(type(config)(**fields))
+        except (ValueError, StrictDataclassError):
+            builds = False
+        else:
+            layer = row.layers(built)[0]
+            builds = row.o_proj(layer).in_features == count * head_dim == count * row.head_dim_of(layer)
+        assert builds == (said is None or count in said), (count, said)
