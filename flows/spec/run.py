@@ -12,7 +12,7 @@ from evaluation.profile.config import ProfileConfig
 from flows.spec.branches import Derivation, derive
 from flows.spec.parts import NAME, NAME_OR_DEFAULT, PluginEntry, SpecPart
 from flows.spec.start_folder import StartFolder
-from flows.spec.steps import PruneStep, RecoverStep, Step
+from flows.spec.steps import PruneStep, Step
 from flows.spec.validation import first_problem, refuse_unsafe
 from infra import registry
 from infra.results.rows import DENSE
@@ -194,8 +194,9 @@ class RunSpec(SpecPart):
                 f"{derivation.step.plugin} trains on the calibration windows and there is no `calibration`; add one "
                 "(data, num_samples, seq_len, num_heldout)"
             )
-        if calibration is not None and isinstance(derivation.step, RecoverStep) and self.reads_calibration(derivation):
-            derivation.step.module.check_calibration(derivation.step.config, calibration.num_heldout)
+        check = getattr(derivation.step.module, "check_calibration", None)
+        if calibration is not None and check is not None and self.reads_calibration(derivation):
+            check(derivation.step.config, calibration.num_heldout)
 
 
 def _refuse_duplicates(what: str, names: Iterable[str], way_out: str) -> None:

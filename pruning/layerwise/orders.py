@@ -56,6 +56,7 @@ def trace_orders(
             weight_OI,
             sub_layer.hessian,
             dampening_frac=solver.dampening_frac,
+            own_share=solver.own_share,
             scale_O=sub_layer.output_scale_O,
         )
         for unit, groups in _groups(sub_layer, widths[sub_layer.layer], head_dim, solver).items():

@@ -18,6 +18,7 @@ from pruning.distributed import ProcessGroup
 from pruning.families.forward import SubLayerKind
 from pruning.obs.elimination import System, dampen, output_error, prepare, refit, removal_error
 from pruning.obs.groups import Groups, Solver, channel_groups, head_groups, search
+from pruning.obs.ridge import refit_by_heldout_
 from pruning.plan import LayerPlan, LayerShape
 from pruning.walk.sequential import SubLayer
 from pruning.walk.state import LayerEntry, SubLayerReport, WalkState
@@ -50,7 +51,8 @@ def prune_layerwise_(
 
     The removed columns become zero and the kept ones are compensated. walk_state: takes plan and reports of each layer;
     the one that the walk writes to. orders: what goes first, found earlier from the same Hessians. measured:
-    False leaves all errors but those of the search out of the reports. process_group: the processes that walk together;
+    False is for a trial: all errors but those of the search are left out of the reports, and where the held-out windows
+    are to choose the ridge, that of the search is taken. process_group: the processes that walk together;
     the leader solves for all. on_layer: called with each finished layer. Returns what the walk returns: the held-out
     stream after the last layer.
     """
@@ -128,6 +130,9 @@ def _prune_(
         error = removal_error(system, pruned_OI, removed_G)
         _warn_of_rounding(sub_layer.name, error, bounds)
         found.setdefault("predicted_error", error)
+    if solver.ridge == "heldout" and measured:
+        assert sub_layer.heldout is not None
+        pruned_OI[:, kept_K], found["ridge"] = refit_by_heldout_(system, sub_layer.hessian, sub_layer.heldout, kept_K)
     del system
     pruned_OI = pruned_OI.to(weight_OI)
     if measured:
@@ -150,11 +155,15 @@ def _choose(
     frac, dtype, scale_O = solver.dampening_frac, solver.dtype, sub_layer.output_scale_O
     if orders is not None:
         traced = orders.load(name, solver.head_unit if sub_layer.kind == "attention" else "channel")
-        system = dampen(name, weight_OI, hessian, dampening_frac=frac, dtype=dtype, scale_O=scale_O)
+        system = dampen(
+            name, weight_OI, hessian, dampening_frac=frac, own_share=solver.own_share, dtype=dtype, scale_O=scale_O
+        )
         # what scores no error predicts none
         bounds = traced.bounds(groups.count) if traced.condition is not None else (0.0, math.inf)
         return system, traced.order[: groups.count], bounds, {"condition": traced.condition}
-    problem = prepare(name, weight_OI, hessian, dampening_frac=frac, dtype=dtype, scale_O=scale_O)
+    problem = prepare(
+        name, weight_OI, hessian, dampening_frac=frac, own_share=solver.own_share, dtype=dtype, scale_O=scale_O
+    )
     found = search(problem, groups, solver)
     predicted = found.errors[-1]
     report: dict[str, float | None] = {"predicted_error": predicted, "condition": 1.0 / problem.rcond}

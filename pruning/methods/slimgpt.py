@@ -62,7 +62,11 @@ class Config(BaseModel):
     """FFN channels removed per round; default: half of what is to go, at most 1024, at least 8 (dynamic group size,
     section 3.2). A number: the "-DGS" ablation."""
     dampening_frac: Real = Field(default=0.01, gt=0, le=1e6)
-    """Added to the diagonal of each Hessian, as a share of its mean."""
+    """Added to the diagonal of each Hessian, as a share of its mean, or of what ridge says."""
+    ridge: Literal["mean", "diagonal", "heldout"] = Field(default="mean", exclude_if=lambda ridge: ridge == "mean")
+    """mean: as the paper. diagonal: dampening_frac is a share of each input's own second moment (not in the paper; 0.1
+    does well). heldout: diagonal while what goes is chosen, and each linear is refitted with the share that errs least
+    on the held-out windows."""
     protect_first: Amount = 0
     """Layers at the start that are left whole."""
     protect_last: Amount = 0
@@ -73,6 +77,15 @@ class Config(BaseModel):
     uniform: bool = Field(default=False, exclude_if=lambda uniform: not uniform)
     """Every layer keeps the same heads and channels, in numbers that transformers' own class builds: vLLM, SGLang, TGI
     and llama.cpp load what comes out. No curve then plays a part."""
+
+
+def check_calibration(config: Config, num_heldout: int) -> None:
+    """Raise PruningError if calibration lacks what the config judges by."""
+    if config.ridge == "heldout" and not num_heldout:
+        raise PruningError(
+            "ridge 'heldout' is chosen by held-out calibration windows and there are none; set calibration.num_heldout "
+            "to 1 or more, or ridge to mean or diagonal"
+        )
 
 
 def needs_statistics(config: Config) -> bool:
@@ -88,13 +101,16 @@ class OrderConfig(BaseModel):
     dampening_frac: float
     grouped_cholesky: bool
     group_size: int | None
+    ridge: Literal["mean", "diagonal"] = Field(default="mean", exclude_if=lambda ridge: ridge == "mean")
 
 
 def order_config(config: Config) -> OrderConfig | None:
     """What `order` is to be asked; None if each sparsity has an order of its own, errors being propagated."""
     if config.propagate_error:
         return None
-    return OrderConfig.model_validate(config.model_dump(include=set(OrderConfig.model_fields)))
+    asked = config.model_dump(include=set(OrderConfig.model_fields))
+    # what is chosen with the one is chosen with the other
+    return OrderConfig.model_validate(asked | ({"ridge": "diagonal"} if config.ridge == "heldout" else {}))
 
 
 def order(
@@ -114,7 +130,7 @@ def order(
 
     if not options.process_group.leads:
         return  # from Hessians alone, so there is nothing to share
-    solver = Solver(config.dampening_frac, config.grouped_cholesky, config.group_size, "kv_group")
+    solver = Solver(config.dampening_frac, config.grouped_cholesky, config.group_size, "kv_group", ridge=config.ridge)
     count = decoder.num_layers
     trace_orders(
         decoder,
@@ -217,5 +233,5 @@ def _candidate(config: Config, split: str, head_unit: HeadUnit) -> Candidate:
         channel_multiple=config.channel_multiple,
         uniform=config.uniform,
     )
-    solver = Solver(config.dampening_frac, config.grouped_cholesky, config.group_size, head_unit)
+    solver = Solver(config.dampening_frac, config.grouped_cholesky, config.group_size, head_unit, ridge=config.ridge)
     return Candidate(split, allocation, solver)

@@ -77,10 +77,11 @@ def dampen(
     hessian: Hessian,
     *,
     dampening_frac: float,
+    own_share: bool = False,
     dtype: torch.dtype = torch.float64,
     scale_O: Tensor | None = None,
 ) -> System:
-    """Add `dampening_frac` of the mean diagonal to the Hessian's diagonal.
+    """Add `dampening_frac` of the mean diagonal to the Hessian's diagonal; own_share: of each element instead.
 
     Dead inputs (H_ii = 0) get H_ii = 1 and a zero weight column, so that they go first and cost nothing.
     """
@@ -89,7 +90,7 @@ def dampen(
     diagonal_I = H_II.diagonal()
     dead_I = diagonal_I == 0
     W_OI[:, dead_I] = 0
-    diagonal_I += dampening_frac * diagonal_I.mean()
+    diagonal_I += dampening_frac * (diagonal_I if own_share else diagonal_I.mean())
     diagonal_I[dead_I] = 1.0
     return System(name, W_OI, H_II, scale_O=None if scale_O is None else scale_O.to(W_OI))
 
@@ -100,16 +101,19 @@ def prepare(
     hessian: Hessian,
     *,
     dampening_frac: float,
+    own_share: bool = False,
     dtype: torch.dtype = torch.float64,
     scale_O: Tensor | None = None,
 ) -> Problem:
-    """Dampen and invert the Hessian of one linear.
+    """Dampen and invert the Hessian of one linear; see `dampen`.
 
     dtype: float32 halves time and memory and will do for a trial where `single_precision_will_do`.
 
     Raises PruningError when H is not positive definite or too ill conditioned to trust, with the way out.
     """
-    system = dampen(name, W_OI, hessian, dampening_frac=dampening_frac, dtype=dtype, scale_O=scale_O)
+    system = dampen(
+        name, W_OI, hessian, dampening_frac=dampening_frac, own_share=own_share, dtype=dtype, scale_O=scale_O
+    )
     way_out = f"raise dampening_frac (now {dampening_frac:g}) or num_samples"
     L_II, info = torch.linalg.cholesky_ex(system.H_II)
     if int(info) != 0:

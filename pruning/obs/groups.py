@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pruning.families.sites import channel_columns, head_columns
 from pruning.obs.elimination import Elimination, Problem, eliminate_groups, fixed_group_sizes, halving_group_sizes
+from pruning.obs.ridge import Ridge
 from pruning.plan import LayerShape
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ class Solver:
     head_unit: HeadUnit
     dtype: torch.dtype = torch.float64
     """Of Hessian, inverse and weight while they are solved."""
+    ridge: Ridge = "mean"
+
+    @property
+    def own_share(self) -> bool:
+        """Whether each input is dampened by a share of its own second moment while what goes is chosen."""
+        return self.ridge != "mean"
 
 
 @dataclass(frozen=True)

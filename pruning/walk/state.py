@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from pruning.families import ModelFamily, family_of
@@ -28,7 +28,8 @@ class SubLayerReport(BaseModel):
     predicted_error, measured_error, heldout_error: mean squared output error per token, by the OBS sum (dampened
     Hessian), on the calibration tokens and on held-out tokens; output_energy: the mean squared output itself, of the
     weight as it was, to put the errors in proportion. condition: of the dampened Hessian, estimated in the 1-norm.
-    score: the sum of the scores of what went, in the method's own unit. refactorisations: 0; reports of earlier
+    score: the sum of the scores of what went, in the method's own unit. ridge: the share of each diagonal element that
+    the held-out windows chose for the refit. refactorisations: 0; reports of earlier
     versions may say more. A linear that loses nothing is not measured: its errors are 0 and the rest is None. What
     cannot be measured for want of a Hessian is None.
     """
@@ -46,6 +47,7 @@ class SubLayerReport(BaseModel):
     heldout_error: float | None = None
     condition: float | None = None
     score: float | None = None
+    ridge: float | None = Field(default=None, exclude_if=lambda share: share is None)
     refactorisations: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
