@@ -35,7 +35,9 @@ class ModelFamily:
     width of a head from the config; False where it divides hidden_size by the number of heads, so that it cannot
     describe pruned heads. heads_divide_hidden: the stock class takes only numbers of heads that divide hidden_size,
     although it takes the width of a head from the config. parallel_residual: attention and MLP both read the residual
-    stream as it was before the layer, else the MLP reads it after the attention.
+    stream as it was before the layer, else the MLP reads it after the attention. llama_cpp: what llama.cpp calls the
+    architecture if all layers are equal, None: no GGUF files of the family are written. computes_as_llama: a Llama's
+    layer with other biases, so that llama.cpp's `deci` computes layers that differ.
     """
 
     name: str
@@ -65,6 +67,8 @@ class ModelFamily:
     stock_head_dim: bool = True
     heads_divide_hidden: bool = False
     parallel_residual: bool = False
+    llama_cpp: str | None = None
+    computes_as_llama: bool = False
     requirements: tuple[Requirement, ...] = ()
 
     def decoder(self, model: nn.Module) -> nn.Module:
