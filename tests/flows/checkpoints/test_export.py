@@ -55,7 +55,13 @@ def test_transformers_alone_loads_it_with_equal_logits(folder: Path, recorded: R
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names >= {"config.json", "model.safetensors", "modeling_slimline.py", "plan.json", "README.md", "LICENSE"}
     assert "manifest.json" not in names
-    assert not any(name.startswith("_") for name in json.loads((folder / "config.json").read_bytes()))
+    config = json.loads((folder / "config.json").read_bytes())
+    assert not any(name.startswith("_") for name in config)
+    assert (
+        config["rope_theta"] == config["rope_parameters"]["rope_theta"] == loaded.config.rope_parameters["rope_theta"]
+    )
+    assert json.loads((folder / "tokenizer_config.json").read_bytes())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert {path.stat().st_mode & 0o777 for path in folder.glob("*")} - {0o755} == {0o644}
 
 
 def test_the_card_says_what_it_is(folder: Path) -> None:
@@ -189,4 +195,5 @@ def test_a_gguf_file_says_where_it_comes_from(
     assert values["general.base_model.0.repo_url"] == f"https://huggingface.co/{BASE}"
     assert (values["slimline.method"], values["slimline.recovery"]) == ("slimgpt", "lora")
     assert values["slimline.sparsity"] == pytest.approx(0.2)
+    assert licence_of(file) == Licence("other", "tiny", "LICENSE")
     assert "tiny-tuned-Q8_0.gguf is there already" in command("export", "tiny", "--format", "gguf", "--type", "q8_0")
