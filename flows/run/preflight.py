@@ -117,7 +117,7 @@ def _check_pruning(request: PruneRequest, card: ModelCard) -> None:
         per_kv_head=2 * head_dim * card.hidden_size,
         per_channel=(2 + (family.gate_name is not None)) * card.hidden_size,
         fixed=2 * card.hidden_size,
-        stock_heads=family.stock_heads(card.num_heads, card.hidden_size, head_dim),
+        stock_heads=family.stock_heads(card.hidden_size, head_dim),
     )
     request.module.check_model(request.typed_config, (shape,) * card.num_layers, cost)
 

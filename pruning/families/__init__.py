@@ -103,8 +103,7 @@ def layer_cost(model: nn.Module) -> LayerCost:
         fixed=0,
     )
     numel = sum(parameter.numel() for parameter in layer.parameters())
-    hidden = family.q_proj(layer).in_features
-    stock_heads = family.stock_heads(shape.num_heads, hidden, head_dim)
+    stock_heads = family.stock_heads(family.q_proj(layer).in_features, head_dim)
     return replace(cost, fixed=numel - cost.parameters(shape), stock_heads=stock_heads)
 
 

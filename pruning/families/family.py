@@ -161,13 +161,13 @@ class ModelFamily:
         """Width of one head, from the model's own modules."""
         return self.head_dim_of(self.layers(model)[0])
 
-    def stock_heads(self, num_heads: int, hidden_size: int, head_dim: int) -> tuple[int, ...] | None:
-        """The numbers of query heads, up to `num_heads`, that the stock class can be built with; None: all of them."""
+    def stock_heads(self, hidden_size: int, head_dim: int) -> tuple[int, ...] | None:
+        """The numbers of query heads that the stock class can be built with; None: any."""
         if not self.stock_head_dim:
             return (hidden_size // head_dim,)
         if not self.heads_divide_hidden:
             return None
-        return tuple(count for count in range(1, num_heads + 1) if hidden_size % count == 0)
+        return tuple(count for count in range(1, hidden_size + 1) if hidden_size % count == 0)
 
     def head_dim_of(self, layer: nn.Module) -> int:
         """Width of one head of a layer."""
