@@ -141,8 +141,7 @@ def _notes(config: Any, architecture: str, shapes: tuple[LayerShape, ...], all_l
         notes.append(f"{all_layers - len(shapes)} layers with neither heads nor channels are left out: they do nothing")
     if without := sum(shape.intermediate_size == 0 for shape in shapes):
         notes.append(
-            f"{without} layers without an FFN have one of a single channel of zeros: llama.cpp would skip their "
-            "attention with it"
+            f"{without} layers without an FFN get a single channel of zeros: llama.cpp would skip their attention too"
         )
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings and not hasattr(config, "use_sliding_window"):
