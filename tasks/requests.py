@@ -21,6 +21,7 @@ IMPORT_VERSION = 2
 CALIBRATE_VERSION = 1
 CAPTURE_VERSION = 1
 PROFILE_VERSION = 2
+EXPORT_VERSION = 1
 
 
 class Request(BaseModel):
@@ -250,3 +251,15 @@ class ProfileRequest(Request):
     settings: dict[str, JsonValue]
     device_name: str
     """The device is the answer here, so it is part of the key."""
+
+
+class ExportRequest(Request):
+    """A checkpoint in a form that other programs read."""
+
+    kind: ClassVar[Kind] = "export"
+    LABEL: ClassVar[str] = "export"
+    VERSION: ClassVar[int] = EXPORT_VERSION
+
+    checkpoint: ArtifactRef
+    format: Literal["gguf"]
+    type: Literal["f16", "bf16", "q8_0", "f32"]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flows.checkpoints.eval_results import eval_results
 from flows.checkpoints.find import base_licence
@@ -19,7 +19,6 @@ from flows.records.export.write import in_words, safe_name
 if TYPE_CHECKING:
     from flows.checkpoints.find import Found
     from infra.exporting.gguf_file import Type
-    from infra.models.licence import Licence
     from infra.results.store import ResultsStore
     from infra.settings import Settings
 
@@ -52,42 +51,20 @@ def export_gguf(found: Found, settings: Settings, out: Path, kind: Type, progres
     from tasks.exporting import gguf
 
     licence, _ = base_licence(found, settings)
-    notes = gguf.export_gguf(found.folder, out, gguf_metadata(found, licence), kind, progress)
-    return Exported(out, out.stat().st_size, tuple(notes))
-
-
-def gguf_metadata(found: Found, licence: Licence | None) -> dict[str, Any]:
-    """The keys general.* and slimline.* of a GGUF file; what is not known is left out."""
     row = found.row
-    base = repository(row.model)
-    values: dict[str, Any] = {
-        "general.type": "model",
-        "general.name": f"{short_name(row.model)} {row.checkpoint}",
-        "general.basename": short_name(row.model),
-        "general.tags": ["pruned", *(row.method or "").split("+"), "slimline"] if row.method else ["slimline"],
-        "slimline.version": found.run.slimline_version,
-        "slimline.run": found.run.run_key,
-        "slimline.checkpoint": row.checkpoint,
-        "slimline.checkpoint_key": row.checkpoint_key,
-        "slimline.method": row.method,
-        "slimline.recovery": row.recovery,
-        "slimline.sparsity": row.total_sparsity,
+    made = {
+        "version": found.run.slimline_version,
+        "run": found.run.run_key,
+        "checkpoint": row.checkpoint,
+        "checkpoint_key": row.checkpoint_key,
+        "method": row.method,
+        "recovery": row.recovery,
+        "sparsity": row.total_sparsity,
     }
-    if licence is not None:
-        values |= {
-            "general.license": licence.identifier,
-            "general.license.name": licence.name,
-            "general.license.link": licence.link,
-        }
-    if base is not None:
-        owner, _, name = base.partition("/")
-        values |= {
-            "general.base_model.count": 1,
-            "general.base_model.0.name": name,
-            "general.base_model.0.organization": owner,
-            "general.base_model.0.repo_url": f"https://huggingface.co/{base}",
-        }
-    return {key: value for key, value in values.items() if value is not None}
+    metadata = gguf.gguf_metadata(repository(row.model), licence, made)
+    metadata |= {"general.name": f"{short_name(row.model)} {row.checkpoint}", "general.basename": short_name(row.model)}
+    notes = gguf.export_gguf(found.folder, out, metadata, kind, progress)
+    return Exported(out, out.stat().st_size, tuple(notes))
 
 
 def result_files(found: Found, results: ResultsStore) -> dict[str, str]:

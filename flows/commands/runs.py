@@ -105,6 +105,9 @@ def print_result(result: RunResult, settings: Settings, as_json: bool) -> None:
     print(f"\nrun {result.run_key}")
     for name, folder in result.checkpoints.items():
         print(f"checkpoint {name}: {folder or 'not made'}")
+    for stage in result.stages:
+        if stage.kind == "export" and stage.status in ("completed", "cached"):
+            print(f"{stage.name}: {settings.store_root / stage.kind / stage.key}")
     print(f"all figures with their protocol: slimline results --run {result.name}; dashboards: see `make ui`")
     if as_json:
         print(json.dumps(_as_json(result)))

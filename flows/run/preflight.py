@@ -34,6 +34,7 @@ from tasks.execution.stage import importing
 from tasks.requests import (
     CalibrateRequest,
     EvaluateRequest,
+    ExportRequest,
     ProfileRequest,
     PruneRequest,
     RecoverRequest,
@@ -78,6 +79,8 @@ def check(graph: StageGraph, run_context: RunContext) -> None:
             check_recovery(request, card, model, run_context)
         elif isinstance(request, PruneRequest) and request.trains:
             check_trained_pruning(request, card, run_context.sources)
+        elif isinstance(request, ExportRequest):
+            _check_export(card)
     _check_prunings(missing, graph.checkpoints[DENSE], card)
     _check_disk([stage.request for stage in missing], run_context)
     check_leaks(graph, missing, run_context)
@@ -114,7 +117,7 @@ def _check_pruning(request: PruneRequest, card: ModelCard) -> None:
         per_kv_head=2 * head_dim * card.hidden_size,
         per_channel=(2 + (family.gate_name is not None)) * card.hidden_size,
         fixed=2 * card.hidden_size,
-        stock_heads=family.stock_heads(card.num_heads, card.hidden_size, head_dim),
+        stock_heads=family.stock_heads(card.hidden_size, head_dim),
     )
     request.module.check_model(request.typed_config, (shape,) * card.num_layers, cost, family)
 
@@ -133,6 +136,15 @@ def _check_family(card: ModelCard, spec: RunSpec) -> None:
     if card.model_type not in known:
         raise PruningError(
             f"model {spec.model.id} has the unsupported architecture {card.model_type!r}; supported: {', '.join(known)}"
+        )
+
+
+def _check_export(card: ModelCard) -> None:
+    family = next(family for family in FAMILIES if card.model_type in family.model_types)
+    if family.llama_cpp is None:
+        known = ", ".join(each.name for each in FAMILIES if each.llama_cpp)
+        raise PruningError(
+            f"exports: GGUF files of the family {family.name} are not written, of {known} they are; leave exports out"
         )
 
 

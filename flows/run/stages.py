@@ -19,10 +19,12 @@ from infra.keys import slug, stage_key
 from infra.results.rows import DENSE
 from pruning.training.data import data_read
 from tasks.devices.placement import device_label
+from tasks.exporting.in_run import export
 from tasks.requests import (
     CalibrateRequest,
     CaptureRequest,
     EvaluateRequest,
+    ExportRequest,
     ImportRequest,
     OrderRequest,
     ProfileRequest,
@@ -153,9 +155,16 @@ def build_stages(spec: RunSpec, identities: Identities, device: str) -> StageGra
     if spec.profile:
         settings = _plain(spec.profile.settings)
         reports += [_profile(settings, name, checkpoints, device) for name in spec.measured(spec.profile.on)]
+    files = [
+        Stage(export, request, label=f"{entry.format}-{entry.type}", checkpoint=name)
+        for entry in spec.exports
+        for name in spec.exported(entry)
+        for request in [ExportRequest(checkpoint=checkpoints[name], format=entry.format, type=entry.type)]
+    ]
     # each key once: what several branches ask for has the name of the first
-    first = {stage.ref.key: stage for stage in reversed(stages + reports)}
-    unique = tuple(stage for stage in stages + reports if first[stage.ref.key] is stage)
+    everything = stages + files + reports
+    first = {stage.ref.key: stage for stage in reversed(everything)}
+    unique = tuple(stage for stage in everything if first[stage.ref.key] is stage)
     return StageGraph(spec, identities, unique, checkpoints, tuple(reports))
 
 

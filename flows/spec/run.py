@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from evaluation.profile.config import ProfileConfig
-from flows.spec.branches import Derivation, derive
+from flows.spec.branches import Derivation, derive, ends
 from flows.spec.parts import NAME, NAME_OR_DEFAULT, PluginEntry, SpecPart
 from flows.spec.start_folder import StartFolder
 from flows.spec.steps import PruneStep, Step
@@ -107,6 +107,18 @@ class ProfileSpec(SpecPart):
         return {key: value for key, value in data.items() if key not in beside} | {"settings": settings | beside}
 
 
+class ExportSpec(SpecPart):
+    """Write checkpoints for other programs, each as an artifact of its own."""
+
+    format: Literal["gguf"]
+    """gguf: one file for llama.cpp. A folder for transformers is in the store already: `slimline export --format hf`
+    writes it with its model card."""
+    type: Literal["f16", "bf16", "q8_0", "f32"] = "f16"
+    """Of the matrices of a GGUF file."""
+    on: Literal["ends"] | OnCheckpoints = "ends"
+    """"ends", the last checkpoint of every branch; "all", or one or more names of checkpoints."""
+
+
 class RunSpec(SpecPart):
     """One run: a model, calibration text, steps from checkpoint to checkpoint, and what to measure."""
 
@@ -122,6 +134,7 @@ class RunSpec(SpecPart):
     steps: tuple[Step, ...] = ()
     evals: tuple[EvalSpec, ...] = ()
     profile: ProfileSpec | None = None
+    exports: tuple[ExportSpec, ...] = Field(default=(), exclude_if=lambda exports: not exports)
     meant_overlaps: tuple[str, ...] = Field(default=(), exclude_if=lambda names: not names)
     """Data sets (as in a step's `data`) that may be trained on although they overlap with what is measured."""
 
@@ -138,6 +151,10 @@ class RunSpec(SpecPart):
     def measured(self, on: OnCheckpoints) -> tuple[str, ...]:
         """The checkpoints that an `on:` means."""
         return self.checkpoints if on == "all" else on
+
+    def exported(self, entry: ExportSpec) -> tuple[str, ...]:
+        """The checkpoints that an export means."""
+        return ends(self.derivations) if entry.on == "ends" else self.measured(entry.on)
 
     def measured_by(self, entry: EvalSpec) -> tuple[str, ...]:
         """The checkpoints that an evaluation measures: the dense one is not compared with itself."""
@@ -169,7 +186,8 @@ class RunSpec(SpecPart):
                     f"evals: {entry.label} compares checkpoints with the dense one, and there is no other to compare; "
                     "add a step, or leave it out"
                 )
-        for on in [entry.on for entry in self.evals] + ([self.profile.on] if self.profile else []):
+        named = [entry.on for entry in self.exports if entry.on != "ends"]
+        for on in [*(entry.on for entry in self.evals), *([self.profile.on] if self.profile else []), *named]:
             for name in () if on == "all" else on:
                 if name not in self.checkpoints:
                     raise ValueError(

@@ -9,7 +9,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue
 
 from infra.filesystem.disk import digest, sync_folder
 
-Kind = Literal["checkpoint", "calibration", "statistics", "report"]
+Kind = Literal["checkpoint", "calibration", "statistics", "report", "export"]
 
 MANIFEST = "manifest.json"
 

@@ -19,14 +19,10 @@ from torch import Tensor
 from pruning.checkpoints.meta_model import meta_model
 from pruning.checkpoints.stored_tensors import StoredTensors, stored_tensors
 from pruning.errors import PruningError
-from pruning.families import ModelFamily
+from pruning.families import FAMILIES, ModelFamily
 from pruning.modeling import config_shapes
 from pruning.plan import LayerShape
 
-#: of equal layers, by family
-_EVEN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma"}
-#: families that compute what `deci` computes
-_AS_DECI = ("llama", "mistral", "qwen2")
 DECI = "deci"
 #: architectures that turn neighbouring values of a head by one angle; transformers turns values half a head apart
 _NEIGHBOURS = ("llama", DECI)
@@ -96,23 +92,32 @@ def llama_cpp_model(folder: Path) -> LlamaCppModel:
     )  # fmt: skip
 
 
-def _architecture(stored: StoredTensors, shapes: tuple[LayerShape, ...]) -> str:
-    name, even = stored.family.name, len(set(shapes)) == 1 and shapes[0].num_heads and shapes[0].intermediate_size
-    biased = bool(getattr(stored.config, "output_bias", False))
-    if even and name in _EVEN and not (biased and name != "llama"):
-        # its qwen2 takes the width of all heads for the hidden size
-        whole = name != "qwen2" or shapes[0].num_heads * stored.config.head_dim == stored.config.hidden_size
-        return _EVEN[name] if whole else DECI
-    if name in _AS_DECI:
-        return DECI
-    if name not in _EVEN:
+def check_family(family: ModelFamily) -> str:
+    """llama.cpp's architecture for equal layers. Raises PruningError for a family that has none here."""
+    if family.llama_cpp is None:
+        known = ", ".join(each.name for each in FAMILIES if each.llama_cpp)
         raise PruningError(
-            f"GGUF files of the family {name} are not written: of {', '.join(_EVEN)} they are; export it as hf"
+            f"GGUF files of the family {family.name} are not written, of {known} they are: take the Hugging Face folder"
         )
+    return family.llama_cpp
+
+
+def _architecture(stored: StoredTensors, shapes: tuple[LayerShape, ...]) -> str:
+    family, config = stored.family, stored.config
+    stock = check_family(family)
+    even = len(set(shapes)) == 1 and shapes[0].num_heads and shapes[0].intermediate_size
+    biased = bool(getattr(config, "output_bias", False))
+    # its qwen2 takes the width of all heads for the hidden size
+    whole = stock != "qwen2" or shapes[0].num_heads * config.head_dim == config.hidden_size
+    if even and whole and not (biased and stock != "llama"):
+        return stock
+    if family.computes_as_llama:
+        return DECI
     why = "its output linears have biases" if even else "its layers differ"
+    known = ", ".join(each.name for each in FAMILIES if each.computes_as_llama)
     raise PruningError(
-        f"{why}, and llama.cpp's {_EVEN[name]} takes equal layers without them (only {', '.join(_AS_DECI)} have an "
-        "architecture there that does): prune with `uniform: true`, or export it as hf"
+        f"{why}, and llama.cpp's {stock} takes equal layers without them (only {known} have an architecture there that "
+        "does): prune with `uniform: true`, or export it as hf"
     )
 
 
@@ -136,8 +141,7 @@ def _notes(config: Any, architecture: str, shapes: tuple[LayerShape, ...], all_l
         notes.append(f"{all_layers - len(shapes)} layers with neither heads nor channels are left out: they do nothing")
     if without := sum(shape.intermediate_size == 0 for shape in shapes):
         notes.append(
-            f"{without} layers without an FFN have one of a single channel of zeros: llama.cpp would skip their "
-            "attention with it"
+            f"{without} layers without an FFN get a single channel of zeros: llama.cpp would skip their attention too"
         )
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings and not hasattr(config, "use_sliding_window"):

@@ -36,6 +36,9 @@ def write_plain_folder(source: Path, out: Path, *, max_shard_bytes: int = MAX_SH
     config = json.loads((source / "config.json").read_bytes())
     # where a model once lay (_name_or_path) is nobody's business, and nothing reads it
     kept = {name: value for name, value in config.items() if not name.startswith("_")}
+    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None:  # where transformers before 5, and what is built on it, looks for it; else it takes 10000
+        kept["rope_theta"] = theta
     (out / "config.json").write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     with_own_modelling_file_(out)
     if (source / GENERATION).is_file():

@@ -101,7 +101,7 @@ def layer_cost(model: nn.Module) -> LayerCost:
         fixed=0,
     )
     numel = sum(parameter.numel() for parameter in layer.parameters())
-    stock_heads = family.stock_heads(shape.num_heads, family.o_proj(layer).out_features, head_dim)
+    stock_heads = family.stock_heads(family.o_proj(layer).out_features, head_dim)
     return replace(cost, fixed=numel - cost.parameters(shape), stock_heads=stock_heads)
 
 

@@ -37,7 +37,9 @@ class ModelFamily:
     width of a head from the config; False where it divides hidden_size by the number of heads, so that it cannot
     describe pruned heads. heads_divide_hidden: the stock class takes only numbers of heads that divide hidden_size,
     although it takes the width of a head from the config. per_layer_fields: lists in the config with an entry for each
-    layer.
+    layer. llama_cpp: what llama.cpp calls the architecture if all layers are equal, None: no GGUF files of the family
+    are written. computes_as_llama: a Llama's layer with other biases, so that llama.cpp's `deci` computes layers that
+    differ.
 
     On the way to a sub-layer: attention_norm_name, mlp_norm_name; None where it reads the residual stream itself.
     parallel_residual: attention and MLP both read the stream as it was before the layer, else the MLP reads it after
@@ -86,6 +88,8 @@ class ModelFamily:
     stock_head_dim: bool = True
     heads_divide_hidden: bool = False
     parallel_residual: bool = False
+    llama_cpp: str | None = None
+    computes_as_llama: bool = False
     requirements: tuple[Requirement, ...] = ()
 
     def decoder(self, model: nn.Module) -> nn.Module:
@@ -172,13 +176,13 @@ class ModelFamily:
         """Width of one head, from the model's own modules."""
         return self.head_dim_of(self.layers(model)[0])
 
-    def stock_heads(self, num_heads: int, hidden_size: int, head_dim: int) -> tuple[int, ...] | None:
-        """The numbers of query heads, up to `num_heads`, that the stock class can be built with; None: all of them."""
+    def stock_heads(self, hidden_size: int, head_dim: int) -> tuple[int, ...] | None:
+        """The numbers of query heads that the stock class can be built with; None: any."""
         if not self.stock_head_dim:
             return (hidden_size // head_dim,)
         if not self.heads_divide_hidden:
             return None
-        return tuple(count for count in range(1, num_heads + 1) if hidden_size % count == 0)
+        return tuple(count for count in range(1, hidden_size + 1) if hidden_size % count == 0)
 
     def head_dim_of(self, layer: nn.Module) -> int:
         """Width of one head of a layer."""

@@ -20,6 +20,7 @@ from infra.sources.find import Sources
 from tasks.requests import (
     CalibrateRequest,
     CaptureRequest,
+    ExportRequest,
     ImportRequest,
     OrderRequest,
     PruneRequest,
@@ -115,6 +116,8 @@ class Forecast:
                     seq_len=request.seq_len,
                     has_heldout=request.num_heldout > 0,
                 )
+            case ExportRequest():
+                made = Extent(checkpoint.bytes)
             case CaptureRequest():
                 squares = checkpoint.attention_size**2 + checkpoint.intermediate_size**2
                 copies = 2 if calibration.has_heldout else 1  # the held-out samples have Hessians of their own

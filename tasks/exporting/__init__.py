@@ -3,7 +3,8 @@
 * hf_folder.py   a plain Hugging Face folder
 * gguf.py        one file for llama.cpp
 * talk.py        loaded, to be talked to
+* in_run.py      the stage of a run that writes such a file as an artifact
 * publishing.py  a folder beside its place until it is whole
 
-May import pruning, evaluation, infra and the rest of tasks; nothing here is a stage.
+May import pruning, evaluation, infra and the rest of tasks.
 """

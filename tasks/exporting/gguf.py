@@ -11,6 +11,7 @@ from tasks.exporting.publishing import file_aside
 
 if TYPE_CHECKING:
     from infra.exporting.gguf_file import Type
+    from infra.models.licence import Licence
     from pruning.checkpoints.llama_cpp import LlamaCppModel, Part
 
 
@@ -45,6 +46,35 @@ def export_gguf(
             "`channel_multiple: 64` in the pruning step makes them so"
         )
     return notes
+
+
+def gguf_metadata(base: str | None, licence: Licence | None, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a GGUF file; what is not known is left out.
+
+    base: id of the model that it was made from, on the hub. made: how, by the words after "slimline.".
+    """
+    method = str(made.get("method") or "")
+    tags = [each for each in method.split("+") if each]
+    values: dict[str, Any] = {
+        "general.type": "model",
+        "general.tags": [*(["pruned"] if tags else []), *tags, "slimline"],
+    }
+    values |= {f"slimline.{word}": value for word, value in made.items()}
+    if licence is not None:
+        values |= {
+            "general.license": licence.identifier,
+            "general.license.name": licence.name,
+            "general.license.link": licence.link,
+        }
+    if base is not None:
+        owner, _, name = base.partition("/")
+        values |= {
+            "general.base_model.count": 1,
+            "general.base_model.0.name": name,
+            "general.base_model.0.organization": owner,
+            "general.base_model.0.repo_url": f"https://huggingface.co/{base}",
+        }
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _described(model: LlamaCppModel) -> Any:

@@ -30,7 +30,7 @@ def export_hf_folder(
     with written_aside(out) as folder:
         write_plain_folder(checkpoint, folder)
         hand_on_tokenizer(checkpoint, folder)
-        _forget_the_call(folder / "tokenizer_config.json")
+        _make_plain_(folder / "tokenizer_config.json")
         for file in along:
             shutil.copyfile(file, folder / file.name)
         for name, text in texts.items():
@@ -38,7 +38,9 @@ def export_hf_folder(
             (folder / name).write_text(text, encoding="utf-8")
 
 
-def _forget_the_call(file: Path) -> None:
+def _make_plain_(file: Path) -> None:
     values = json.loads(file.read_bytes())
     kept = {name: value for name, value in values.items() if name not in _OF_THE_CALL}
+    if kept.get("tokenizer_class") == "TokenizersBackend":
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"  # the same class, by the name that transformers 4 knows too
     file.write_text(json.dumps(kept, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

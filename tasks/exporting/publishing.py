@@ -49,6 +49,9 @@ def written_aside(out: Path) -> Iterator[Path]:
         with full_disk_named(out.parent):
             aside.mkdir()
             yield aside
+            for file in aside.rglob("*"):
+                if file.is_file():  # weights are written for their owner alone
+                    file.chmod(0o644)
             if out.is_dir():
                 out.rmdir()  # empty
             aside.rename(out)

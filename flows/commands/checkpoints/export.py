@@ -29,6 +29,7 @@ class Format(StrEnum):
     hf = "hf"
     hf_uniform = "hf-uniform"
     gguf = "gguf"
+    onnx = "onnx"
 
 
 class GgufType(StrEnum):
@@ -61,6 +62,11 @@ def export(
         raise SpecError(f"{file} and --out {out} both say where to write: give one of them")
     if kind is not None and form is not Format.gguf:
         raise SpecError(f"--type {kind.value} is of GGUF files: add --format gguf")
+    if form is Format.onnx:
+        raise SpecError(
+            "--format onnx: ONNX files cannot be written, for optimum-onnx (0.1.0) needs transformers below 4.58 and "
+            "checkpoints are of 5.14 or newer: take --format gguf, or hf-uniform for whatever reads stock models"
+        )
     if form is not Format.bundle:
         _export_checkpoint(settings, run, checkpoint, form, kind or GgufType.f16, out or file, as_json)
         return

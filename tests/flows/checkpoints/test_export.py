@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from flows.checkpoints.public import public
 from infra.artifacts.store import ArtifactRef
+from infra.models.gguf_header import read_gguf_header
 from infra.models.licence import Licence, licence_of, licence_texts
 from pruning.checkpoints.plain_folder import write_plain_folder
 from pruning.checkpoints.save_load import load_checkpoint
@@ -54,7 +55,13 @@ def test_transformers_alone_loads_it_with_equal_logits(folder: Path, recorded: R
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names >= {"config.json", "model.safetensors", "modeling_slimline.py", "plan.json", "README.md", "LICENSE"}
     assert "manifest.json" not in names
-    assert not any(name.startswith("_") for name in json.loads((folder / "config.json").read_bytes()))
+    config = json.loads((folder / "config.json").read_bytes())
+    assert not any(name.startswith("_") for name in config)
+    assert (
+        config["rope_theta"] == config["rope_parameters"]["rope_theta"] == loaded.config.rope_parameters["rope_theta"]
+    )
+    assert json.loads((folder / "tokenizer_config.json").read_bytes())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert {path.stat().st_mode & 0o777 for path in folder.glob("*")} - {0o755} == {0o644}
 
 
 def test_the_card_says_what_it_is(folder: Path) -> None:
@@ -99,6 +106,8 @@ def test_its_figures_are_there_for_the_hub_and_for_lm_eval(folder: Path) -> None
         (("export", "tiny", "one", "--out", "two"), "give one of them"),
         (("export", "tiny", "--checkpoint", "dense"), "a bundle has all checkpoints"),
         (("export", "tiny", "--format", "hf-uniform"), "prune with `uniform: true`"),
+        (("export", "tiny", "--format", "onnx"), "optimum-onnx (0.1.0) needs transformers below 4.58"),
+        (("export", "tiny", "--type", "q8_0"), "--type q8_0 is of GGUF files: add --format gguf"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(
@@ -119,7 +128,7 @@ def test_what_is_dense_is_a_stock_folder(command: Command, tmp_path: Path, monke
     assert json.loads(said.splitlines()[-1])["out"] == str(tmp_path / "tiny-dense")
     assert json.loads((tmp_path / "tiny-dense/config.json").read_bytes())["model_type"] == "llama"
     torch.testing.assert_close(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "tiny-dense")), logits(tiny_model("llama"))
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "tiny-dense")), logits(tiny_model("llama", layers=4))
     )
 
 
@@ -170,3 +179,21 @@ def test_nothing_of_this_machine_is_public() -> None:
     }
     for text in ("https://huggingface.co/a/b", "allenai/c4", "and/or", "decode / dense", "20 / 30", "</s>"):
         assert public(text) == text
+
+
+def test_a_gguf_file_says_where_it_comes_from(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = command("export", "tiny", "--format", "gguf", "--type", "q8_0", "--json")
+    (file,) = tmp_path.glob("*.gguf")
+    assert file.name == "tiny-tuned-Q8_0.gguf"
+    assert "note: " in said
+    values = read_gguf_header(file).values
+    assert values["general.architecture"] == "deci"
+    assert (values["general.license"], values["general.license.name"]) == ("other", "tiny")
+    assert values["general.base_model.0.repo_url"] == f"https://huggingface.co/{BASE}"
+    assert (values["slimline.method"], values["slimline.recovery"]) == ("slimgpt", "lora")
+    assert values["slimline.sparsity"] == pytest.approx(0.2)
+    assert licence_of(file) == Licence("other", "tiny", "LICENSE")
+    assert "tiny-tuned-Q8_0.gguf is there already" in command("export", "tiny", "--format", "gguf", "--type", "q8_0")

@@ -15,6 +15,7 @@ import evaluation.suites.perplexity
 import pruning.methods.slimgpt
 import pruning.recovery.lora
 import tasks.requests
+from flows.errors import SpecError
 from flows.run.compress import in_order_of_submission
 from flows.run.locate import locate
 from flows.run.stages import StageGraph, build_stages
@@ -321,3 +322,20 @@ def test_measuring_fewer_checkpoints_leaves_the_other_keys(mirror: Path) -> None
     graph = keys(planned(mirror, "evals.1.on=[dense]", "profile=null"))
     assert set(graph) == EVERYTHING - PROFILES - ZERO_SHOT | {"evaluate:zero_shot:dense"}
     assert graph.items() <= keys(planned(mirror)).items()
+
+
+def test_exports_are_stages_of_their_own(mirror: Path) -> None:
+    plain = planned(mirror)
+    asked = planned(mirror, "exports=[{format: gguf, type: q8_0}, {format: gguf, on: [dense]}]")
+    added = {stage.name: stage for stage in asked.stages if stage.ref not in {each.ref for each in plain.stages}}
+    assert added.keys() == {"export:gguf-q8_0:slimgpt-20+lora", "export:gguf-f16:dense"}
+    last = added["export:gguf-q8_0:slimgpt-20+lora"]
+    assert last.request.inputs == (plain.checkpoints["slimgpt-20+lora"],)
+    assert last.ref.kind == "export"
+    assert last.ref.key.startswith("export-v1-")
+    assert last.names == ("export", "export:gguf-q8_0", "export:gguf-q8_0:slimgpt-20+lora")
+    assert [stage.ref for stage in asked.reports] == [stage.ref for stage in plain.reports]
+    assert planned(mirror, "exports=[]").run_key == plain.run_key
+    assert "exports" not in plain.spec.model_dump(mode="json")
+    with pytest.raises(SpecError, match=r"on: unknown checkpoint 'slimgpt'"):
+        planned(mirror, "exports=[{format: gguf, on: [slimgpt]}]")

@@ -178,7 +178,7 @@ def test_the_stock_class_can_be_built_with_the_heads_that_a_family_says(family: 
     model = tiny_model(family)
     row, config = family_of(model), model.config
     head_dim, hidden, heads = row.head_dim(model), config.hidden_size, shapes(model)[0].num_heads
-    said = row.stock_heads(heads, hidden, head_dim)
+    said = row.stock_heads(hidden, head_dim)
     for count in range(1, heads + 1):
         fields = config.to_dict() | {row.heads_field: count, "num_hidden_layers": 1, "layer_types": None}
         fields |= {row.kv_heads_field: 1} if row.kv_heads_field else {}

@@ -19,11 +19,14 @@ from infra.errors import InfraError
 from infra.exporting.gguf_file import Type
 from infra.models.gguf_header import read_gguf_header
 from pruning.checkpoints.llama_cpp import neighbouring
+from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
+from pruning.checkpoints.surgery import shrink_
 from pruning.errors import PruningError
 from pruning.families import shapes
+from pruning.plan import PruningPlan
 from tasks.exporting.gguf import export_gguf
 from tests.tasks.exporting.kinds import TEMPLATE, write_checkpoint
-from tests.tiny import VOCAB_SIZE, rope_model, tiny_model, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, random_plan, rope_model, tiny_model, tiny_tokenizer
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -210,6 +213,23 @@ def test_llama_cpp_goes_on_as_transformers_does(family: str, kind: str, tmp_path
 
 
 @needs_llama_cpp
+def test_biases_of_output_linears_come_along(tmp_path: Path) -> None:
+    """As FLAP adds them, also where no channel of an MLP is left."""
+    model = tiny_model("llama", layers=4)
+    plan = random_plan(shapes(model), 4, seed=3).model_copy(update={"output_bias": True})
+    empty = plan.layers[1].model_copy(update={"kept_channels": ()})
+    plan = plan.model_copy(update={"layers": (plan.layers[0], empty, *plan.layers[2:])})
+    shrink_(model, plan)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.bias", "down_proj.bias")):
+            parameter.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    save_checkpoint(model, tiny_tokenizer(), tmp_path / "checkpoint", plan)
+    notes = export_gguf(tmp_path / "checkpoint", tmp_path / "model.gguf", {}, "f32")
+    assert "1 layers without an FFN" in notes[0]
+    check_alike(model, tmp_path / "model.gguf", PROMPTS, 8)
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize("rope_type", ["linear", "llama3", "yarn"])
 def test_positions_are_stretched_alike(rope_type: str, tmp_path: Path) -> None:
     model = rope_model("llama", rope_type)
@@ -276,9 +296,6 @@ def test_a_real_model_with_uneven_layers_says_the_same(offline_root: Path, tmp_p
     from infra.models.import_model import hand_on_tokenizer, import_model, load_tokenizer
     from infra.offline.default import OfflineDefault
     from infra.sources.find import Sources
-    from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
-    from pruning.checkpoints.surgery import shrink_
-    from pruning.plan import PruningPlan
 
     sources = Sources((), OfflineDefault(offline_root), False, home=tmp_path)
     dense, pruned = tmp_path / "dense", tmp_path / "pruned"
