@@ -34,7 +34,7 @@ def is_multimodal_gemma3(config: Mapping[str, Any]) -> bool:
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the text model."""
     outside = {name: config[name] for name in _OUTSIDE if name in config}
-    text = {"vocab_size": _VOCAB_SIZE} | outside | config["text_config"]
+    text: dict[str, Any] = {"vocab_size": _VOCAB_SIZE} | outside | config["text_config"]
     return text | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
 
 
