@@ -24,7 +24,7 @@ from infra.settings import Settings
 from infra.sources.find import Sources, TextData
 from infra.tracking.database import check_store
 from pruning.errors import PruningError
-from pruning.families import FAMILIES, LayerCost
+from pruning.families import FAMILIES, LayerCost, family_named
 from pruning.plan import LayerShape
 from tasks.devices.leases import check_lease
 from tasks.devices.placement import BALANCED, device_names
@@ -111,7 +111,7 @@ def _check_pruning(request: PruneRequest, card: ModelCard) -> None:
         num_heads=card.num_heads, num_kv_heads=card.num_kv_heads, intermediate_size=card.intermediate_size
     )
     head_dim = (card.attention_size or card.hidden_size) // card.num_heads
-    family = next(family for family in FAMILIES if card.model_type in family.model_types)
+    family = family_named(card.model_type)
     cost = LayerCost(
         per_query_head=2 * head_dim * card.hidden_size,
         per_kv_head=2 * head_dim * card.hidden_size,

@@ -7,6 +7,8 @@ from infra.models.card import ModelCard
 from infra.models.vocabulary import tokens_of
 from infra.sources.find import Sources
 from pruning.errors import PruningError
+from pruning.families import family_named
+from pruning.training.adapters import AdapterConfig, check_targets
 from pruning.training.data import PlainText, RecordData, data_read
 from tasks.devices.placement import device_names
 from tasks.execution.context import RunContext
@@ -21,6 +23,8 @@ def check_recovery(request: RecoverRequest, card: ModelCard, model: ModelSpec, r
     for data in data_read(request.module, config):
         _check_data(data, sources)
     request.module.check_model(config, card.hidden_size, card.max_position_embeddings)
+    if isinstance(config, AdapterConfig):
+        check_targets(config, family_named(card.model_type))
     processes = training_processes(run_context.settings)
     config.check_optimizer(device_names(run_context.settings.device)[0].startswith("cuda"))
     if config.batch_size % (at_once := config.micro_batch_size * processes):
@@ -38,6 +42,7 @@ def check_trained_pruning(request: PruneRequest, card: ModelCard, sources: Sourc
     for data in request.module.reads(request.typed_config):
         _check_data(data, sources)
     request.module.check_training(request.typed_config, card.hidden_size, card.max_position_embeddings)
+    check_targets(request.typed_config, family_named(card.model_type))
 
 
 def _check_data(data: RecordData | PlainText, sources: Sources) -> None:

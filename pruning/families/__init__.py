@@ -24,7 +24,16 @@ from pruning.plan import LayerShape
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["FAMILIES", "LayerCost", "ModelFamily", "decoder_parameters", "family_of", "layer_cost", "shapes"]
+__all__ = [
+    "FAMILIES",
+    "LayerCost",
+    "ModelFamily",
+    "decoder_parameters",
+    "family_named",
+    "family_of",
+    "layer_cost",
+    "shapes",
+]
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,11 @@ def family_of(model_or_config: Any) -> ModelFamily:
     what = ", ".join(architectures) or type(model_or_config).__name__
     supported = ", ".join(f"{family.architectures[0]} ({family.name})" for family in FAMILIES)
     raise PruningError(f"cannot prune {what} (model_type {model_type!r}); supported: {supported}")
+
+
+def family_named(model_type: str) -> ModelFamily:
+    """The row for a config's model_type, which must be one of a row's: nothing else of a config is looked at."""
+    return next(family for family in FAMILIES if model_type in family.model_types)
 
 
 def shapes(model: nn.Module) -> tuple[LayerShape, ...]:

@@ -96,7 +96,7 @@ class TrainedOptions(TextConfig, AdapterConfig):
 
         if family.head_norms_span_heads and self.split_ != "ffn":
             raise PruningError(
-                f"in a {family.name} model one norm spans the queries of all heads, and masks on what heads give do "
+                f"in an {family.name} model one norm spans the queries of all heads, and masks on what heads give do "
                 "not reach it: set split to ffn, or prune heads by a method that does not train"
             )
         check_head_unit(self.head_unit, layers)

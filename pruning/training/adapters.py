@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from pruning.families import ModelFamily
+
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 ADAPTER_FOLDER = "adapter"
 
@@ -141,6 +143,18 @@ def check_finite(model: nn.Module) -> None:
             raise PruningError(f"after training, {name} is not finite: lower learning_rate or train in float32")
 
 
+def check_targets(config: AdapterConfig, family: ModelFamily) -> None:
+    """Raise PruningError for targets that are some of the parts of one linear: it is adapted as a whole."""
+    for roles in family.fused_roles():
+        asked = [role for role in roles if role in config.targets]
+        if asked and len(asked) < len(roles):
+            raise PruningError(
+                f"the targets {', '.join(asked)} are parts of one linear in a {family.name} model "
+                f"({family.linear_names()[roles[0]]}: {', '.join(roles)}), which is adapted as a whole: name all of "
+                "them, or none"
+            )
+
+
 def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
     """Dotted names of the linears to adapt; a family may have no gate, a pruned MLP no channels.
 
@@ -150,13 +164,7 @@ def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
 
     family = family_of(model)
     names = family.linear_names()
-    for roles in family.fused_roles():
-        asked = [role for role in roles if role in config.targets]
-        if asked and len(asked) < len(roles):
-            raise PruningError(
-                f"the targets {', '.join(asked)} are parts of one linear in this model ({names[roles[0]]}: "
-                f"{', '.join(roles)}), which is adapted as a whole: name all of them, or none"
-            )
+    check_targets(config, family)
     wanted = {names[target] for target in config.targets if target in names}
     found = [
         f"{family.layers_path}.{name}"

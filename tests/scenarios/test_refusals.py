@@ -16,7 +16,7 @@ from flows.spec.load import load_spec
 from infra.errors import DiskFull, SourceInvalid
 from pruning.errors import PruningError
 from tests.flows.home import Home
-from tests.flows.models import overflowing, with_nan
+from tests.flows.models import of_type, overflowing, with_nan
 
 ONLY_PRUNE = ("evals=[]", "profile=null", "steps=[{method: slimgpt, sparsity: 0.2}]")
 
@@ -83,6 +83,32 @@ def test_hessians_that_are_not_numbers(
 def test_what_cannot_be_pruned_is_known_before_any_work(step: str, words: str, smoke_copy: Home) -> None:
     with pytest.raises(PruningError, match=re.escape(words)):
         smoke_copy.run("smoke", ["evals=[]", "profile=null", "calibration.seed=5", f"steps=[{step}]"])
+    assert len(list((smoke_copy.store.root / "calibration").iterdir())) == 1  # that of the run before
+
+
+@pytest.mark.parametrize(
+    ("family", "steps", "words"),
+    [
+        (("gemma2", "Gemma2ForCausalLM"), "{method: shortened, layers: 1, merge: linear}", "set merge to none"),
+        (
+            ("phi3", "Phi3ForCausalLM"),
+            "{method: slimgpt, sparsity: 0.2},"
+            " {recovery: lora, targets: [q, v], data: {dataset: slimline/instructions}}",
+            "the targets q, v are parts of one linear in a phi3 model (qkv_proj: q, k, v)",
+        ),
+        (
+            ("olmo2", "Olmo2ForCausalLM"),
+            "{method: compresso, sparsity: 0.2, data: {dataset: slimline/instructions, template: alpaca}}",
+            "in an olmo2 model one norm spans the queries of all heads",
+        ),
+    ],
+)
+def test_what_a_family_cannot_take_is_known_before_any_work(
+    family: tuple[str, str], steps: str, words: str, smoke_copy: Home, offline_root: Path, tmp_path: Path
+) -> None:
+    model = of_type(offline_root / "slimline/tiny-random-llama", tmp_path / "model", *family)
+    with pytest.raises(PruningError, match=re.escape(words)):
+        smoke_copy.run("smoke", ["evals=[]", "profile=null", f"model.id={model}", f"steps=[{steps}]"])
     assert len(list((smoke_copy.store.root / "calibration").iterdir())) == 1  # that of the run before
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -71,3 +73,19 @@ def test_the_text_model_is_what_comes_in(spelling: str, tmp_path: Path) -> None:
     assert {name for file in out.glob("*.safetensors") for name in load_file(file)} == set(text.state_dict()) - {
         "lm_head.weight"
     }
+
+
+def test_a_gguf_calls_the_text_model_otherwise(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "gemma3")
+    for add, value in (
+        (writer.add_block_count, 18), (writer.add_embedding_length, 640), (writer.add_context_length, 32768),
+        (writer.add_head_count, 4), (writer.add_head_count_kv, 1), (writer.add_key_length, 256),
+    ):  # fmt: skip
+        add(value)
+    writer.add_tensor("token_embd.weight", np.zeros((2, 640), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    card = describe(Located("someone/gguf", "model", tmp_path / "model.gguf", None, "local path"))
+    assert (card.model_type, card.num_kv_heads, card.attention_size) == ("gemma3_text", 1, 1024)

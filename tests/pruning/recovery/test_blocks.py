@@ -98,7 +98,7 @@ def values(report: RecoveryReport, metric: str) -> list[float]:
     return [value for _, value in report.curves[metric]]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "granite"])
 def test_blocks_and_the_whole_come_nearer_to_the_dense_model(family: str, tmp_path: Path) -> None:
     dense, pruned, plan = pair(family)
     before, kind = copy.deepcopy(pruned), type(pruned)
