@@ -28,18 +28,18 @@ demo: $(STAMP)  ## calibrate, prune, repair and measure a real model offline; ab
 	@echo "Figures again:      $(BIN)/slimline results"
 	@echo "Prefect and MLflow: make ui   (then http://127.0.0.1:4200 and http://127.0.0.1:5000)"
 
-test: $(STAMP)  ## all tests, with real Prefect, MLflow and DuckDB; the files that take longest first
+test: $(STAMP)  ## all tests but the long ones, with real Prefect, MLflow and DuckDB; the files that take longest first
 	$(PYTEST)
 
 test-fast: $(STAMP)  ## what needs no server and is not slow (markers server, slow)
-	$(PYTEST) -m "not server and not slow"
+	$(PYTEST) -m "not server and not slow and not long"
 
 bench: $(STAMP)  ## benchmarks into build/bench.md, some in `make bench PARTS="speed stream"`; hours on two cores
 	$(BIN)/python -m tests.bench $(PARTS)
 
-chaos: $(STAMP)  ## faults done to a small night into build/chaos.md, some in `make chaos FAULTS="kill full_disk"`; half an hour
+chaos: $(STAMP)  ## faults done to a small night into build/chaos.md, and the long tests; some faults in `make chaos FAULTS="kill full_disk"`; half an hour
 	$(BIN)/python -m tests.chaos $(FAULTS)
-	$(BIN)/python -m pytest tests/flows/serve/long_deployments.py
+	$(BIN)/python -m pytest -m long
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -104,6 +104,7 @@ def test_the_naive_schedule_gives_our_answer(options: Options) -> None:
 
 
 @pytest.mark.slow  # two fresh processes that import transformers
+@pytest.mark.long
 def test_profile(options: Options) -> None:
     sizes = ProfileSizes(prompt_len=8, new_tokens=4, ratio_seconds=0.5)
     figures = run("profile", replace(options, profile=sizes, profile_processes=2))
@@ -125,6 +126,7 @@ def test_few_shot_without_its_data_is_skipped(options: Options) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_stream(options: Options) -> None:
     figures = run("stream", options)
     assert figures["stream_layers"] == 12

@@ -1,4 +1,4 @@
-"""The faults in small form: a few of them, once each, on the tiny night. `make chaos` does all of them, many times."""
+"""What counts the faults, and (with the long tests) a fault on the tiny night and the judge of them all."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def scene(
     return replace(staged, in_process=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", ["kill"])
 def test_a_night_survives(fault: str, scene: Scene) -> None:
     told: list[Flat] = []
@@ -34,6 +35,7 @@ def test_a_night_survives(fault: str, scene: Scene) -> None:
     }
 
 
+@pytest.mark.long
 def test_what_did_not_survive_is_found_out(scene: Scene) -> None:
     """The judge of all faults: a changed file, a file too many, a lost run and a stage run again are not overlooked."""
     home = scene.finished_home("tampered")

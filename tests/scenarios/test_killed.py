@@ -164,6 +164,7 @@ def ended(home: Home, reached: Callable[[], bool], *numbers: signal.Signals, mor
     return errors
 
 
+@pytest.mark.long
 def test_ended_by_sigterm_in_recover(tmp_path: Path, uninterrupted: tuple[Home, RunResult], blank_mlflow: Path) -> None:
     """The training saves the step that it is at, between its own checkpoints or not, and goes on from there."""
     home = before_recovery(uninterrupted, tmp_path / "home", blank_mlflow)

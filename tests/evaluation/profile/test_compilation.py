@@ -58,7 +58,7 @@ def pruned(seed: int) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.mark.slow  # Dynamo traces some twenty graphs
+@pytest.mark.long  # Dynamo traces some twenty graphs
 def test_a_third_profile_of_a_process_is_compiled_too(calls: Counter[str]) -> None:
     dense = tiny_model("llama", layers=1)
     profile(dense, CONFIG)

@@ -153,6 +153,7 @@ def test_a_refreshed_stage_is_made_once_for_all_cells(later: Home, filled: list[
     assert verdicts(result.figures) == {"same": len(result.figures)}
 
 
+@pytest.mark.long  # runs on clusters: tests/flows/runtime/test_task_runners.py
 def test_cells_run_in_the_processes_of_a_cluster(
     first: tuple[Home, NightResult, list[str]],
     tmp_path: Path,

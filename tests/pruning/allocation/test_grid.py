@@ -139,9 +139,11 @@ def test_every_method_that_cuts_widths_offers_both(name: str) -> None:
     assert asked.model_dump(mode="json")["uniform"] is True
     shapes = (SMALL,) * 4
     if name != "compresso":
-        module.check_model(asked, shapes, COST)
+        module.check_model(asked, shapes, COST, FAMILIES[0])
     with pytest.raises(PruningError, match="narrowest FFN"):
-        module.check_model(asked.model_copy(update={"channel_multiple": 64, "uniform": False}), shapes, COST)
+        module.check_model(
+            asked.model_copy(update={"channel_multiple": 64, "uniform": False}), shapes, COST, FAMILIES[0]
+        )
     by_threshold = BY_THRESHOLD.get(name, {"allocation": "global"})
     try:
         threshold = module.Config.model_validate(
@@ -150,7 +152,7 @@ def test_every_method_that_cuts_widths_offers_both(name: str) -> None:
     except ValidationError:
         return  # it has no threshold
     with pytest.raises(PruningError, match="one threshold for all layers does not"):
-        module.check_model(threshold, shapes, COST)
+        module.check_model(threshold, shapes, COST, FAMILIES[0])
 
 
 def test_all_methods_but_depth_cut_widths() -> None:

@@ -1,4 +1,4 @@
-"""Deployments on a real server, too long for every push: python -m pytest tests/flows/serve/long_deployments.py
+"""Deployments on a real server, too long for every push: `make chaos`, or python -m pytest -m long tests/flows/serve
 
 A worker of a process pool runs what prefect.yaml deploys, and a retry runs only what failed; a flow run whose process
 was killed is marked crashed, and one that lives is not; all of it works with PostgreSQL under Prefect and MLflow.
@@ -25,6 +25,8 @@ from tests.command_line import PROJECT
 from tests.flows.home import Home, stages_run
 from tests.flows.run.test_compress import mirror_of, spoil
 from tests.flows.serving import Api, alive_in, free_port, started, wait_for
+
+pytestmark = pytest.mark.long
 
 POSTGRES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/usr/bin"))
 #: the least that Prefect allows is a sign of life every thirty seconds
