@@ -18,7 +18,7 @@ from pruning.allocation.budget import HeadUnit, num_head_units
 from pruning.allocation.curves import MAX_RATIO
 from pruning.distributed import ProcessGroup
 from pruning.families import shapes
-from pruning.obs.elimination import nested_group_sizes, prepare
+from pruning.obs.elimination import dampen, nested_group_sizes, prepare
 from pruning.obs.groups import Groups, channel_groups, head_groups, search
 from pruning.orders import Order, Orders, Unit
 from pruning.walk.sequential import SubLayer, WalkOptions, walk_layers
@@ -51,7 +51,7 @@ def trace_orders(
     ):
         assert sub_layer.hessian is not None
         weight_OI = sub_layer.linear.weight
-        problem = prepare(
+        system = dampen(
             sub_layer.name,
             weight_OI,
             sub_layer.hessian,
@@ -59,6 +59,7 @@ def trace_orders(
             own_share=solver.own_share,
             scale_O=sub_layer.output_scale_O,
         )
+        problem = prepare(system)
         for unit, groups in _groups(sub_layer, widths[sub_layer.layer], head_dim, solver).items():
             found = search(problem, groups, solver)
             order = Order(
@@ -70,7 +71,7 @@ def trace_orders(
             Orders(folder).save(sub_layer.name, unit, order)
         if sub_layer.kind == "mlp":
             on_layer(sub_layer.layer)
-        del sub_layer, problem  # before the next ones are there
+        del sub_layer, system, problem  # before the next ones are there
 
 
 def _groups(sub_layer: SubLayer, shape: LayerShape, head_dim: int, solver: Solver) -> dict[Unit, Groups]:

@@ -152,28 +152,25 @@ def _choose(
     """
     assert sub_layer.hessian is not None
     name, weight_OI, hessian = sub_layer.name, sub_layer.linear.weight.detach(), sub_layer.hessian
-    frac, dtype, scale_O = solver.dampening_frac, solver.dtype, sub_layer.output_scale_O
+    system = dampen(
+        name,
+        weight_OI,
+        hessian,
+        dampening_frac=solver.dampening_frac,
+        own_share=solver.own_share,
+        dtype=solver.dtype,
+        scale_O=sub_layer.output_scale_O,
+    )
     if orders is not None:
         traced = orders.load(name, solver.head_unit if sub_layer.kind == "attention" else "channel")
-        system = dampen(
-            name, weight_OI, hessian, dampening_frac=frac, own_share=solver.own_share, dtype=dtype, scale_O=scale_O
-        )
         # what scores no error predicts none
         bounds = traced.bounds(groups.count) if traced.condition is not None else (0.0, math.inf)
         return system, traced.order[: groups.count], bounds, {"condition": traced.condition}
-    problem = prepare(
-        name, weight_OI, hessian, dampening_frac=frac, own_share=solver.own_share, dtype=dtype, scale_O=scale_O
-    )
+    problem = prepare(system)
     found = search(problem, groups, solver)
     predicted = found.errors[-1]
     report: dict[str, float | None] = {"predicted_error": predicted, "condition": 1.0 / problem.rcond}
-    # without the inverse, which is as large as the Hessian
-    return (
-        System(name, problem.W_OI, problem.H_II, scale_O=problem.scale_O),
-        found.order,
-        (predicted, predicted),
-        report,
-    )
+    return system, found.order, (predicted, predicted), report
 
 
 def _warn_of_rounding(name: str, error: float, predicted: tuple[float, float]) -> None:

@@ -165,6 +165,7 @@ def prune(
     from pruning.statistics.hessian import Statistics
 
     _check_statistics(statistics, config)
+    check_calibration(config, len(calibration.heldout_ids_ML))
     widths = shapes(decoder.skeleton)
     check_model(config, widths, layer_cost(decoder.skeleton), decoder.family)
     captured = Statistics(statistics) if statistics else None

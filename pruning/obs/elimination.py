@@ -18,7 +18,7 @@ D columns per group.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -38,12 +38,16 @@ class System:
 
     W_OI: weight with dead inputs zeroed. H_II: dampened Hessian. name: for error messages. scale_O: how much an error
     of each output counts, None for all the same: scores and errors depend on it, a least-squares refit does not.
+    num_tokens, dampening_frac, own_share: what the Hessian was made of, see `dampen`.
     """
 
     name: str
     W_OI: Tensor
     H_II: Tensor
     scale_O: Tensor | None = field(default=None, kw_only=True)
+    num_tokens: int = field(default=0, kw_only=True)
+    dampening_frac: float = field(default=0.0, kw_only=True)
+    own_share: bool = field(default=False, kw_only=True)
 
     def counted(self, weight_OI: Tensor) -> Tensor:
         """Rows of outputs times how much they count."""
@@ -52,7 +56,9 @@ class System:
 
 @dataclass(frozen=True)
 class Problem(System):
-    """A system ready for elimination. inverse_II: of H_II. rcond: reciprocal condition estimate (1-norm) of H_II."""
+    """A system ready for elimination. inverse_II: of H_II. rcond: reciprocal condition estimate (1-norm) of H_II; with
+    own shares of H_II scaled to a diagonal of ones, since neither it nor what is solved depends on the inputs' units.
+    """
 
     inverse_II: Tensor
     rcond: float
@@ -83,7 +89,8 @@ def dampen(
 ) -> System:
     """Add `dampening_frac` of the mean diagonal to the Hessian's diagonal; own_share: of each element instead.
 
-    Dead inputs (H_ii = 0) get H_ii = 1 and a zero weight column, so that they go first and cost nothing.
+    Dead inputs (H_ii = 0) get H_ii = 1 and a zero weight column, so that they go first and cost nothing. dtype: float32
+    halves time and memory and will do for a trial where `single_precision_will_do`.
     """
     H_II = hessian.matrix_II.to(dtype, copy=True)
     W_OI = W_OI.to(H_II.device, dtype, copy=True)
@@ -92,40 +99,35 @@ def dampen(
     W_OI[:, dead_I] = 0
     diagonal_I += dampening_frac * (diagonal_I if own_share else diagonal_I.mean())
     diagonal_I[dead_I] = 1.0
-    return System(name, W_OI, H_II, scale_O=None if scale_O is None else scale_O.to(W_OI))
-
-
-def prepare(
-    name: str,
-    W_OI: Tensor,
-    hessian: Hessian,
-    *,
-    dampening_frac: float,
-    own_share: bool = False,
-    dtype: torch.dtype = torch.float64,
-    scale_O: Tensor | None = None,
-) -> Problem:
-    """Dampen and invert the Hessian of one linear; see `dampen`.
-
-    dtype: float32 halves time and memory and will do for a trial where `single_precision_will_do`.
-
-    Raises PruningError when H is not positive definite or too ill conditioned to trust, with the way out.
-    """
-    system = dampen(
-        name, W_OI, hessian, dampening_frac=dampening_frac, own_share=own_share, dtype=dtype, scale_O=scale_O
+    return System(
+        name,
+        W_OI,
+        H_II,
+        scale_O=None if scale_O is None else scale_O.to(W_OI),
+        num_tokens=hessian.num_tokens,
+        dampening_frac=dampening_frac,
+        own_share=own_share,
     )
-    way_out = f"raise dampening_frac (now {dampening_frac:g}) or num_samples"
+
+
+def prepare(system: System) -> Problem:
+    """Invert the dampened Hessian.
+
+    Raises PruningError when it is not positive definite or too ill conditioned to trust, with the way out.
+    """
+    hessian = f"Hessian of {system.name} ({system.num_tokens} tokens)"
+    way_out = f"raise dampening_frac (now {system.dampening_frac:g}) or num_samples"
     L_II, info = torch.linalg.cholesky_ex(system.H_II)
     if int(info) != 0:
-        raise PruningError(f"Hessian of {name} ({hessian.num_tokens} tokens) is not positive definite; {way_out}")
+        raise PruningError(f"{hessian} is not positive definite; {way_out}")
     inverse_II = torch.cholesky_inverse(L_II)
-    rcond = 1.0 / (_one_norm(system.H_II) * _one_norm(inverse_II))
+    size_I = system.H_II.diagonal().sqrt() if system.own_share else None
+    rcond = 1.0 / (_one_norm(system.H_II, size_I) * _one_norm(inverse_II, None if size_I is None else 1 / size_I))
     if not rcond > _MIN_RCOND:
-        raise PruningError(
-            f"Hessian of {name} ({hessian.num_tokens} tokens) is too ill conditioned (1/condition {rcond:.1e}); "
-            f"{way_out}"
-        )
-    return Problem(name, system.W_OI, system.H_II, inverse_II, rcond, scale_O=system.scale_O)
+        raise PruningError(f"{hessian} is too ill conditioned (1/condition {rcond:.1e}); {way_out}")
+    return Problem(
+        **{each.name: getattr(system, each.name) for each in fields(system)}, inverse_II=inverse_II, rcond=rcond
+    )
 
 
 def single_precision_will_do(num_inputs: int, dampening_frac: float) -> bool:
@@ -292,6 +294,8 @@ def fixed_group_sizes(count: int, size: int) -> Iterator[int]:
         count -= size
 
 
-def _one_norm(matrix_II: Tensor) -> float:
+def _one_norm(matrix_II: Tensor, size_I: Tensor | None = None) -> float:
+    """Of the matrix, or of the one whose rows and columns are divided by `size_I`."""
+    sums_I = matrix_II.abs().sum(0) if size_I is None else (1 / size_I) @ matrix_II.abs() / size_I
     # a linear without inputs (a plan may keep no channel of a layer) is perfectly conditioned
-    return float(matrix_II.abs().sum(0).max()) if matrix_II.numel() else 1.0
+    return float(sums_I.max()) if matrix_II.numel() else 1.0

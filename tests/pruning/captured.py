@@ -19,11 +19,19 @@ from pruning.calibration import CalibrationSet
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.families import family_of
 from pruning.methods import slimgpt
+from pruning.obs import elimination
 from pruning.recovery import RecoveryInputs
+from pruning.statistics.hessian import Hessian
 from pruning.training.options import TrainingRun
 from pruning.walk.sequential import WalkOptions
 from pruning.walk.state import MemoryWalkState, Pruned
 from tests.tiny import random_ids, tiny_tokenizer
+
+
+def prepared(name: str, weight_OI: Tensor, hessian: Hessian, **dampening: Any) -> elimination.Problem:
+    """The linear of that weight and Hessian, dampened and ready for elimination."""
+    return elimination.prepare(elimination.dampen(name, weight_OI, hessian, **dampening))
+
 
 #: what the methods that train read, and a training of it that takes no time
 RECORDS = [

@@ -26,7 +26,7 @@ from pruning.families import decoder_parameters, family_of, shapes
 from pruning.layerwise.stand_ins import fit_stand_ins
 from pruning.layerwise.streaming import prune_checkpoint
 from pruning.methods import flap, llm_pruner, magnitude, shortened, slimgpt, wanda_sp
-from pruning.obs.elimination import eliminate_groups, group_scores, prepare
+from pruning.obs.elimination import eliminate_groups, group_scores
 from pruning.plan import PruningPlan
 from pruning.recovery import RecoveryInputs, lora
 from pruning.statistics.hessian import HessianAccumulator
@@ -40,6 +40,7 @@ from tests.pruning.captured import (
     RECORDS,
     logits,
     outputs,
+    prepared,
     prune_copy,
     recorded_inputs,
     same_weights,
@@ -238,7 +239,7 @@ def test_the_choice_is_the_best_for_the_normed_output() -> None:
     accumulator = HessianAccumulator(6, "cpu")
     for part in range(2):  # weights go with their tokens, whatever the batches
         accumulator.add(X_TI[20 * part : 20 * part + 20], weights_T[20 * part : 20 * part + 20])
-    problem = prepare("down_proj", W_OI, accumulator.finish("down_proj"), dampening_frac=0.0, scale_O=gain_O)
+    problem = prepared("down_proj", W_OI, accumulator.finish("down_proj"), dampening_frac=0.0, scale_O=gain_O)
     root_T1, wanted_TO = weights_T.double().sqrt()[:, None], (X_TI @ W_OI.T).double()
     costs = []
     for column in range(6):

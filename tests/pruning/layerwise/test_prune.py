@@ -26,7 +26,7 @@ from pruning.statistics.hessian import Hessian
 from pruning.walk.activations import MemoryActivations
 from pruning.walk.sequential import SubLayer, walk_layers
 from pruning.walk.state import LayerEntry, MemoryWalkState, SubLayerReport, WalkedLayer
-from tests.pruning.captured import CPU, hooked_moments, logits, outputs, same_weights
+from tests.pruning.captured import CPU, hooked_moments, logits, outputs, prepared, same_weights
 from tests.tiny import FAMILIES, random_ids, tiny_model
 
 BUDGETS = (LayerBudget(1, 5), LayerBudget(0, 20), LayerBudget(1, 0))
@@ -362,7 +362,7 @@ def test_query_heads_go_in_turns_over_the_groups() -> None:
     ]
     plan = solve(sub_layers, shape, 2, LayerBudget(1, 0), solver("query_head")).plan
     assert [head // 2 for head in plan.kept_query_heads] == [0, 1]
-    problem = elimination.prepare("o_proj", weight_OI, Hessian(torch.eye(8), 9), dampening_frac=0.01)
+    problem = prepared("o_proj", weight_OI, Hessian(torch.eye(8), 9), dampening_frac=0.01)
     scores = elimination.group_scores(problem.W_OI, problem.inverse_II, torch.arange(8).reshape(4, 2))
     expected = [int(scores[2 * group : 2 * group + 2].argmax()) + 2 * group for group in range(2)]
     assert list(plan.kept_query_heads) == expected

@@ -23,9 +23,10 @@ from pruning.layerwise.capture import capture_statistics
 from pruning.methods import slimgpt
 from pruning.methods.slimgpt import Config
 from pruning.obs import elimination
+from pruning.obs.ridge import SHARES
 from pruning.statistics.hessian import Hessian
 from pruning.walk.state import Pruned
-from tests.pruning.captured import CPU, hooked_moments, logits, outputs, prune_copy, same_weights, windows
+from tests.pruning.captured import CPU, hooked_moments, logits, outputs, prepared, prune_copy, same_weights, windows
 from tests.tiny import FAMILIES, random_ids, tiny_model
 
 pytestmark = pytest.mark.slow  # not in `make test-fast`
@@ -212,9 +213,7 @@ def test_without_propagation_each_linear_is_pruned_on_the_dense_models_inputs(na
     budgets = solve_budgets(shapes(dense), layer_cost(dense), Allocation(sparsity=0.3))
     for number, (linear_name, linear) in enumerate(outputs(dense).items()):
         budget, kept = budgets[number // 2], pruned.plan.layers[number // 2]
-        problem = elimination.prepare(
-            linear_name, linear.weight.detach(), Hessian(moments[linear_name], 144), dampening_frac=0.01
-        )
+        problem = prepared(linear_name, linear.weight.detach(), Hessian(moments[linear_name], 144), dampening_frac=0.01)
         if number % 2 == 0:
             columns_ND = torch.arange(linear.in_features).reshape(shapes(dense)[0].num_kv_heads, -1)
             sizes, expected = elimination.fixed_group_sizes(budget.head_units, 1), kept.kept_kv_heads
@@ -347,6 +346,49 @@ def test_defaults_are_measured_with_grouped_heads_and_the_papers_without(name: s
         assert pruned.split_kl == {}
         assert any(len(kept.kept_kv_heads) < 8 for kept in pruned.plan.layers)
     assert pruned.plan == explicit.plan
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+def test_the_heldout_windows_choose_the_ridge_of_every_refit(propagate: bool, tmp_path: Path) -> None:
+    """By the share that the report names: with it for all linears, no linear errs less on the held-out windows."""
+    model = tiny_model("llama")
+    calibration = windows(model, 6, 3)
+    statistics = None if propagate else tmp_path
+    if statistics is not None:
+        capture(model, calibration, statistics)
+
+    def pruned(**config: Any) -> tuple[PreTrainedModel, Pruned]:
+        return prune(model, calibration, statistics=statistics, propagate_error=propagate, **config)
+
+    by_diagonal, plain = pruned(ridge="diagonal", dampening_frac=0.1)
+    by_heldout, chosen = pruned(ridge="heldout", dampening_frac=0.1)
+    cut = [report for report in chosen.layers if report.kept < report.total]
+    assert cut
+    assert all(report.ridge in SHARES for report in cut)
+    assert len({report.ridge for report in cut}) > 1
+    assert all(report.ridge is None for report in plain.layers)
+    assert not same_weights(by_diagonal, by_heldout)
+    # as long as the inputs are the same, the choice can only gain
+    alike = zip(plain.layers, chosen.layers, strict=True)
+    compared = [(one, other) for one, other in alike if other.ridge is not None][: 1 if propagate else None]
+    for one, other in compared:
+        assert one.heldout_error is not None
+        assert other.heldout_error is not None
+        assert other.heldout_error <= one.heldout_error * (1 + 1e-4)
+
+
+def test_a_ridge_by_heldout_windows_needs_some() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(PruningError, match=r"ridge 'heldout' is chosen by held-out .* set calibration\.num_heldout"):
+        prune(model, windows(model, 4, 0), ridge="heldout")
+
+
+def test_orders_are_those_of_the_ridge_that_chooses_what_goes() -> None:
+    orders = {ridge: slimgpt.order_config(Config(sparsity=0.3, propagate_error=False, ridge=ridge))
+              for ridge in ("mean", "diagonal", "heldout")}  # fmt: skip
+    assert orders["heldout"] == orders["diagonal"] != orders["mean"]
+    assert orders["mean"] is not None
+    assert "ridge" not in orders["mean"].model_dump(), "keys of before stay"
 
 
 def test_auto_without_heldout_windows() -> None:

@@ -18,6 +18,7 @@ from pruning.obs import elimination
 from pruning.obs.groups import head_groups
 from pruning.plan import LayerShape
 from pruning.statistics.hessian import Hessian
+from tests.pruning.captured import prepared
 
 DAMPENING = 0.01
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}
@@ -39,7 +40,7 @@ class Case:
         X_TI[:, list(dead)] = 0
         self.W_OI = randn(outputs, inputs)
         self.H_II = X_TI.T @ X_TI / tokens
-        self.problem = elimination.prepare("o_proj", self.W_OI, Hessian(self.H_II, tokens), dampening_frac=DAMPENING)
+        self.problem = prepared("o_proj", self.W_OI, Hessian(self.H_II, tokens), dampening_frac=DAMPENING)
         penalty = DAMPENING * float(self.H_II.diagonal().mean())
         rows = [X_TI.numpy() / tokens**0.5, penalty**0.5 * np.eye(inputs)]
         self.A = np.concatenate(rows)
@@ -205,7 +206,7 @@ def test_order_and_errors_do_not_depend_on_how_inputs_are_numbered(
 ) -> None:
     case = Case(seed=seed)
     index = torch.tensor(permutation)
-    permuted = elimination.prepare(
+    permuted = prepared(
         "o_proj", case.W_OI[:, index], Hessian(case.H_II[index][:, index], 60), dampening_frac=DAMPENING
     )
     found = elimination.eliminate_groups(case.problem, groups(12, 1), iter(sizes))
@@ -277,7 +278,7 @@ def ill_conditioned(noise: float) -> Case:
         torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((288, 24), (24, 96), (288, 96))
     ]
     X_TI = factors[0] @ factors[1] / 96**0.5 + noise * factors[2]
-    case.problem = elimination.prepare("o_proj", case.W_OI, Hessian(X_TI.T @ X_TI / 288, 288), dampening_frac=1e-15)
+    case.problem = prepared("o_proj", case.W_OI, Hessian(X_TI.T @ X_TI / 288, 288), dampening_frac=1e-15)
     return case
 
 
@@ -327,7 +328,7 @@ def test_down_dates_are_re_inversions(seed: int, removed: list[set[int]]) -> Non
 def test_order_of_heads_does_not_depend_on_how_they_are_numbered(permutation: list[int], seed: int, count: int) -> None:
     case = Case(inputs=24, seed=seed)
     index = groups(24, 4)[permutation].flatten()
-    permuted = elimination.prepare(
+    permuted = prepared(
         "o_proj", case.W_OI[:, index], Hessian(case.H_II[index][:, index], 60), dampening_frac=DAMPENING
     )
     found = elimination.eliminate_groups(case.problem, groups(24, 4), iter(ones(count)))
@@ -383,22 +384,20 @@ def test_dead_inputs_cost_nothing_and_go_first() -> None:
 
 
 def test_all_inputs_dead() -> None:
-    problem = elimination.prepare("o_proj", torch.ones(3, 4), Hessian(torch.zeros(4, 4), 9), dampening_frac=DAMPENING)
+    problem = prepared("o_proj", torch.ones(3, 4), Hessian(torch.zeros(4, 4), 9), dampening_frac=DAMPENING)
     found = elimination.eliminate_groups(problem, groups(4, 1), iter([2, 1]))
     assert found.errors == (0.0, 0.0)
 
 
 def test_no_inputs_at_all() -> None:
-    problem = elimination.prepare(
-        "down_proj", torch.ones(3, 0), Hessian(torch.zeros(0, 0), 9), dampening_frac=DAMPENING
-    )
+    problem = prepared("down_proj", torch.ones(3, 0), Hessian(torch.zeros(0, 0), 9), dampening_frac=DAMPENING)
     found = elimination.eliminate_groups(problem, torch.zeros(0, 1, dtype=torch.int64), iter([]))
     assert found.order == ()
 
 
 def test_prepare_copies_and_dampens() -> None:
     W_OI, H_II = torch.ones(2, 2), torch.tensor([[2.0, 1.0], [1.0, 4.0]])
-    problem = elimination.prepare("o_proj", W_OI, Hessian(H_II, 5), dampening_frac=0.5)
+    problem = prepared("o_proj", W_OI, Hessian(H_II, 5), dampening_frac=0.5)
     assert problem.H_II.tolist() == [[3.5, 1.0], [1.0, 5.5]]
     assert problem.W_OI.dtype == problem.inverse_II.dtype == torch.float64
     assert problem.rcond == pytest.approx(1 / float(np.linalg.cond(problem.H_II.numpy(), 1)))
@@ -411,7 +410,7 @@ def test_prepare_copies_and_dampens() -> None:
 def test_not_positive_definite_says_what_to_do() -> None:
     indefinite = Hessian(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), 512)
     with pytest.raises(PruningError) as error:
-        elimination.prepare("model.layers.3.mlp.down_proj", torch.ones(2, 2), indefinite, dampening_frac=0.01)
+        prepared("model.layers.3.mlp.down_proj", torch.ones(2, 2), indefinite, dampening_frac=0.01)
     assert str(error.value) == (
         "Hessian of model.layers.3.mlp.down_proj (512 tokens) is not positive definite; "
         "raise dampening_frac (now 0.01) or num_samples"
@@ -421,7 +420,7 @@ def test_not_positive_definite_says_what_to_do() -> None:
 def test_ill_conditioned_says_what_to_do() -> None:
     nearly_singular = Hessian(torch.diag(torch.tensor([1.0, 1e-14], dtype=torch.float64)), 512)
     with pytest.raises(PruningError, match=r"down_proj \(512 tokens\) is too ill conditioned \(1/condition 1\..e-14\)"):
-        elimination.prepare("down_proj", torch.ones(2, 2), nearly_singular, dampening_frac=1e-18)
+        prepared("down_proj", torch.ones(2, 2), nearly_singular, dampening_frac=1e-18)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -471,7 +470,7 @@ def test_single_precision_chooses_nearly_the_same(dampening_frac: float) -> None
     hessian = Hessian(X_TI.T @ X_TI / 300, 300)
     W_OI = torch.randn(20, inputs, generator=generator)
     double, single = (
-        elimination.prepare("layers.0.mlp.down_proj", W_OI, hessian, dampening_frac=dampening_frac, dtype=dtype)
+        prepared("layers.0.mlp.down_proj", W_OI, hessian, dampening_frac=dampening_frac, dtype=dtype)
         for dtype in (torch.float64, torch.float32)
     )
     assert torch.linalg.cond(double.H_II) <= inputs / dampening_frac + 1, "what single_precision_will_do stands on"

@@ -9,6 +9,7 @@ from torch import Tensor
 from pruning.obs.elimination import dampen, output_error, refit
 from pruning.obs.ridge import SHARES, refit_by_heldout_
 from pruning.statistics.hessian import Hessian, HessianAccumulator
+from tests.pruning.captured import prepared
 
 KEPT = torch.tensor([0, 1, 3, 4, 6, 7, 9, 10])
 
@@ -62,3 +63,14 @@ def test_a_share_of_each_input_does_not_depend_on_their_sizes() -> None:
     plain = dampen("linear", W_OI, moments(X_TI), dampening_frac=0.1, own_share=True)
     scaled = dampen("linear", W_OI / units_I, moments(X_TI * units_I), dampening_frac=0.1, own_share=True)
     torch.testing.assert_close(refit(scaled, KEPT) * units_I[KEPT], refit(plain, KEPT), rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_of_any_units_are_conditioned_alike() -> None:
+    """The condition that decides whether an inverse can be trusted, which for a share of the mean it does depend on."""
+    X_TI, W_OI, units_I = inputs(50, 1, 1.0)[:, 2:], torch.randn(5, 10), torch.logspace(4, -4, 10)
+    plain, scaled = (
+        prepared("linear", W_OI, moments(each_TI), dampening_frac=0.1, own_share=True)
+        for each_TI in (X_TI, X_TI * units_I)
+    )
+    assert scaled.rcond == pytest.approx(plain.rcond, rel=1e-3)
+    assert scaled.rcond > 1e-4
