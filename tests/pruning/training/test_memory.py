@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from torch import Tensor, nn
 
 from pruning.errors import PruningError
+from pruning.recovery import lora
 from pruning.recovery.cpt import Config
 from pruning.training import memory
-from pruning.training.options import TrainingRun
-from tests.tiny import tiny_model
+from pruning.training.adapters import merged_adapters
+from pruning.training.options import TrainingConfig, TrainingRun
+from tests.tiny import random_ids, tiny_model
 
 
 def wanted(config: Config) -> int:
     model = tiny_model("llama", layers=8, hidden=256, intermediate=1024)
     return memory._training(model, model.config, config, 512, None).bytes
+
+
+def kept_bytes(model: nn.Module, ids_BL: Tensor) -> int:
+    """What a forward pass with its loss keeps for the way back, each storage once, parameters not."""
+    parameters = {each.untyped_storage().data_ptr() for each in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def noted(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor):
+        loss = model(input_ids=ids_BL, labels=ids_BL).loss  # holds what was kept, so that no address comes twice
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+def test_what_the_way_back_needs_is_near_what_is_kept_for_it() -> None:
+    """Adapters too: each keeps inputs of its own, in float32."""
+    model, longest = tiny_model("llama", layers=8, hidden=256, intermediate=704), 64
+    ids_BL = random_ids(model, 4, longest)
+    alone = {"micro_batch_size": 4, "dtype": "float32"}
+
+    def counted(trained: nn.Module, config: TrainingConfig) -> float:
+        training = memory._training(trained, model.config, config, longest, None)
+        kept = training.bytes - replace(training, tokens=0).bytes
+        return kept / kept_bytes(trained.train(), ids_BL)
+
+    assert 0.7 < counted(model, Config.model_validate(alone)) < 1.5
+    adapted = lora.Config.model_validate(alone)
+    with merged_adapters(model, adapted) as trained:
+        assert 1.0 < counted(trained, adapted) < 1.8, "less would let through what cannot fit"
 
 
 CONFIG = Config.model_validate({"micro_batch_size": 16, "batch_size": 16, "dtype": "float32"})
