@@ -69,24 +69,27 @@ def fail(values: dict[str, str], expected: str) -> None:
 
 
 def test_threads_enter_one_after_the_other_and_see_nothing_of_each_other() -> None:
-    inside = expected(python=3, others=4, count=30)
-    before = random.getstate(), torch.get_rng_state().tolist()
-    found: dict[int, list[Any]] = {}
+    """Of a generator of the test's own: threads that servers' clients left behind draw from the global one."""
+    shared = random.Random(7)
+    before, own = shared.getstate(), random.Random(3).getstate()
+    found: dict[int, list[float]] = {}
     having: list[int] = []
 
     def draw(number: int) -> None:
-        globals_ = ExclusiveGlobals(seeded_generators(python=3, numpy=4, torch_cpu=4))
+        globals_ = ExclusiveGlobals([Setting(shared.getstate, shared.setstate, own)])
         for _ in range(30):
             with globals_:
                 having.append(number)
                 time.sleep(0.0005)
-                found.setdefault(number, []).append(drawn())
+                found.setdefault(number, []).append(shared.random())
                 assert having == [number]
                 having.clear()
 
     in_threads(draw, 3)
+    alone = random.Random(3)
+    inside = [alone.random() for _ in range(30)]
     assert found == dict.fromkeys(range(3), inside)
-    assert (random.getstate(), torch.get_rng_state().tolist()) == before
+    assert shared.getstate() == before
 
 
 def in_threads(work: Any, count: int) -> None:
