@@ -73,12 +73,18 @@ def check_prefect(patience: float = 60.0) -> str:
     return f"a temporary server is started with each run; database: {check_database(patience)}"
 
 
+def server_is_named() -> bool:
+    """Whether Prefect's settings name a server. Raises PrefectUnusable for settings that it cannot read."""
+    import_prefect()
+    from prefect.settings import PREFECT_API_URL
+
+    return bool(PREFECT_API_URL.value())
+
+
 def reach_prefect() -> None:
     """Make sure that there is a server that answers; a temporary one is started. Raises PrefectUnusable."""
     check_prefect()
-    from prefect.settings import PREFECT_API_URL
-
-    if not PREFECT_API_URL.value():
+    if not server_is_named():
         from flows.runtime.servers import start_temporary_server
 
         start_temporary_server()

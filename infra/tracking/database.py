@@ -51,16 +51,18 @@ def lock_file(uri: str) -> Path:
     return Path(tempfile.gettempdir()) / f"slimline-mlflow-{os.getuid()}-{server}.lock"
 
 
-def tagged_run(database: Path, experiment: str, tags: Mapping[str, str]) -> str | None:
-    """Id of an active run of the experiment that has all these tags; None also whenever the sqlite file cannot tell."""
+def tagged_run(database: Path, experiment: str, tags: Mapping[str, str | None]) -> str | None:
+    """Id of an active run of the experiment that has all these tags (with any value where it says None); None also
+    whenever the sqlite file cannot tell."""
     joins = "".join(
-        f" JOIN tags AS t{index} ON t{index}.run_uuid = runs.run_uuid AND t{index}.key = ? AND t{index}.value = ?"
-        for index in range(len(tags))
+        f" JOIN tags AS t{index} ON t{index}.run_uuid = runs.run_uuid AND t{index}.key = ?"
+        + ("" if value is None else f" AND t{index}.value = ?")
+        for index, value in enumerate(tags.values())
     )
     query = f"""
         SELECT runs.run_uuid FROM runs JOIN experiments USING (experiment_id){joins}
         WHERE experiments.name = ? AND runs.lifecycle_stage = 'active' AND experiments.lifecycle_stage = 'active'"""
-    values = [part for tag in tags.items() for part in tag]
+    values = [part for tag in tags.items() for part in tag if part is not None]
     try:
         with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as connection:
             row = connection.execute(query, [*values, experiment]).fetchone()

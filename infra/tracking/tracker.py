@@ -68,8 +68,11 @@ class Tracker:
 
         Raises TrackingUnusable.
         """
-        if self._database is not None and not self._database.exists():
-            return False
+        if self._database is not None:
+            if not self._database.exists():
+                return False
+            if tagged_run(self._database, self.experiment, {RUN_KEY_TAG: run_key, CONTENT_TAG: None}):
+                return True
         with self._turn(run_key):
             run = self._store().find(run_key)
             return run is not None and CONTENT_TAG in run.data.tags

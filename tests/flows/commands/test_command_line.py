@@ -18,6 +18,7 @@ import pytest
 
 from flows.run.outcome import RunResult
 from flows.spec.load import shipped_specs
+from infra.artifacts.store import ArtifactRef
 from infra.offline.default import OfflineDefault
 from tests.flows.home import Home, stages_run
 from tests.flows.models import of_type, with_nan
@@ -74,13 +75,21 @@ def files_below(folder: Path) -> dict[str, int]:
 def test_run_json_says_everything_in_its_last_line(
     smoke_copy: Home, smoke: tuple[Home, RunResult], prefect_home: Path
 ) -> None:
-    """It starts a server of its own, as on a user's machine, and leaves alone another one that the user has there."""
+    """It starts a server of its own, as on a user's machine, and leaves alone another one that the user has there;
+    where nothing is left to do it starts none."""
+    result = smoke[1]
+    (missing,) = [stage for stage in result.stages if stage.name == "evaluate:zero_shot:dense"]
+    smoke_copy.delete(ArtifactRef(kind=missing.kind, key=missing.key))
     alone = Home(smoke_copy.folder, variables={"PREFECT_HOME": str(prefect_home)})
     with server_of_the_users_own(smoke_copy) as theirs:
-        child = alone.child("run", "smoke", "--json")
+        first = alone.child("run", "smoke")
         assert alive(theirs)
+    assert stages_run(first.stderr) == [missing.name]
+    before = files_below(prefect_home)
+    child = alone.child("run", "smoke", "--json")
+    assert files_below(prefect_home) == before
+    assert child.stdout.startswith(first.stdout)
     told = json.loads(child.stdout.splitlines()[-1])
-    result = smoke[1]
     assert told["run_key"] == result.run_key
     assert [stage["name"] for stage in told["stages"]] == [stage.name for stage in result.stages]
     assert [stage["key"] for stage in told["stages"]] == [stage.key for stage in result.stages]

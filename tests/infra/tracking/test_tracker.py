@@ -323,10 +323,14 @@ def test_stored_values_compare_as_sql_keeps_them() -> None:
     assert stored(0.1) != stored(0.2)
 
 
-def test_whether_a_run_is_recorded(tracker: Tracker, tmp_path: Path) -> None:
+def test_whether_a_run_is_recorded(tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not tracker.has("run-v1-0")
-    record(tracker)
-    assert tracker.has("run-v1-0")
+    run_id = record(tracker)
     assert not tracker.has("run-v1-1")
+    with monkeypatch.context() as patched:
+        patched.setattr(Tracker, "_client", lambda self: pytest.fail("the file says it, without mlflow"))
+        assert tracker.has("run-v1-0")
+    tracker._client().delete_run(run_id)
+    assert not tracker.has("run-v1-0")
     assert not Tracker(f"sqlite:///{tmp_path / 'none.db'}").has("run-v1-0")
     assert not (tmp_path / "none.db").exists()
