@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +24,12 @@ _MARKED = 40
 
 
 class Image:
-    """A PNG that is drawn once, when somebody first asks for it. words: what it shows. drawn: the bytes, if it was."""
+    """A PNG that is drawn once, when somebody first asks for it. words: what it shows. drawn: the bytes, if it was.
+    source: the file that says all of what it shows, if one does."""
 
-    def __init__(self, words: str, draw: Callable[[], bytes]) -> None:
+    def __init__(self, words: str, draw: Callable[[], bytes], source: Path | None = None) -> None:
         self.words = words
+        self.source = source
         self.drawn: bytes | None = None
         self._draw = draw
 
@@ -42,12 +44,24 @@ def checkpoint_images(name: str, key: str, folder: Path, curves: Iterable[CurveR
     """Images by their paths in the run of a checkpoint; nothing is read before one is drawn but which files there are.
     folder: of the checkpoint, with its plan if anything was pruned."""
     images: dict[str, Image] = {}
-    if (folder / "plan.json").exists():
-        images["figures/kept.png"] = Image(f"heads and channels kept in {name}", partial(_kept, name, key, folder))
+    if (plan := folder / "plan.json").exists():
+        words = f"heads and channels kept in {name}"
+        images["figures/kept.png"] = Image(words, partial(_kept, name, key, folder), plan)
     mine = [point for point in curves if point.stage_key == key and point.metric in LOSSES]
     if mine:
         images["figures/training.png"] = Image(f"losses of {name}", partial(_training, name, key, mine))
     return images
+
+
+def drawn_once(images: Iterable[Image]) -> Iterator[tuple[str, bytes]]:
+    """Words and bytes of those that were drawn, without a second one of the same: a recovered checkpoint keeps the
+    plan of the one before it."""
+    seen: set[str | bytes] = set()
+    for image in images:
+        shows = image.words if image.source is None else image.source.read_bytes()
+        if image.drawn is not None and shows not in seen:
+            seen.add(shows)
+            yield image.words, image.drawn
 
 
 def kept_panels(name: str, plan: PruningPlan) -> tuple[Panel, Panel]:

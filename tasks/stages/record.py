@@ -31,7 +31,7 @@ from infra.tracking.pages import address_of_run
 from infra.tracking.tracker import Tracker
 from tasks.execution.context import RunContext
 from tasks.recording.description import run_page
-from tasks.recording.images import Image
+from tasks.recording.images import Image, drawn_once
 from tasks.recording.layers import relative
 from tasks.recording.outcome import RunOutcome
 from tasks.recording.run_record import Rows, run_record, visit_tags
@@ -82,8 +82,8 @@ def _record(outcome: RunOutcome, run_context: RunContext) -> tuple[MetricRow, ..
     file = ResultsStore.of(run_context.settings).export_file(outcome.run_key)
     images = [each for made in told.checkpoints for each in made.content.images.values() if isinstance(each, Image)]
     # those that this recording drew: of a run recorded again MLflow has them, and drawing takes longer than the rest
-    drawn = ((image.words, image.drawn) for image in images if image.drawn)
-    _show(outcome, run_page(told.content.description, outcome.run_key, folders, file, address, drawn))
+    page = run_page(told.content.description, outcome.run_key, folders, file, address, drawn_once(images))
+    _show(outcome, page)
     if problem:
         raise problem
     return metrics

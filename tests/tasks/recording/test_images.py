@@ -10,7 +10,7 @@ import pytest
 from infra.figures.panels import HeatMap
 from infra.results.rows import CurveRow
 from pruning.plan import LayerPlan, LayerShape, PruningPlan
-from tasks.recording.images import checkpoint_images, kept_panels, loss_panel
+from tasks.recording.images import Image, checkpoint_images, drawn_once, kept_panels, loss_panel
 
 
 def plan(num_layers: int = 3, heads: int = 4, channels: int = 8) -> PruningPlan:
@@ -76,3 +76,21 @@ def test_images_of_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="source"):
         checkpoint_images("a", "key", tmp_path, [])["figures/kept.png"]()
+
+
+def test_one_plan_is_shown_once(tmp_path: Path) -> None:
+    images = []
+    for name, content in {"pruned": "a plan", "pruned+lora": "a plan", "other": "another"}.items():
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8")
+        images += [Image(f"kept in {name}", name.encode, path), Image(f"losses of {name}", b"losses".strip)]
+    assert list(drawn_once(images)) == []
+    for image in images:
+        image()
+    assert [words for words, _ in drawn_once(images)] == [
+        "kept in pruned",
+        "losses of pruned",
+        "losses of pruned+lora",
+        "kept in other",
+        "losses of other",
+    ]
