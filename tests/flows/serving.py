@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,12 +39,11 @@ class Api:
         request = urllib.request.Request(
             f"{self.url}/{path}", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            content = answer.read()
+        content = _answer(request)
         return json.loads(content) if content else None
 
     def delete(self, path: str) -> None:
-        urllib.request.urlopen(urllib.request.Request(f"{self.url}/{path}", method="DELETE"), timeout=30).close()
+        _answer(urllib.request.Request(f"{self.url}/{path}", method="DELETE"))
 
     def flow_runs(self, **state: Any) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.post("flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 50} | state)
@@ -60,6 +60,20 @@ class Api:
         """What the retry button of Prefect's pages does."""
         state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retry from the Prefect UI"}
         self.post(f"flow_runs/{flow_run_id}/set_state", {"state": state, "force": True})
+
+
+def _answer(request: urllib.request.Request, patience: float = 10.0) -> bytes:
+    """Asked again while others of this test run have the server's database locked, which it calls unavailable."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                content: bytes = answer.read()
+            return content
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 def free_port() -> int:

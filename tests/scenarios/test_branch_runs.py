@@ -107,6 +107,7 @@ def test_an_impossible_branch_leaves_the_others_alone(smoke_copy: Home, filled: 
     assert {row.value for row in healed.metrics} == {row.value for row in result.metrics}
 
 
+@pytest.mark.long
 def test_the_command_says_which_branch_failed(smoke_copy: Home) -> None:
     options = [part for override in ONE_IMPOSSIBLE for part in ("--set", override)]
     child = smoke_copy.slimline("run", "smoke", *options, "--json", code=2)

@@ -44,7 +44,7 @@ def test_planning_answers_in_one_sentence(kind: str, scratch: Path, offline_root
 
 @pytest.mark.parametrize("kind", ["runs", "numbers"])
 def test_a_run_answers_in_one_sentence(kind: str, scratch: Path, offline_root: Path) -> None:
-    @settings(FEW, max_examples=5)
+    @settings(FEW, max_examples=3)
     @given(st.data())
     def thrown(data: Any) -> None:
         answer_of(kind, data, scratch, offline_root)

@@ -129,6 +129,7 @@ def before_recovery(whole: tuple[Home, RunResult], folder: Path, blank_mlflow: P
     return home
 
 
+@pytest.mark.long
 def test_killed_in_recover(tmp_path: Path, uninterrupted: tuple[Home, RunResult], blank_mlflow: Path) -> None:
     """The training goes on from its own last checkpoint."""
     home = before_recovery(uninterrupted, tmp_path / "home", blank_mlflow)
@@ -182,6 +183,7 @@ def test_ended_by_sigterm_in_recover(tmp_path: Path, uninterrupted: tuple[Home, 
     assert_equal_results(home, uninterrupted)
 
 
+@pytest.mark.long
 def test_ended_by_sigterm_in_prune(home: Home, uninterrupted: tuple[Home, RunResult]) -> None:
     scratch = home.store.root / ".scratch" / named(uninterrupted[1], "prune").key
     errors = ended(home, lambda: any(scratch.rglob("layer-00000.json")), signal.SIGTERM)

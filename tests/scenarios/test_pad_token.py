@@ -31,6 +31,7 @@ def model(offline_root: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_pad_token_beyond_the_embedding_the_whole_way(home: Home, model: Path, tmp_path: Path) -> None:
     texts, records = tmp_path / "texts.jsonl", tmp_path / "records.jsonl"
     texts.write_text("".join(json.dumps({"text": WORDS * 8}) + "\n" for _ in range(8)), encoding="utf-8")

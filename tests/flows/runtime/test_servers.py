@@ -24,7 +24,7 @@ from tests.flows.serving import alive, alive_in, free_port, started, wait_for
 pytestmark = pytest.mark.slow  # not in `make test-fast`
 
 #: seconds after which nothing may be left
-SOON = 10.0
+SOON = 20.0
 #: what tells a Prefect server is the command line; one that takes its time, with a worker
 _SERVER = """
 import os, signal, subprocess, sys, time

@@ -189,7 +189,7 @@ class _Told(Exception):
     pass
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize("step", [1, 5])
 def test_what_the_progress_raises_ends_the_training_with_a_checkpoint(step: int, tmp_path: Path) -> None:
     """An epoch has four steps, and a checkpoint is due after every other one: neither matters."""
     whole, model, scratch = pruned(), pruned(), tmp_path / "scratch"
