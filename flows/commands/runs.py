@@ -6,7 +6,9 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from flows.commands.app import AsJson, Overrides, Refresh, Runner, SpecName, app, prepared
 from flows.run.outcome import StagesFailed
@@ -73,7 +75,14 @@ def run_spec(
 
 
 @app.command()
-def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:
+def plan(
+    spec: SpecName,
+    set_: Overrides = [],
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Measure this machine for some seconds, and say how long prunings take.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show every stage of a spec with its key, and whether it is cached; nothing is run."""
     prepared()
     import_prefect()
@@ -97,8 +106,15 @@ def plan(spec: SpecName, set_: Overrides = [], as_json: AsJson = False) -> None:
     print(f"{'to run':7} {'record':{width}}  (never cached)")
     for name, first in graph.aliases.items():
         print(f"{'same':7} {name} is {first} under another name")
+    told: dict[str, Any] = {"run_key": graph.run_key, "stages": stages}
+    if estimate:
+        from flows.run import estimate as estimating
+
+        estimates = estimating.estimate(graph, run_context)
+        print("\n" + "\n".join(estimating.lines(estimates)))
+        told["estimates"] = estimating.as_json(estimates)
     if as_json:
-        print(json.dumps({"run_key": graph.run_key, "stages": stages}))
+        print(json.dumps(told))
 
 
 def print_result(result: RunResult, settings: Settings, as_json: bool) -> None:

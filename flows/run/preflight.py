@@ -105,8 +105,17 @@ def _check_prunings(stages: Sequence[Stage], dense: ArtifactRef, card: ModelCard
 
 
 def _check_pruning(request: PruneRequest, card: ModelCard) -> None:
+    layer = decoder_layer(card)
+    if layer is not None:
+        shape, cost, _ = layer
+        family = family_named(card.model_type)
+        request.module.check_model(request.typed_config, (shape,) * card.num_layers, cost, family)
+
+
+def decoder_layer(card: ModelCard) -> tuple[LayerShape, LayerCost, int] | None:
+    """Widths and cost of a layer, and the size of a head; None where the headers do not tell the widths."""
     if card.num_heads is None or card.num_kv_heads is None or card.intermediate_size is None:
-        return
+        return None
     shape = LayerShape(
         num_heads=card.num_heads, num_kv_heads=card.num_kv_heads, intermediate_size=card.intermediate_size
     )
@@ -119,7 +128,7 @@ def _check_pruning(request: PruneRequest, card: ModelCard) -> None:
         fixed=2 * card.hidden_size,
         stock_heads=family.stock_heads(card.hidden_size, head_dim),
     )
-    request.module.check_model(request.typed_config, (shape,) * card.num_layers, cost, family)
+    return shape, cost, head_dim
 
 
 def _check_disk(requests: Sequence[Request], run_context: RunContext) -> None:

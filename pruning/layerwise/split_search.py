@@ -156,14 +156,17 @@ def _scouting_set(job: Job) -> CalibrationSet:
     Choosing needs less precision than pruning: the splits differ by far more than the windows do.
     """
     calibration = job.calibration
-    seq_len = calibration.input_ids_NL.shape[1]
-    enough = math.ceil(_SCOUTING_TOKENS_PER_INPUT * _widest(job.decoder) / seq_len)
-    judges = math.ceil(_JUDGING_TOKENS / seq_len)
+    enough, judges = scouting_counts(_widest(job.decoder), calibration.input_ids_NL.shape[1])
     return replace(
         calibration,
         input_ids_NL=calibration.input_ids_NL[:enough],
         heldout_ids_ML=calibration.heldout_ids_ML[:judges],
     )
+
+
+def scouting_counts(widest: int, seq_len: int) -> tuple[int, int]:
+    """Windows of so many tokens that a trial sees, and held-out ones that judge it. widest: inputs of a linear."""
+    return math.ceil(_SCOUTING_TOKENS_PER_INPUT * widest / seq_len), math.ceil(_JUDGING_TOKENS / seq_len)
 
 
 def _quick(candidate: Candidate, job: Job) -> Candidate:

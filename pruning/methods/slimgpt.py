@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pruning.allocation.budget import HeadUnit
     from pruning.calibration import CalibrationSet
     from pruning.checkpoints.decoder import Decoder
+    from pruning.cost import DecoderSize, Windows, Work
     from pruning.families import LayerCost, ModelFamily
     from pruning.layerwise.split_search import Candidate
     from pruning.plan import LayerShape
@@ -174,6 +175,14 @@ def prune(
     if len(candidates) > 1:
         return prune_best_split(job, candidates, walk_state, progress)
     return prune_split(job, candidates[0], walk_state, progress)
+
+
+def work(config: Config, size: DecoderSize, windows: Windows) -> dict[str, Work]:
+    """What `prune` costs, by part, where it walks the model itself. Raises PruningError if the sparsity cannot be
+    reached."""
+    from pruning.layerwise.cost import split_work
+
+    return split_work(size, _candidates(size.shapes, config), windows)
 
 
 def _check_statistics(statistics: Path | None, config: Config) -> None:

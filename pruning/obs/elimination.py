@@ -29,7 +29,7 @@ from pruning.statistics.hessian import Hessian
 #: rcond below which float64 solutions lose the digits that float32 weights keep
 _MIN_RCOND = 1e-13
 #: share of the columns that must have gone before the matrices are copied without them
-_COMPACT_SHARE = 0.125
+COMPACT_SHARE = 0.125
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class _Matrices:
         places_G = self._place_I[columns_G]
         self._gone_I[columns_G] = True
         stay_A = (~self._gone_I[self._active_A]).nonzero().squeeze(1)
-        if len(self._active_A) - len(stay_A) <= _COMPACT_SHARE * len(self._active_A):
+        if len(self._active_A) - len(stay_A) <= COMPACT_SHARE * len(self._active_A):
             return eliminate_(self._W_OA, self._inverse_AA, places_G)
         W_OG, inverse_GA = self._W_OA[:, places_G], self._inverse_AA[places_G]
         self._active_A = self._active_A[stay_A]

@@ -120,6 +120,23 @@ def test_plan_says_what_would_run_and_does_nothing(smoke_copy: Home) -> None:
     assert len(smoke_copy.results.runs()) == 1
 
 
+def test_plan_estimates_what_prunings_take_here(smoke_copy: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.devices.rates._SECONDS", 0.0)
+    monkeypatch.setattr("tasks.devices.rates._FILE_BYTES", 2**22)
+    child = smoke_copy.slimline("plan", "smoke", "--set", "steps.0.sparsity=0.25", "--estimate", "--json")
+    told = {row["name"]: row for row in json.loads(child.stdout.splitlines()[-1])["estimates"]}
+    assert not {"import-model", "calibrate"} & set(told), "they are in the store"
+    assert told["recover:slimgpt-25+lora"]["seconds"] is None
+    parts = told["prune:slimgpt-25"]["parts"]
+    assert set(parts) == {"forward", "moments", "solve", "files", "split"}
+    assert min(parts.values()) > 0
+    assert sum(parts.values()) == pytest.approx(told["prune:slimgpt-25"]["seconds"])
+    lines = child.stdout.splitlines()
+    assert "not counted  recover:slimgpt-25+lora" in lines
+    assert sum(line.endswith("; the paper: 678 s") and " LLaMA-7B at 20 %" in line for line in lines) == 1
+    assert not smoke_copy.store.root.joinpath("tmp").exists()
+
+
 def test_plan_of_an_empty_home_makes_nothing(idle: Home, tiny: Path) -> None:
     child = idle.slimline("plan", "smoke")
     assert "cached" not in child.stdout.replace("(never cached)", "")
