@@ -9,6 +9,7 @@ Nothing here knows of workflows, tracking or environment variables, and nothing 
 * `obs`          Optimal Brain Surgeon: second moments, greedy elimination, refit
 * `allocation`   from one sparsity to heads and channels per layer
 * `layerwise`    all of these together: prune, capture, compare splits, checkpoint to checkpoint
+* `costs`        what pruning costs, counted before it is done
 * `methods`      one file per pruning method, the file name is the method's name
 * `recovery`     one file per way to train a pruned model back to health
 * `training`     the trainer under them; `gradual` takes groups from a model while it trains

@@ -11,7 +11,7 @@ from flows.run.preflight import decoder_layer
 from flows.run.stages import StageGraph
 from infra.models.import_model import ModelCard, describe
 from infra.results.rows import DENSE
-from pruning.cost import DecoderSize, Rates, Windows
+from pruning.costs.work import DecoderSize, Rates, Windows
 from pruning.families import LayerCost
 from pruning.plan import LayerShape
 from tasks.execution.context import RunContext

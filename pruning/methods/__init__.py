@@ -10,7 +10,7 @@ A method has VERSION (raised when its numbers change), Config and OrderConfig (w
 * `prune(decoder, calibration, config, *, statistics, orders, options, walk_state, progress) -> Pruned`
 
 `_ranked` writes them for methods that only score heads and channels. Where `work(config, size, windows)` is there too,
-it says by part what `prune` costs (`pruning.cost`), and `slimline plan --estimate` what that takes here.
+it says by part what `prune` costs (`pruning.costs`), and `slimline plan --estimate` what that takes here.
 
 One that trains while it prunes has no orders and reads data sets instead of calibration windows. In the place of
 `order` and `prune` it has

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pruning.allocation.budget import HeadUnit
     from pruning.calibration import CalibrationSet
     from pruning.checkpoints.decoder import Decoder
-    from pruning.cost import DecoderSize, Windows, Work
+    from pruning.costs.work import DecoderSize, Windows, Work
     from pruning.families import LayerCost, ModelFamily
     from pruning.layerwise.split_search import Candidate
     from pruning.plan import LayerShape
@@ -180,7 +180,7 @@ def prune(
 def work(config: Config, size: DecoderSize, windows: Windows) -> dict[str, Work]:
     """What `prune` costs, by part, where it walks the model itself. Raises PruningError if the sparsity cannot be
     reached."""
-    from pruning.layerwise.cost import split_work
+    from pruning.costs.walk import split_work
 
     return split_work(size, _candidates(size.shapes, config), windows)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pruning.cost import DecoderSize, Rates, moments_work, solver_work
+from pruning.costs.work import DecoderSize, Rates, moments_work, solver_work
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pruning.cost import DecoderSize, Rates, Windows, Work, as_float32, forward_work, moments_work, solver_work
+from pruning.costs.work import DecoderSize, Rates, Windows, Work, as_float32, forward_work, moments_work, solver_work
 from pruning.families import family_of, layer_cost, shapes
 from pruning.methods import slimgpt
 from pruning.obs.elimination import dampen, halving_group_sizes, prepare, refit

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 from pruning.allocation.budget import LayerBudget
 from pruning.allocation.schedule import solve_budgets
-from pruning.cost import DecoderSize, Windows, Work, as_float32, forward_work, judging_work, moments_work, solver_work
+from pruning.costs.work import (
+    DecoderSize,
+    Windows,
+    Work,
+    as_float32,
+    forward_work,
+    judging_work,
+    moments_work,
+    solver_work,
+)
 from pruning.errors import PruningError
 from pruning.layerwise.split_search import Candidate, scouting_counts
 from pruning.obs.elimination import single_precision_will_do
