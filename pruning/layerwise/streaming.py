@@ -32,7 +32,7 @@ from pruning.walk.state import no_listener
 if TYPE_CHECKING:
     from pruning.calibration import CalibrationSet
     from pruning.plan import PruningPlan
-    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.options import WalkOptions
     from pruning.walk.state import OnEntry, Pruned
 
 
