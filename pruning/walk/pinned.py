@@ -62,6 +62,11 @@ class Copies:
         self._leaving.append((values, there))
         return there
 
+    def kept(self, values: Tensor, pieces: list[Tensor]) -> Any:
+        """Copy the bytes of host values into the pieces, which nothing else reads; returns an event that is past."""
+        _copy(values, pieces, to_pieces=True)
+        return self._out_of.record_event()
+
     def to_device(self, held: _Held, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Any]:
         """Begin to copy a batch to the device; the values may be used after the event."""
         # of the computing stream's memory, which may still be in use by what was enqueued there
@@ -100,11 +105,15 @@ class PinnedActivations(Activations):
     def put(self, start: int, values_BLF: Tensor) -> None:
         """Begin to copy the values; they must not be changed in place afterwards."""
         self._forget(start)
-        values_BLF = values_BLF.to(self.device, self.dtype).contiguous()
+        values_BLF = values_BLF.to(self.dtype).contiguous()
         held = self._held.pop(start, None)
-        num_bytes = values_BLF.numel() * self.dtype.itemsize
-        pieces = held.pieces if held and sum(map(len, held.pieces)) == num_bytes else list(_pinned(num_bytes))
-        self._held[start] = _Held(pieces, self._copies.to_host(values_BLF, pieces))
+        num_bytes, from_host = values_BLF.numel() * self.dtype.itemsize, values_BLF.device.type == "cpu"
+        if held and not from_host and sum(map(len, held.pieces)) == num_bytes:
+            pieces = held.pieces
+        else:  # a copy from the old ones may be under way
+            pieces = list(_pinned(num_bytes))
+        there = (self._copies.kept if from_host else self._copies.to_host)(values_BLF, pieces)
+        self._held[start] = _Held(pieces, there)
         self._stops[start] = start + len(values_BLF)
 
     def get(self, start: int, stop: int) -> Tensor:

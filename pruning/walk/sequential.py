@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pruning.errors import memory_for
 from pruning.families.forward import (
     KINDS,
     SubLayerKind,
@@ -102,13 +103,11 @@ def walk_layers(
     see the changed outputs (error propagation).
 
     wanted: the sub-layers whose statistic is needed; the others are yielded without. accumulator: makes what adds the
-    statistic up (default: Hessians). statistics: Hessians captured
-    earlier, given instead of the ones that the stream would give; only the held-out samples are then walked.
-    heldout_hessians: whether the held-out samples have Hessians of their own. walk_state: takes each finished layer,
-    and says where an interrupted walk goes on.
+    statistic up (default: Hessians). statistics: Hessians captured earlier, given instead of the ones that the stream
+    would give; only the held-out samples are then walked. heldout_hessians: whether these have Hessians of their own.
+    walk_state: takes each finished layer, and says where an interrupted walk goes on.
 
-    Returns (as the generator's value) the residual stream of this process's held-out samples after the last layer,
-    (M, L, C), before the final norm.
+    Returns (as the generator's value) this process's held-out samples after the last layer, (M, L, C), before the norm.
     """
     calibration_NL, heldout_ML = input_ids_NL.tensor_split([len(input_ids_NL) - num_heldout])
     if statistics is not None:
@@ -197,6 +196,7 @@ class _Walk:
             self._stream.put(start, walk_state.resumed(start, stop))
         self._kwargs = moved(embed(model, family, self._ids_NL[:1])[1], device) if self._spans else []
 
+    @memory_for("the forward")
     def advance(self, joining: _Step | None, following: _Step | None) -> None:
         """One pass over all samples: the output of one sub-layer joins the stream, and of what is then the stream the
         next one's inputs are captured, while the batch is there."""
