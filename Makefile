@@ -8,7 +8,7 @@ CONSTRAINTS := infra/constraints.txt
 STAMP := $(VENV)/.slimline-installed
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-fast bench chaos lint ui clean
+.PHONY: help install demo test test-fast bench chaos gpu-check lint ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ bench: $(STAMP)  ## benchmarks into build/bench.md, some in `make bench PARTS="s
 chaos: $(STAMP)  ## faults done to a small night into build/chaos.md, and the long tests; some faults in `make chaos FAULTS="kill full_disk"`; half an hour
 	$(BIN)/python -m tests.chaos $(FAULTS)
 	$(BIN)/python -m pytest -m long
+
+gpu-check: $(STAMP)  ## whether the GPU gives what the CPU gives, and how fast; a report and build/gpu.json, under eight minutes
+	$(BIN)/python -m tests.gpu_check
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

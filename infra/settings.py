@@ -53,7 +53,10 @@ class Settings(BaseSettings):
     train_processes: int | None = Field(default=None, ge=1, le=_MOST_PROCESSES)
     """Processes that share the batches of one training (default: one per CUDA device)."""
     activation_budget_gib: float | None = Field(default=None, gt=0, le=_LARGEST, allow_inf_nan=False)
-    """Host memory for activations of the calibration windows; beyond it they lie in files. Default: unbounded."""
+    """Host memory for activations of the calibration windows; beyond it they lie in files. Default: half of what is
+    free."""
+    device_activation_budget_gib: float | None = Field(default=None, ge=0, le=_LARGEST, allow_inf_nan=False)
+    """Memory of the GPU for them; beyond it they lie on the host. Default: what is free, less what the walk needs."""
     disk_budget_gib: float | None = Field(default=None, gt=0, le=_LARGEST, allow_inf_nan=False)
     """Size the artifact store may reach; each stage's need is checked before it starts. Default: free disk only."""
     device_lease: Literal["host", "server"] = "host"

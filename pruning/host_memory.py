@@ -1,8 +1,8 @@
-"""Memory of the host while its own processors train: what a step frees is kept for the next step.
+"""Memory of the host: how much of it activations may take, and what training on its own processors keeps of it.
 
 By default glibc maps every large tensor from the kernel and gives it back when it is freed, so that a training step
 faults and zeroes all its pages anew: a tenth to more than a half of the step's time, by how dear a page fault is on
-the machine.
+the machine. So what a step frees is kept for the next step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+import psutil
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +25,19 @@ _USUAL = {_MMAP_THRESHOLD: 32 * 2**20, _TRIM_THRESHOLD: 64 * 2**20}
 #: larger blocks, a whole embedding in float32 for example, are still mapped each by itself; -1: never trimmed
 _KEPT = {_MMAP_THRESHOLD: 2**30, _TRIM_THRESHOLD: -1}
 
+#: of the memory that is free, what activations may take before they lie in files
+_ACTIVATION_SHARE = 0.5
+
 _lock = threading.Lock()
 _users = 0
+
+
+def activation_budget(gib: float | None = None, *, num_processes: int = 1) -> int:
+    """Bytes of host memory for activations of each of so many processes: what was asked for, or else half of what is
+    free now."""
+    if gib is not None:
+        return int(gib * 2**30)
+    return int(_ACTIVATION_SHARE * psutil.virtual_memory().available / num_processes)
 
 
 def one_arena() -> None:

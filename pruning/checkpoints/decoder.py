@@ -6,8 +6,10 @@ A layer that was handed out is a fresh copy and may be changed; the model it cam
 from __future__ import annotations
 
 import copy
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from pruning.checkpoints.meta_model import meta_model
 from pruning.checkpoints.stored_tensors import stored_tensors
+from pruning.errors import memory_for
 from pruning.families import ModelFamily, family_of
 from pruning.families.forward import finish_logits
 from pruning.families.parts import check_parts
@@ -66,14 +69,15 @@ class ResidentDecoder(Decoder):
     def layer(self, index: int, device: torch.device) -> nn.Module:
         """A copy, so that pruning it leaves the model as it is."""
         layer = _copy(self.family.layers(self.skeleton)[index], self.skeleton.config)
-        return layer.to(device).requires_grad_(False).eval()
+        return _on(device, layer)
 
 
 class StreamedDecoder(Decoder):
     """A checkpoint folder whose layers are read from its safetensors when they are asked for.
 
-    In memory: everything but the layers, and the layers that the caller holds. Raises PruningError if the folder is no
-    whole checkpoint of a supported family (see `stored_tensors`).
+    In memory: everything but the layers, and the layers that the caller holds. For a device other than the CPU, where
+    layers asked for in turn take no host memory, the next one is read meanwhile. Raises PruningError if the folder is
+    no whole checkpoint of a supported family (see `stored_tensors`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -85,13 +89,43 @@ class StreamedDecoder(Decoder):
         self.skeleton.load_state_dict(self._stored.read(outside), strict=False, assign=True)
         self.skeleton.tie_weights()
         self.skeleton.eval().requires_grad_(False)
+        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
 
     def layer(self, index: int, device: torch.device) -> nn.Module:
         """Read from its files in the checkpoint's dtype."""
         layer = _copy(self.family.layers(self.skeleton)[index], self.skeleton.config)
+        begun = self._ahead.pop(index, None)
+        self._ahead.clear()  # what was not wanted
+        tensors = self._read(index) if begun is None else begun.result()
+        if device.type != "cpu" and (begun or not index) and index + 1 < self.num_layers:
+            self._ahead[index + 1] = _in_thread(lambda: self._read(index + 1))
+        layer.load_state_dict(tensors, assign=True)
+        return _on(device, layer)
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        """The weights of a layer by their names in it."""
         prefix = f"{self.family.layers_path}.{index}."
-        tensors = self._stored.read(prefix + name for name in layer.state_dict())
-        layer.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
+        names = self.family.layers(self.skeleton)[index].state_dict()
+        tensors = self._stored.read(prefix + name for name in names)
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _in_thread(work: Callable[[], dict[str, Tensor]]) -> Future[dict[str, Tensor]]:
+    """What the work gives or raises; a daemon does it, which nobody waits for who does not ask."""
+    future: Future[dict[str, Tensor]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="slimline-read-ahead", daemon=True).start()
+    return future
+
+
+def _on(device: torch.device, layer: nn.Module) -> nn.Module:
+    with memory_for("loading"):
         return layer.to(device).requires_grad_(False).eval()
 
 

@@ -29,7 +29,7 @@ from pruning.walk.state import LayerEntry, Pruned, SubLayerReport, WalkedLayer, 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
     from pruning.statistics.hessian import Statistics
-    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.options import WalkOptions
 
 Repair = Literal["none", "bias", "least_squares"]
 Progress = Callable[[float, str], None]

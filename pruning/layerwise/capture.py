@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from pruning.calibration import CalibrationSet
 from pruning.checkpoints.decoder import Decoder
 from pruning.statistics.hessian import Statistics
-from pruning.walk.sequential import WalkOptions, walk_layers
+from pruning.walk.options import WalkOptions
+from pruning.walk.sequential import walk_layers
 
 
 def capture_statistics(

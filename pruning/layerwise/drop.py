@@ -19,7 +19,7 @@ from pruning.walk.state import LayerEntry, Pruned, SubLayerReport, WalkedLayer, 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
     from pruning.plan import LayerPlan, LayerShape
-    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.options import WalkOptions
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pruning.checkpoints.decoder import Decoder
 from pruning.errors import PruningError
-from pruning.walk.sequential import WalkOptions, walk_layers
+from pruning.walk.options import WalkOptions
+from pruning.walk.sequential import walk_layers
 
 #: tokens whose logits are in memory at once
 _TOKENS = 128

@@ -21,7 +21,8 @@ from pruning.families import shapes
 from pruning.obs.elimination import dampen, nested_group_sizes, prepare
 from pruning.obs.groups import Groups, channel_groups, head_groups, search
 from pruning.orders import Order, Orders, Unit
-from pruning.walk.sequential import SubLayer, WalkOptions, walk_layers
+from pruning.walk.options import WalkOptions
+from pruning.walk.sequential import SubLayer, walk_layers
 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder

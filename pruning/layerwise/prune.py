@@ -9,17 +9,20 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruning.distributed import ProcessGroup
+from pruning.errors import memory_for, memory_part
 from pruning.families.forward import SubLayerKind
 from pruning.obs.elimination import System, dampen, output_error, prepare, refit, removal_error
 from pruning.obs.groups import Groups, Solver, channel_groups, head_groups, search
 from pruning.obs.ridge import refit_by_heldout_
 from pruning.plan import LayerPlan, LayerShape
+from pruning.statistics.hessian import Hessian
 from pruning.walk.sequential import SubLayer
 from pruning.walk.state import LayerEntry, SubLayerReport, WalkState
 
@@ -75,7 +78,7 @@ def prune_layerwise_(
             groups = head_groups(shape, head_dim, budget.head_units, solver.head_unit)
         else:
             groups = channel_groups(shape, budget.channels, solver)
-        kept_units, report = process_group.decide(lambda: _prune_(sub_layer, groups, solver, orders, measured))  # noqa: B023 (called at once)
+        kept_units, report = process_group.decide(lambda: _solve_(sub_layer, groups, solver, orders, measured))  # noqa: B023 (called at once)
         process_group.copy_from_leader_(sub_layer.linear.weight.data)
         kept.append(kept_units)
         reports.append(report)
@@ -105,6 +108,43 @@ def layer_plan(
         kv_heads = tuple(range(shape.num_kv_heads))
         query_heads = units
     return LayerPlan(layer=index, kept_query_heads=query_heads, kept_kv_heads=kv_heads, kept_channels=channels)
+
+
+def _solve_(
+    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: Orders | None, measured: bool
+) -> tuple[tuple[int, ...], SubLayerReport]:
+    """`_prune_` where the linear is, or on the host where that has no room for the matrices."""
+    weight_OI = sub_layer.linear.weight
+    try:
+        with memory_for("solving"):
+            return _prune_(sub_layer, groups, solver, orders, measured)
+    except RuntimeError as error:
+        if weight_OI.device.type == "cpu" or memory_part(error) != "solving":
+            raise
+    # outside of the handler, whose traceback would hold the matrices
+    torch.get_device_module(weight_OI.device).empty_cache()
+    log.warning(
+        "%s has no room to solve %s: it is solved on the host, which takes longer; lower "
+        "SLIMLINE_DEVICE_ACTIVATION_BUDGET_GIB",
+        *(weight_OI.device, sub_layer.name),
+    )
+    on_host = _on_host(sub_layer)
+    kept, report = _prune_(on_host, groups, solver, orders, measured)
+    weight_OI.data.copy_(on_host.linear.weight)
+    return kept, report
+
+
+def _on_host(sub_layer: SubLayer) -> SubLayer:
+    """Weight, Hessians and scale of a sub-layer on the CPU."""
+    weight_OI, scale_O = sub_layer.linear.weight.detach().cpu(), sub_layer.output_scale_O
+    linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_OI, requires_grad=False)
+    seen, held = (
+        None if each is None else Hessian(each.matrix_II.cpu(), each.num_tokens)
+        for each in (sub_layer.hessian, sub_layer.heldout)
+    )
+    scale_O = None if scale_O is None else scale_O.cpu()
+    return replace(sub_layer, linear=linear, statistic=seen, heldout=held, output_scale_O=scale_O)
 
 
 def _prune_(

@@ -25,7 +25,8 @@ from pruning.obs.elimination import single_precision_will_do
 from pruning.obs.groups import Solver
 from pruning.orders import Orders
 from pruning.statistics.hessian import Statistics
-from pruning.walk.sequential import WalkOptions, walk_layers
+from pruning.walk.options import WalkOptions
+from pruning.walk.sequential import walk_layers
 from pruning.walk.state import Pruned, WalkState
 
 Progress = Callable[[float, str], None]

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from pruning.calibration import CalibrationSet
     from pruning.checkpoints.decoder import Decoder
-    from pruning.walk.activations import ActivationStore
-    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.options import WalkOptions
+    from pruning.walk.tiers import ActivationStore
 
 log = logging.getLogger("slimline")
 
@@ -53,7 +53,7 @@ def fit_stand_ins(
     runs = dict(_runs(dropped))
     stand_ins: dict[int, StandIn] = {}
     last = max(runs.values(), default=-1)
-    with options.activation_store() as store:
+    with options.walk_store(decoder, calibration.input_ids_NL.shape[1]) as store:
         fitted, heldout = (
             _Fit(decoder, options, store, options.process_group.share(ids_NL))
             for ids_NL in (calibration.input_ids_NL, calibration.heldout_ids_ML)

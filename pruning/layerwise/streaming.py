@@ -1,6 +1,6 @@
 """Pruning from one checkpoint folder to another without ever holding the model.
 
-In memory at any time: embeddings, final norm and head, one decoder layer, one Hessian with its factors, and as much of
+In memory at any time: embeddings, final norm and head, two decoder layers, one Hessian with its factors, and as much of
 the activations as the budget allows. Finished layers lie in a work folder; a killed run called again with the same one
 goes on at the layer where it was, and its result is the same to the bit.
 """
@@ -32,7 +32,7 @@ from pruning.walk.state import no_listener
 if TYPE_CHECKING:
     from pruning.calibration import CalibrationSet
     from pruning.plan import PruningPlan
-    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.options import WalkOptions
     from pruning.walk.state import OnEntry, Pruned
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pruning.layerwise.apply import Application
     from pruning.plan import LayerShape
     from pruning.ranking.job import RankingJob
-    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.options import WalkOptions
     from pruning.walk.state import Pruned, WalkState
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pruning.families import LayerCost, ModelFamily
     from pruning.layerwise.split_search import Candidate
     from pruning.plan import LayerShape
-    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.options import WalkOptions
     from pruning.walk.state import Pruned, WalkState
 
 VERSION = 2

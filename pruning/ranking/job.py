@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
     from pruning.distributed import ProcessGroup
     from pruning.plan import LayerShape
-    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.options import WalkOptions
 
 
 @contextmanager

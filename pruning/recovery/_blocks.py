@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.errors import PruningError
 from pruning.families import family_of
 from pruning.families.forward import KINDS
-from pruning.host_memory import kept_memory
+from pruning.host_memory import activation_budget, kept_memory
 from pruning.recovery import RecoveryInputs
 from pruning.recovery._block_files import finished_, keep, load_, put_
 from pruning.recovery._block_options import BlockOptions, FittedBlock
@@ -36,16 +35,14 @@ from pruning.training.example_sets import window_examples
 from pruning.training.objectives import precision
 from pruning.training.options import Curves, TrainingConfig, TrainingRun
 from pruning.training.trainer import check_device
-from pruning.walk.activations import FOLDER_PREFIX, Activations, ActivationStore
+from pruning.walk.activations import FOLDER_PREFIX, Activations
 from pruning.walk.embedding import spans
-from pruning.walk.sequential import WalkOptions
+from pruning.walk.options import WalkOptions
 from pruning.walk.streams import ResidualStreams
+from pruning.walk.tiers import ActivationStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-#: of the memory that is free, what the residual streams may take before they lie in files
-_MEMORY_SHARE = 0.5
 
 
 def fit_blocks_(
@@ -73,9 +70,9 @@ def fit_blocks_(
         run.scratch.mkdir(parents=True, exist_ok=True)
         for left in run.scratch.glob(f"{FOLDER_PREFIX}*"):  # of a killed process
             shutil.rmtree(left, ignore_errors=True)
-        budget = int(_MEMORY_SHARE * psutil.virtual_memory().available)
-        walk = WalkOptions(torch.device(run.device), 1, budget, activation_folder=run.scratch)
-        with walk.activation_store() as store, kept_memory(walk.device):
+        # windows are read in a new order each pass, and the device is for training
+        walk = WalkOptions(torch.device(run.device), 1, activation_budget(), 0, activation_folder=run.scratch)
+        with walk.activation_store(0) as store, kept_memory(walk.device):
             fitting = _Fitting(model, inputs, options, config, run, walk, store)
             finished = fitting.run(finished, identity)
     if run.num_processes > 1 and run.leads:

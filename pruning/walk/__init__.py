@@ -1,7 +1,8 @@
 """The walks over decoder layers, the only such loops in the project. Read `sequential` first.
 
 * `sequential`     computes each sub-layer once, yields its output linear with the Hessian of its inputs
-* `activations`    values of all samples between sub-layers, in memory up to a budget and then in files
+* `activations`    values of all samples between sub-layers; `tiers` keeps them on the device, in host memory (`pinned`,
+                   for CUDA) or in files, as far as the budgets of `options` go
 * `state`          what the walk has done so far, layer by layer, and what a method returns
 * `durable_state`  the same in files, so that a killed walk goes on at its last layer
 

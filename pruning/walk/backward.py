@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.families.forward import KINDS, SubLayerKind, layer_output
-from pruning.walk.activations import Activations, ActivationStore
+from pruning.walk.activations import Activations
 from pruning.walk.embedding import enter, spans
 from pruning.walk.loss import token_losses
+from pruning.walk.options import free_on_device
+from pruning.walk.tiers import ActivationStore
 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
-    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.options import WalkOptions
 
 #: bytes of layer, float32 gradients and the activations that autograd keeps, per parameter and per token x hidden size
 _GRADIENT_BYTES = 4
@@ -61,8 +63,8 @@ def walk_backwards(
     (num_tokens,) = group.sum_of(len(ids_NL) * (ids_NL.shape[1] - 1))
     if num_tokens < 1:
         raise PruningError("gradients need samples of two tokens at least; raise num_samples or seq_len")
-    _check_fits(decoder, options, ids_NL.shape[1])
-    with options.activation_store() as store:
+    needed = _checked_needs(decoder, options, ids_NL.shape[1])
+    with options.activation_store(needed) as store:
         walk = _Backward(decoder, options, store, ids_NL, batches)
         inputs = walk.forwards(layers, present, lambda done: progress(done / (3 * len(layers))))
         gradient = walk.of_loss(inputs.pop(), num_tokens)
@@ -170,19 +172,19 @@ def needed_bytes(num_parameters: int, dtype: torch.dtype, num_tokens: int, hidde
     return weights + num_tokens * hidden_size * _KEPT_PER_TOKEN * _computing(dtype).itemsize
 
 
-def _check_fits(decoder: Decoder, options: WalkOptions, seq_len: int) -> None:
-    if options.device.type != "cuda":
-        return
+def _checked_needs(decoder: Decoder, options: WalkOptions, seq_len: int) -> int:
+    """Bytes of the device, which has them, beside activations of other batches."""
     layers, dtype = decoder.family.layers(decoder.skeleton), decoder.family.embeddings(decoder.skeleton).weight.dtype
     largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
     needed = needed_bytes(largest, dtype, options.batch_size * seq_len, decoder.skeleton.config.hidden_size)
-    free, _ = torch.cuda.mem_get_info(options.device)
-    if needed > free:
+    free = free_on_device(options.device)
+    if free is not None and needed > free:
         raise PruningError(
             f"gradients of one layer need about {needed / 2**30:.1f} GiB on {options.device} (weights, float32 "
             f"gradients, activations of {options.batch_size} samples) and {free / 2**30:.1f} GiB are free; lower "
             "SLIMLINE_WALK_BATCH_SIZE or calibration.seq_len, or take a method without gradients"
         )
+    return needed
 
 
 def _computing(dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,6 @@
 """The way into the layers: what the model makes of token ids before its first layer, and what it hands to each layer.
 
-Shapes: N samples, L tokens per sample, C residual stream.
+Shapes: N samples, B samples of one batch, L tokens per sample, C residual stream.
 """
 
 from __future__ import annotations
@@ -26,12 +26,9 @@ def enter(
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """Put the residual stream before layer 0 of all batches into `stream`; returns each layer's keyword arguments."""
-    kwargs: list[dict[str, Any]] = []
     for start, stop in batches:
-        samples = [embed(model, family, ids_NL[n : n + 1]) for n in range(start, stop)]
-        stream.put(start, torch.cat([first_1LC for first_1LC, _ in samples]))
-        kwargs = samples[-1][1]
-    return [to_device(layer_kwargs, device) for layer_kwargs in kwargs]
+        stream.put(start, embed(model, family, ids_NL[start:stop])[0])
+    return moved(embed(model, family, ids_NL[:1])[1], device) if batches else []
 
 
 def spans(begin: int, end: int, size: int) -> list[tuple[int, int]]:
@@ -56,8 +53,8 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-def embed(model: nn.Module, family: ModelFamily, input_ids_1L: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    """The residual stream of one sample before layer 0 (1, L, C), and the keyword arguments of each layer.
+def embed(model: nn.Module, family: ModelFamily, input_ids_BL: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The residual stream of some samples before layer 0 (B, L, C), and the keyword arguments of each layer.
 
     Runs the model's own forward with recorders for layers, so masks and rotary tables are the model's, not ours;
     all samples have the same length and no padding, so one sample's arguments serve every batch.
@@ -70,22 +67,29 @@ def embed(model: nn.Module, family: ModelFamily, input_ids_1L: Tensor) -> tuple[
     training = [module for module in decoder.modules() if module.training]
     try:
         decoder.eval()  # dropout would be calibration noise
-        decoder(input_ids=input_ids_1L.to(device), use_cache=False)
+        decoder(input_ids=input_ids_BL.to(device), use_cache=False)
     finally:
         for module in training:
             module.training = True
         setattr(decoder, layers_name, layers)
-    first_1LC = recorders[0].first_input
-    assert first_1LC is not None
-    return first_1LC, [recorder.kwargs for recorder in recorders]
+    first_BLC = recorders[0].first_input
+    assert first_BLC is not None
+    return first_BLC, [recorder.kwargs for recorder in recorders]
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Keyword arguments of a layer, with their tensors on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(to_device(item, device) for item in value)
-    return value
+def moved(kwargs: Sequence[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """Keyword arguments of all layers, with their tensors on `device`; those that layers share are moved once."""
+    there: dict[int, Tensor] = {}
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in there:
+                there[id(value)] = value.to(device)
+            return there[id(value)]
+        if isinstance(value, dict):
+            return {key: move(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return tuple(move(item) for item in value)
+        return value
+
+    return [move(layer_kwargs) for layer_kwargs in kwargs]

@@ -2,23 +2,23 @@
 
 Every sub-layer is computed once. For attention and then the MLP of each layer the walk captures the inputs of the
 output linear (o_proj, down_proj) for all calibration tokens, hands the linear and its Hessian to the caller, who may
-change the weight in place, and lets the linear's output, with whatever weight it now has, join the residual stream.
+change the weight in place, and lets the linear's output, with whatever weight it now has, join the residual stream. In
+the same pass over the samples the inputs of the next one are captured: the stream is read and written once for each.
 
 Shapes: N samples, M held-out samples, B samples of one batch, L tokens per sample, I input features of the linear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pruning.distributed import ProcessGroup
+from pruning.errors import memory_for
 from pruning.families.forward import (
     KINDS,
     SubLayerKind,
@@ -30,14 +30,17 @@ from pruning.families.forward import (
     token_weights,
 )
 from pruning.families.head_norms import mask_head_norms_
-from pruning.statistics.accumulator import MakeAccumulator
+from pruning.statistics.accumulator import Accumulator, MakeAccumulator
 from pruning.statistics.hessian import Hessian, HessianAccumulator
-from pruning.walk.activations import Activations, ActivationStore
-from pruning.walk.embedding import embed, enter, spans, to_device
+from pruning.walk.activations import Activations
+from pruning.walk.embedding import embed, enter, moved, spans
+from pruning.walk.options import WalkOptions
 from pruning.walk.state import WalkedLayer, WalkState
+from pruning.walk.tiers import ActivationStore
 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
+    from pruning.families import ModelFamily
     from pruning.statistics.hessian import Statistics
 
 
@@ -75,27 +78,6 @@ class SubLayer:
         return self.statistic
 
 
-@dataclass(frozen=True)
-class WalkOptions:
-    """How to run the walk; nothing here changes the answer beyond rounding.
-
-    device: where a layer computes; one layer at a time is there. batch_size: samples per forward.
-    activation_budget_bytes: host memory that the activations of all samples may take; what goes beyond it lies in
-    files. None: no limit. activation_folder: where those files are made, if the walk has no durable state of its own
-    (None: the system's temporary folder). process_group: the processes that share the samples.
-    """
-
-    device: torch.device
-    batch_size: int = 8
-    activation_budget_bytes: int | None = None
-    activation_folder: Path | None = None
-    process_group: ProcessGroup = field(default_factory=ProcessGroup)
-
-    def activation_store(self, folder: Path | None = None) -> ActivationStore:
-        """For the activations of one walk; folder: goes before `activation_folder`."""
-        return ActivationStore(self.activation_budget_bytes, folder or self.activation_folder)
-
-
 #: share of a linear's inputs above which computing with all of them is cheaper than gathering the kept ones
 _GATHER_SHARE = 0.7
 
@@ -121,19 +103,18 @@ def walk_layers(
     see the changed outputs (error propagation).
 
     wanted: the sub-layers whose statistic is needed; the others are yielded without. accumulator: makes what adds the
-    statistic up (default: Hessians). statistics: Hessians captured
-    earlier, given instead of the ones that the stream would give; only the held-out samples are then walked.
-    heldout_hessians: whether the held-out samples have Hessians of their own. walk_state: takes each finished layer,
-    and says where an interrupted walk goes on.
+    statistic up (default: Hessians). statistics: Hessians captured earlier, given instead of the ones that the stream
+    would give; only the held-out samples are then walked. heldout_hessians: whether these have Hessians of their own.
+    walk_state: takes each finished layer, and says where an interrupted walk goes on.
 
-    Returns (as the generator's value) the residual stream of this process's held-out samples after the last layer,
-    (M, L, C), before the final norm.
+    Returns (as the generator's value) this process's held-out samples after the last layer, (M, L, C), before the norm.
     """
     calibration_NL, heldout_ML = input_ids_NL.tensor_split([len(input_ids_NL) - num_heldout])
     if statistics is not None:
         calibration_NL = calibration_NL[:0]
     calibration_NL, heldout_ML = options.process_group.share(calibration_NL), options.process_group.share(heldout_ML)
-    with options.activation_store(walk_state.folder if walk_state else None) as activations:
+    folder = walk_state.folder if walk_state else None
+    with options.walk_store(decoder, input_ids_NL.shape[1], folder) as activations:
         walk = _Walk(
             decoder,
             options,
@@ -144,20 +125,39 @@ def walk_layers(
             sees_heldout=heldout_hessians and num_heldout > 0,
         )
         walk.start(walk_state)
+        before: _Step | None = None
         for index in range(walk_state.layers_done if walk_state else 0, decoder.num_layers):
             layer = decoder.layer(index, options.device)
             for kind in KINDS:
-                if statistics is not None and wanted(index, kind):
-                    yield from walk.pass_on(layer, index, kind, statistics)
-                elif wanted(index, kind):
-                    yield from walk.capture(layer, index, kind)
-                else:
-                    yield from walk.pass_on(layer, index, kind, None)
-            walk.finish_layer()
-            if walk_state:
-                walk_state.layer_done(WalkedLayer(index, layer, decoder.family, walk.stream, walk.spans))
-            del layer  # before the next one is there
+                given = wanted(index, kind)
+                step = _Step(layer, index, kind, captures=given and statistics is None)
+                walk.advance(before, step)
+                if walk_state and before and kind == "attention":
+                    walk_state.layer_done(walk.walked(before))
+                before = step  # the layer before goes
+                yield walk.offered(step, statistics if given else None)
+            del layer, step
+        walk.advance(before, None)
+        if walk_state and before:
+            walk_state.layer_done(walk.walked(before))
         return walk.heldout_stream()
+
+
+@dataclass
+class _Step:
+    """One sub-layer from the pass that captures its inputs to the one in which its output joins the stream.
+
+    captures: whether a statistic of its inputs is taken. seen, held: what adds up the calibration and the held-out
+    samples; kept: the inputs, if they are not to be computed again.
+    """
+
+    layer: nn.Module
+    index: int
+    kind: SubLayerKind
+    captures: bool
+    seen: Accumulator | None = None
+    held: Accumulator | None = None
+    kept: Activations | None = None
 
 
 class _Walk:
@@ -178,122 +178,131 @@ class _Walk:
         self._family, self._model, self._options, self._store = decoder.family, decoder.skeleton, options, activations
         self._ids_NL = torch.cat([calibration_NL, heldout_ML])
         self._num_calibration = len(calibration_NL)
-        self.spans = spans(0, self._num_calibration, options.batch_size)
-        self.spans += spans(self._num_calibration, len(self._ids_NL), options.batch_size)
-        self.stream: Activations
-        self._next: Activations
+        size, end = options.batch_size, len(self._ids_NL)
+        self._spans = spans(0, self._num_calibration, size) + spans(self._num_calibration, end, size)
+        self._stream: Activations
         self._before: Activations | None = None
         self._kwargs: list[dict[str, Any]] = []
 
     @torch.no_grad()
     def start(self, walk_state: WalkState | None) -> None:
         """The stream before the first layer that is not done yet, and the layers' keyword arguments."""
-        self.stream = self._new_stream()
-        device = self._options.device
+        self._stream = self._new_stream()
+        model, family, device = self._model, self._family, self._options.device
         if not (walk_state and walk_state.layers_done):
-            self._kwargs = enter(self._model, self._family, self._ids_NL, self.spans, self.stream, device)
+            self._kwargs = enter(model, family, self._ids_NL, self._spans, self._stream, device)
             return
-        for start, stop in self.spans:
-            self.stream.put(start, walk_state.resumed(start, stop))
-        if self.spans:
-            _, kwargs = embed(self._model, self._family, self._ids_NL[:1])
-            self._kwargs = [to_device(layer_kwargs, device) for layer_kwargs in kwargs]
+        for start, stop in self._spans:
+            self._stream.put(start, walk_state.resumed(start, stop))
+        self._kwargs = moved(embed(model, family, self._ids_NL[:1])[1], device) if self._spans else []
 
-    def capture(self, layer: nn.Module, index: int, kind: SubLayerKind) -> Iterator[SubLayer]:
-        """Capture, yield, add: one forward of the sub-layer."""
-        linear, name = output_linear(self._family, layer, kind), output_name(self._family, index, kind)
-        device, process_group = self._options.device, self._options.process_group
-        seen = self._accumulator(linear.in_features, device)
-        held = self._accumulator(linear.in_features, device) if self._sees_heldout else None
-        # where a norm spans all heads, those that stay give something else without the others
-        anew = kind == "attention" and self._family.head_norms_span_heads
-        kept = None if anew else self._allocate(linear.in_features, linear.weight.dtype)
-        for start, stop in self.spans:
-            inputs_BLI = self._inputs(layer, index, kind, start, stop)
-            accumulator = seen if start < self._num_calibration else held
-            if accumulator:
-                accumulator.add(inputs_BLI, token_weights(self._family, layer, kind, inputs_BLI))
-            if kept is not None:
-                kept.put(start, inputs_BLI)
-        found = seen.finish(name, process_group), held.finish(name, process_group) if held else None
-        del seen, held
-        yield self._offered(layer, index, kind, *found)
-        del found
-        self._next = self._new_stream()
-        output_of = _without_zero_columns(linear)
-        for start, stop in self.spans:
-            if kept is None:
-                inputs_BLI = self._inputs(layer, index, kind, start, stop)
-            else:
-                inputs_BLI = kept.get(start, stop).to(device)
-                kept.drop(start)
-            self._join(layer, kind, start, stop, output_of(inputs_BLI))
-        if kept is not None:
-            self._store.free(kept)
-        self._advance_stream(kind)
+    @memory_for("the forward")
+    def advance(self, joining: _Step | None, following: _Step | None) -> None:
+        """One pass over all samples: the output of one sub-layer joins the stream, and of what is then the stream the
+        next one's inputs are captured, while the batch is there."""
+        capturing = following if following and following.captures else None
+        beside = joining is not None and joining.kind == "attention" and self._family.parallel_residual
+        stays = beside and capturing is None  # an MLP whose inputs are not kept will read the stream before the layer
+        after = self._new_stream(instead_of=None if stays else self._stream) if joining else None
+        if capturing:
+            self._begin_capture(capturing, instead_of=joining.kept if joining else None)
+        output_of = _output_of(self._family, joining) if joining else None
+        for start, stop in self._spans if joining or capturing else ():
+            stream_BLC = self._stream.get(start, stop)
+            read_BLC = stream_BLC
+            if joining and after and output_of:
+                output_BLC = output_of(self._inputs(joining, stream_BLC, start, stop))
+                joined_BLC = join(self._family, joining.layer, joining.kind, stream_BLC, output_BLC)
+                after.put(start, joined_BLC)
+                read_BLC = stream_BLC if beside else joined_BLC
+                if not stays:
+                    self._stream.drop(start)
+            if capturing:
+                self._capture(capturing, read_BLC, start)
+        if joining and after:
+            self._end_join(joining, after, stays=stays)
 
-    def pass_on(
-        self, layer: nn.Module, index: int, kind: SubLayerKind, statistics: Statistics | None
-    ) -> Iterator[SubLayer]:
-        """Yield with what was captured earlier, or with nothing; then compute and add."""
-        linear, name = output_linear(self._family, layer, kind), output_name(self._family, index, kind)
-        hessians = statistics.load(name, self._options.device) if statistics else (None, None)
-        yield self._offered(layer, index, kind, *hessians)
-        del hessians
-        self._next = self._new_stream()
-        for start, stop in self.spans:
-            self._join(layer, kind, start, stop, linear(self._inputs(layer, index, kind, start, stop)))
-        self._advance_stream(kind)
+    def offered(self, step: _Step, statistics: Statistics | None) -> SubLayer:
+        """The sub-layer with what was captured of it, now or earlier, or with nothing."""
+        family, process_group = self._family, self._options.process_group
+        linear, name = output_linear(family, step.layer, step.kind), output_name(family, step.index, step.kind)
+        statistic = heldout = None
+        if statistics is not None:
+            statistic, heldout = statistics.load(name, self._options.device)
+        elif step.seen is not None:
+            statistic = step.seen.finish(name, process_group)
+            heldout = step.held.finish(name, process_group) if step.held else None
+            step.seen = step.held = None
+        scale_O = output_scale(family, step.layer, step.kind)
+        offered = SubLayer(step.index, step.kind, name, linear, statistic, heldout, scale_O)
+        keep_heads = partial(mask_head_norms_, family, step.layer)
+        return replace(offered, keep_heads=keep_heads) if self._inputs_change(step) else offered
 
-    def finish_layer(self) -> None:
-        """Free the stream before the layer."""
-        if self._before is not None:
-            self._store.free(self._before)
-        self._before = None
+    def walked(self, step: _Step) -> WalkedLayer:
+        """The layer of a step that has joined the stream."""
+        return WalkedLayer(step.index, step.layer, self._family, self._stream, self._spans)
 
     def heldout_stream(self) -> Tensor:
-        """The stream of the held-out samples, (M, L, C)."""
-        batches = [self.stream.get(start, stop) for start, stop in self.spans if start >= self._num_calibration]
+        """The stream of the held-out samples, (M, L, C), on the host."""
+        held = [span for span in self._spans if span[0] >= self._num_calibration]
         nothing = torch.empty(0, self._ids_NL.shape[1], self._model.config.hidden_size)
-        return torch.cat(batches) if batches else nothing
+        return torch.cat([self._stream.on_host(*span) for span in held]) if held else nothing
 
-    def _offered(self, layer: nn.Module, index: int, kind: SubLayerKind, statistic: Any, heldout: Any) -> SubLayer:
-        family = self._family
-        linear, name = output_linear(family, layer, kind), output_name(family, index, kind)
-        offered = SubLayer(index, kind, name, linear, statistic, heldout, output_scale(family, layer, kind))
-        if not (kind == "attention" and family.head_norms_span_heads):
-            return offered
-        return replace(offered, keep_heads=partial(mask_head_norms_, family, layer))
+    def _begin_capture(self, step: _Step, instead_of: Activations | None) -> None:
+        linear, device = output_linear(self._family, step.layer, step.kind), self._options.device
+        step.seen = self._accumulator(linear.in_features, device)
+        step.held = self._accumulator(linear.in_features, device) if self._sees_heldout else None
+        if not self._inputs_change(step):
+            step.kept = self._allocate(linear.in_features, linear.weight.dtype, instead_of)
 
-    def _inputs(self, layer: nn.Module, index: int, kind: SubLayerKind, start: int, stop: int) -> Tensor:
-        stream = self.stream if self._before is None else self._before
-        batch_BLC = stream.get(start, stop).to(self._options.device)
-        return output_inputs(self._family, layer, kind, batch_BLC, self._kwargs[index])
+    def _capture(self, step: _Step, read_BLC: Tensor, start: int) -> None:
+        inputs_BLI = output_inputs(self._family, step.layer, step.kind, read_BLC, self._kwargs[step.index])
+        accumulator = step.seen if start < self._num_calibration else step.held
+        if accumulator:
+            accumulator.add(inputs_BLI, token_weights(self._family, step.layer, step.kind, inputs_BLI))
+        if step.kept is not None:
+            step.kept.put(start, inputs_BLI)
 
-    def _join(self, layer: nn.Module, kind: SubLayerKind, start: int, stop: int, output_BLC: Tensor) -> None:
-        """Put the stream with the output in it into the next stream."""
-        stream_BLC = self.stream.get(start, stop).to(output_BLC.device)
-        self._next.put(start, join(self._family, layer, kind, stream_BLC, output_BLC))
-        if not self._family.parallel_residual:
-            self.stream.drop(start)
+    def _inputs(self, step: _Step, stream_BLC: Tensor, start: int, stop: int) -> Tensor:
+        """What was kept of the inputs of a batch, which goes, or what they are now."""
+        if step.kept is not None:
+            inputs_BLI = step.kept.get(start, stop)
+            step.kept.drop(start)
+            return inputs_BLI
+        read_BLC = stream_BLC if self._before is None else self._before.get(start, stop)
+        return output_inputs(self._family, step.layer, step.kind, read_BLC, self._kwargs[step.index])
 
-    def _advance_stream(self, kind: SubLayerKind) -> None:
-        """The next stream becomes the stream; with parallel residuals the MLP still reads the one before the layer."""
-        if self._family.parallel_residual and kind == "attention":
-            self._before = self.stream
-        else:
-            self._store.free(self.stream)
-        self.stream = self._next
+    def _inputs_change(self, step: _Step) -> bool:
+        """Where a norm spans all heads, those that stay give something else without the others."""
+        return step.kind == "attention" and self._family.head_norms_span_heads
 
-    def _new_stream(self) -> Activations:
-        return self._allocate(self._model.config.hidden_size, self._family.embeddings(self._model).weight.dtype)
+    def _end_join(self, step: _Step, after: Activations, *, stays: bool) -> None:
+        """The next stream becomes the stream, and what nobody reads any more is freed."""
+        if step.kept is not None:
+            self._store.free(step.kept)
+            step.kept = None
+        if self._before is not None:
+            self._store.free(self._before)
+        self._before = self._stream if stays else None
+        if not stays:
+            self._store.free(self._stream)
+        self._stream = after
 
-    def _allocate(self, num_features: int, dtype: torch.dtype) -> Activations:
-        return self._store.allocate(len(self._ids_NL), (self._ids_NL.shape[1], num_features), dtype)
+    def _new_stream(self, instead_of: Activations | None = None) -> Activations:
+        dtype = self._family.embeddings(self._model).weight.dtype
+        return self._allocate(self._model.config.hidden_size, dtype, instead_of)
+
+    def _allocate(self, num_features: int, dtype: torch.dtype, instead_of: Activations | None) -> Activations:
+        shape = (self._ids_NL.shape[1], num_features)
+        return self._store.allocate(len(self._ids_NL), shape, dtype, instead_of=instead_of)
 
 
-def _without_zero_columns(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """The linear as a function that saves the work for removed inputs, where that is worth gathering the others."""
+def _output_of(family: ModelFamily, step: _Step) -> Callable[[Tensor], Tensor]:
+    """The output linear; of one that was pruned, as a function that saves the work for removed inputs, where that is
+    worth gathering the others."""
+    linear = output_linear(family, step.layer, step.kind)
+    if not step.captures:
+        return linear
     kept_K = linear.weight.any(0).nonzero().squeeze(1)
     if len(kept_K) > _GATHER_SHARE * linear.in_features:
         return linear

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
     from pruning.families import LayerCost
     from pruning.plan import LayerShape
-    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.options import WalkOptions
 
 
 @dataclass(frozen=True, order=True)
@@ -65,7 +65,7 @@ def losses_without(
     layers in turn cost (n + 1) / 2 forwards in all. In memory, or beyond the budget in files: one stream per block.
     """
     ids_NL, group = options.process_group.share(input_ids_NL), options.process_group
-    with options.activation_store() as store:
+    with options.walk_store(decoder, ids_NL.shape[1]) as store:
         walk = ResidualStreams(decoder, options, store, ids_NL)
         without: dict[Block, Activations] = {}
         for index in range(decoder.num_layers):
@@ -100,7 +100,7 @@ def influences(
     2403.03853, equation 1), the blocks of `present` being there."""
     ids_NL, group = options.process_group.share(input_ids_NL), options.process_group
     cosines = dict.fromkeys(blocks, 0.0)
-    with options.activation_store() as store:
+    with options.walk_store(decoder, ids_NL.shape[1]) as store:
         walk = ResidualStreams(decoder, options, store, ids_NL)
         for index in range(decoder.num_layers):
             kinds = present(index)

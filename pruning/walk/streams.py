@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from pruning.families.forward import KINDS, SubLayerKind, layer_output, output_inputs
-from pruning.walk.activations import Activations, ActivationStore
+from pruning.walk.activations import Activations
 from pruning.walk.embedding import enter, spans
 from pruning.walk.loss import token_losses
+from pruning.walk.tiers import ActivationStore
 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
-    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.options import WalkOptions
 
 
 class ResidualStreams:

@@ -54,6 +54,8 @@ def device_names(setting: str) -> tuple[str, ...]:
     each model spread over them. Raises SettingsInvalid for a device this machine does not have."""
     import torch
 
+    if torch.cuda.device_count():
+        _let_segments_grow()
     if setting in ("auto", BALANCED):
         return tuple(f"cuda:{index}" for index in range(torch.cuda.device_count())) or ("cpu",)
     if setting.startswith("cuda"):
@@ -71,6 +73,13 @@ def device_names(setting: str) -> tuple[str, ...]:
             f"SLIMLINE_DEVICE={setting}: torch has no such device here; set it to auto or cpu"
         ) from error
     return (setting,)
+
+
+def _let_segments_grow() -> None:
+    """Let CUDA's allocator, before its first use in this process or a child of it, grow its segments instead of keeping
+    pieces that fit nothing: batches, Hessians and layers differ in size. What the user has set is left."""
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # its name since torch 2.9
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def device_label(setting: str) -> str:

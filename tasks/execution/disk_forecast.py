@@ -17,6 +17,7 @@ from infra.models.card import ModelCard, card_of_folder
 from infra.models.import_model import describe
 from infra.settings import Settings
 from infra.sources.find import Sources
+from pruning.host_memory import activation_budget
 from tasks.requests import (
     CalibrateRequest,
     CaptureRequest,
@@ -151,8 +152,7 @@ class Forecast:
 
     def _in_files(self, activations: int) -> int:
         """Of so many bytes those beyond the budget of host memory."""
-        budget = self._settings.activation_budget_gib
-        return 0 if budget is None else max(0, activations - int(budget * 2**30))
+        return max(0, activations - activation_budget(self._settings.activation_budget_gib))
 
     def _imported(self, request: ImportRequest) -> Extent:
         card = describe(self._sources.find(request.model_id, "model", revision=request.revision))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 from uuid import UUID
 
@@ -12,15 +13,19 @@ from prefect.context import TaskRunContext
 
 from evaluation.inference.oom import free_memory
 from infra.settings import Settings
-from tasks.execution.transient import passing
+from pruning.errors import MemoryPart
+from tasks.execution.transient import passing, short_part
 
 log = logging.getLogger("slimline")
 
 #: share by which Prefect lengthens or shortens a pause at random, so that runs that failed together do not come back so
 _JITTER = 0.3
 
-#: how often each task run of this process ran out of memory; Prefect tries again in the process that failed
-_short: dict[UUID, int] = {}
+#: how often each task run of this process ran out of memory, and in which part, None where that is not known; Prefect
+#: tries again in the process that failed
+_short: dict[UUID, Counter[MemoryPart | None]] = {}
+#: what smaller batches do not help: room on the device does
+_WITHOUT_BATCHES: tuple[MemoryPart, ...] = ("loading", "solving")
 
 
 def retry_options(settings: Settings) -> dict[str, Any]:
@@ -36,7 +41,7 @@ def passes_by_itself(task: Task[..., Any], task_run: TaskRun, state: State[Any])
     if kind is None:
         return False
     if kind == "memory":
-        _short[task_run.id] = _short.get(task_run.id, 0) + 1
+        _short.setdefault(task_run.id, Counter())[short_part(error)] += 1
     log.warning(
         "%s: %s: %s; tried again after a pause (%d of %d)",
         task_run.name,
@@ -49,12 +54,19 @@ def passes_by_itself(task: Task[..., Any], task_run: TaskRun, state: State[Any])
 
 
 def with_smaller_batches(settings: Settings, stage_name: str) -> Settings:
-    """The settings for this try: batches are halved each time that it ran out of memory, which changes no result."""
+    """The settings for this try, where it ran out of memory, which changes no result: batches are halved each time,
+    unless a layer could not be loaded or a Hessian not be solved; then activations lie on the host."""
     context = TaskRunContext.get()
-    times = _short.get(context.task_run.id, 0) if context else 0
-    if times == 0:
+    short = _short.get(context.task_run.id, Counter()) if context else Counter()
+    if not short:
         return settings
     free_memory()
+    if any(short[part] for part in _WITHOUT_BATCHES):
+        log.info("%s: after running out of memory, with all activations on the host", stage_name)
+        settings = settings.model_copy(update={"device_activation_budget_gib": 0.0})
+    times = sum(count for part, count in short.items() if part not in _WITHOUT_BATCHES)
+    if not times:
+        return settings
     # a suite halves its batches itself, and comes here only if one row was too much beside what else was loaded
     evaluation = 1 if settings.eval_batch_size == "auto" else max(1, settings.eval_batch_size >> times)
     walk = max(1, settings.walk_batch_size >> times)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from evaluation.inference.oom import class_names, short_of_memory
+from pruning.errors import MemoryPart, memory_part
 
 Passing = Literal["network", "memory"]
 
@@ -47,6 +48,11 @@ def passing(error: BaseException) -> Passing | None:
     if any(class_names(cause) & _SETTLED or isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
         return None
     return "network" if any(_of_network(cause) for cause in causes) else None
+
+
+def short_part(error: BaseException) -> MemoryPart | None:
+    """The part of a walk in which memory ran out, if that is known."""
+    return next((part for cause in _chain(error) if (part := memory_part(cause))), None)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -12,7 +12,7 @@ from tasks.execution.stage import stage
 from tasks.requests import OrderRequest
 
 if TYPE_CHECKING:
-    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.options import WalkOptions
     from tasks.execution.curves import Curves
     from tasks.execution.progress import Progress
 

@@ -14,7 +14,7 @@ from tasks.requests import PruneRequest
 from tasks.stages.recover import read_data
 
 if TYPE_CHECKING:
-    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.options import WalkOptions
     from tasks.execution.curves import Curves
     from tasks.execution.progress import Progress
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from infra.settings import Settings
     from pruning.distributed import ProcessGroup
-    from pruning.walk.sequential import WalkOptions
+    from pruning.walk.options import WalkOptions
     from tasks.execution.curves import Curves
     from tasks.execution.progress import Progress
 
@@ -44,14 +44,16 @@ def run_walk(context: StageContext, job: WalkJob) -> None:
 
 
 def walk_options(settings: Settings, device: Any, **more: Any) -> WalkOptions:
-    """Batch size and memory budget from the settings. more: further fields of WalkOptions."""
-    from pruning.walk.sequential import WalkOptions
+    """Batch size and memory budgets from the settings. more: further fields of WalkOptions."""
+    from pruning.host_memory import activation_budget
+    from pruning.walk.options import WalkOptions
 
-    budget = settings.activation_budget_gib
+    on_device, num_processes = settings.device_activation_budget_gib, settings.walk_processes
     return WalkOptions(
         device=device,
         batch_size=settings.walk_batch_size,
-        activation_budget_bytes=None if budget is None else int(budget * 2**30),
+        activation_budget_bytes=activation_budget(settings.activation_budget_gib, num_processes=num_processes),
+        device_budget_bytes=None if on_device is None else int(on_device * 2**30),
         **more,
     )
 

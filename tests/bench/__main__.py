@@ -30,6 +30,7 @@ from tests.bench import (
     results,
     speed,
     streaming,
+    transfers,
     zero_shot,
 )
 from tests.bench.materials import Materials
@@ -42,6 +43,7 @@ PARTS: dict[str, Callable[[Materials, Options], Result]] = {
     "speed": speed.run,
     "naive": against_naive.run,
     "stream": streaming.run,
+    "transfers": transfers.run,
     "growth": growth.run,
     "night": night.run,
     "results": results.run,

@@ -25,6 +25,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "speed": ("Pruning against one plain forward pass", ("speed", "prune_over_forward")),
     "naive": ("The naive schedule against ours", ("naive",)),
     "stream": ("A checkpoint larger than the memory it is pruned in", ("stream",)),
+    "transfers": ("What a layer moves to and from an accelerator", ("transfers",)),
     "growth": ("Growth with depth, width, tokens and sparsity", ("growth",)),
     "night": ("What a night costs beside the work", ("night",)),
     "results": ("Questions to a large results store", ("results",)),

@@ -12,7 +12,7 @@ from pruning.calibration import CalibrationSet
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.checkpoints.surgery import shrink_
 from pruning.methods import slimgpt
-from pruning.walk.sequential import WalkOptions
+from pruning.walk.options import WalkOptions
 from pruning.walk.state import MemoryWalkState, Pruned
 from tests.bench.options import Options
 from tests.bench.timing import bar, seconds

@@ -21,7 +21,7 @@ from pruning.checkpoints.load_check import check_pruned
 from pruning.layerwise import streaming
 from pruning.methods import slimgpt
 from pruning.modeling import class_of
-from pruning.walk.sequential import WalkOptions
+from pruning.walk.options import WalkOptions
 from tests.bench.options import Windows
 from tests.bench.random_tokens import random_calibration
 

@@ -16,10 +16,11 @@ from pruning.calibration import CalibrationSet
 from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
 from pruning.families import family_of
 from pruning.methods import slimgpt
-from tests.bench import report
+from tests.bench import report, transfers
 from tests.bench.__main__ import PARTS, main, run_parts
 from tests.bench.against_naive import differences, removals
 from tests.bench.growth import slope
+from tests.bench.materials import Materials
 from tests.bench.naive import Naive, Removal, prune_naive_
 from tests.bench.options import Growth, Options, ProfileSizes, Shape, Windows, parse_options
 from tests.bench.resident import prune
@@ -254,3 +255,13 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         with pytest.raises(SystemExit):
             main(wrong)
         assert told in capsys.readouterr().err
+
+
+def test_transfers_are_two_streams_each_way_at_most(tmp_path: Path) -> None:
+    options = Options(out=tmp_path)
+    figures = transfers.run(Materials(options), options).figures
+    for place, most in {"device": 0, "host": 2, "files": 2}.items():
+        assert [figures[f"transfers_{place}_streams_{way}"] for way in ("in", "out")] == pytest.approx(
+            [most] * 2, abs=0.01
+        )
+    assert figures["transfers_host_blocking_copies"] == 0

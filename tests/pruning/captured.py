@@ -23,7 +23,7 @@ from pruning.obs import elimination
 from pruning.recovery import RecoveryInputs
 from pruning.statistics.hessian import Hessian
 from pruning.training.options import TrainingRun
-from pruning.walk.sequential import WalkOptions
+from pruning.walk.options import WalkOptions
 from pruning.walk.state import MemoryWalkState, Pruned
 from tests.tiny import random_ids, tiny_tokenizer
 

@@ -26,7 +26,7 @@ from pruning.checkpoints.surgery import mask_, shrink_
 from pruning.families import decoder_parameters, family_of, layer_cost, shapes
 from pruning.layerwise.capture import capture_statistics
 from pruning.layerwise.streaming import prune_checkpoint
-from pruning.walk.sequential import WalkOptions
+from pruning.walk.options import WalkOptions
 from pruning.walk.state import Pruned
 from tests.pruning.captured import CPU, ON_THREE_LAYERS, in_bfloat16, logits, outputs, prune_copy, same_weights, windows
 from tests.tiny import FAMILIES, ROPE_TYPES, random_ids, rope_model, tiny_model

@@ -240,11 +240,11 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
 
 @pytest.mark.parametrize("split", ["equal", "auto"])
 @pytest.mark.parametrize("name", ["llama", "phi"])
-def test_one_layer_is_in_memory_at_a_time(name: str, split: str, watched: type[Watched], tmp_path: Path) -> None:
+def test_two_layers_are_in_memory_at_a_time(name: str, split: str, watched: type[Watched], tmp_path: Path) -> None:
     source = saved(tiny_model(name, layers=LAYERS), tmp_path / "source")
     prune(source, tmp_path / "out", tmp_path / "work", split=split)
     assert len(watched.read) >= LAYERS
-    assert set(watched.alive) == {1}
+    assert set(watched.alive) == {1, 2}, "one whose output joins the stream, and one whose inputs are captured"
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -382,7 +382,7 @@ def arm(where: str) -> None:
 
 
 POINTS = {
-    "when it is read": 2,
+    "when it is read": 1,  # to capture its inputs in the pass in which the second one is finished
     "before its attention is pruned": 2,
     "before its mlp is pruned": 2,
     "when its stream is written": 2,

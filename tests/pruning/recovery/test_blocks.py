@@ -230,7 +230,7 @@ def test_without_memory_the_streams_lie_in_files(tmp_path: Path, monkeypatch: py
     dense, pruned, plan = pair()
     in_files = copy.deepcopy(pruned)
     fit(dense, pruned, plan, tmp_path / "memory")
-    monkeypatch.setattr(blocks_module, "_MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(blocks_module, "activation_budget", lambda: 0)
     folders: list[list[str]] = []
 
     def look(share: float, words: str) -> None:

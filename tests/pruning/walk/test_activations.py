@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruning.walk.activations import Activations, ActivationStore, FileActivations, MemoryActivations
+from pruning.walk.activations import Activations, FileActivations, MemoryActivations
+from pruning.walk.tiers import ActivationStore
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPE = (4, 6)
@@ -187,3 +188,17 @@ def test_without_files_no_folder_is_made(tmp_path: Path) -> None:
     with ActivationStore(None, tmp_path / "nowhere") as activations:
         filled(activations.allocate(7, SHAPE, torch.float32), values())
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_takes_the_place_of_another_shares_its_budget(tmp_path: Path) -> None:
+    """As much as the larger of the two, whoever goes first."""
+    with ActivationStore(BYTES, tmp_path) as activations:
+        old = activations.allocate(7, SHAPE, torch.float32)
+        half = activations.allocate(7, SHAPE, torch.bfloat16, instead_of=old)
+        assert isinstance(half, MemoryActivations)
+        assert isinstance(activations.allocate(1, SHAPE, torch.float32), FileActivations)
+        activations.free(old)
+        other = activations.allocate(3, SHAPE, torch.float32)
+        assert isinstance(other, MemoryActivations)
+        assert isinstance(activations.allocate(7, SHAPE, torch.float32, instead_of=half), FileActivations)
+        assert isinstance(activations.allocate(4, SHAPE, torch.float32, instead_of=half), MemoryActivations)

@@ -16,7 +16,8 @@ from pruning.checkpoints.surgery import shrink_
 from pruning.errors import PruningError
 from pruning.families import family_of, shapes
 from pruning.layerwise.kl import final_stream
-from pruning.walk.sequential import SubLayer, WalkOptions, walk_layers
+from pruning.walk.options import WalkOptions
+from pruning.walk.sequential import SubLayer, walk_layers
 from tests.pruning.captured import CPU, hooked_moments, in_bfloat16, logits, outputs, same_weights
 from tests.tiny import FAMILIES, random_ids, random_plan, tiny_model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -303,6 +304,26 @@ def test_without_cuda_everything_is_the_cpu() -> None:
 def test_a_device_that_is_not_there_is_named(setting: str) -> None:
     with pytest.raises(SettingsInvalid, match=f"SLIMLINE_DEVICE={setting}"):
         device_names(setting)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(None, ""), ("PYTORCH_CUDA_ALLOC_CONF", "a:1"), ("PYTORCH_ALLOC_CONF", "b:1")]
+)
+def test_cudas_segments_may_grow_unless_the_user_says_something_else(
+    name: str | None, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(each, "")  # so that what is set goes again afterwards
+        monkeypatch.delenv(each)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    device_names("auto")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    if name:
+        monkeypatch.setenv(name, value)
+    assert device_names("auto") == ("cuda:0",)
+    expected = {None: "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": "a:1", "PYTORCH_ALLOC_CONF": None}[name]
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
 
 
 def test_a_label_tells_a_spread_model_from_one_on_a_single_device(monkeypatch: pytest.MonkeyPatch) -> None:

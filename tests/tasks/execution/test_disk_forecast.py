@@ -18,7 +18,7 @@ from infra.sources.find import sources_from
 from pruning.calibration import CalibrationSet
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.layerwise.capture import capture_statistics
-from pruning.walk.sequential import WalkOptions
+from pruning.walk.options import WalkOptions
 from tasks.calibration_data import CalibrationData
 from tasks.execution.context import RunContext
 from tasks.execution.disk_forecast import Forecast, Need, check_room

@@ -21,6 +21,7 @@ from infra.errors import DiskFull, SourceInvalid, SourceMissing
 from infra.hub import Unreachable
 from infra.settings import Settings
 from infra.sources.find import Sources
+from pruning.errors import MemoryPart, memory_for
 from tasks.execution.context import RunContext, StageContext
 from tasks.execution.retries import retry_options
 from tasks.execution.stage import stage
@@ -87,11 +88,13 @@ class Tries:
         self.failures = list(failures)
         self.times: list[float] = []
         self.batches: list[tuple[int, int | str]] = []
+        self.budgets: list[float | None] = []
 
     def __call__(self, request: CaptureRequest, context: StageContext) -> None:
         settings = context.run_context.settings
         self.times.append(time.monotonic())
         self.batches.append((settings.walk_batch_size, settings.eval_batch_size))
+        self.budgets.append(settings.device_activation_budget_gib)
         if self.failures:
             raise self.failures.pop(0)
         (context.folder / "answer.txt").write_text("42", encoding="utf-8")
@@ -130,6 +133,19 @@ def test_short_of_memory_it_is_tried_with_smaller_batches(attempt: Callable[[Tri
     tries = Tries(MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), MemoryError())
     assert attempt(tries).is_completed()
     assert tries.batches == [(2, 8), (1, 4), (1, 2), (1, 1)]
+
+
+def short_in(part: MemoryPart) -> Exception:
+    with pytest.raises(torch.OutOfMemoryError) as raised, memory_for(part):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return raised.value
+
+
+def test_a_part_that_batches_do_not_help_gets_room_on_the_device(attempt: Callable[[Tries], State[Any]]) -> None:
+    tries = Tries(short_in("solving"), short_in("the forward"), short_in("loading"))
+    assert attempt(tries).is_completed()
+    assert tries.batches == [(2, 8), (2, 8), (1, 4), (1, 4)]
+    assert tries.budgets == [None, 0, 0, 0]
 
 
 def test_an_error_of_the_user_is_not_tried_again(attempt: Callable[[Tries], State[Any]]) -> None:

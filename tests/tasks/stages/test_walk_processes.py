@@ -16,7 +16,7 @@ from infra.artifacts.store import ArtifactRef
 from infra.settings import Settings
 from infra.sources.find import Sources
 from pruning.errors import PruningError
-from pruning.walk.sequential import WalkOptions
+from pruning.walk.options import WalkOptions
 from tasks.devices.placement import Placement
 from tasks.execution.context import RunContext, StageContext
 from tasks.execution.curves import Curves
