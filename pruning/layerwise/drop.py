@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pruning.families import layer_cost, shapes
-from pruning.families.forward import KINDS, SubLayerKind, output_linear, output_name, silence_
+from pruning.families.forward import KINDS, SubLayerKind, output_name, silence_
 from pruning.layerwise.prune import layer_plan
 from pruning.walk.state import LayerEntry, Pruned, SubLayerReport, WalkedLayer, WalkState
 
@@ -50,7 +50,7 @@ def drop_blocks(
         if len(gone) < len(KINDS):
             layer = decoder.layer(index, options.device)
             for kind in gone:
-                silence_(output_linear(family, layer, kind))
+                silence_(family, layer, kind)
             if stand_in is not None:
                 weight = family.down_proj(layer).weight
                 weight.data.copy_(stand_in.weight_OI.to(weight))
@@ -73,7 +73,7 @@ def _kept(index: int, shape: LayerShape, gone: Collection[SubLayerKind]) -> Laye
     if len(gone) == len(KINDS):
         return None
     heads = () if "attention" in gone else tuple(range(shape.num_kv_heads))
-    channels = () if "mlp" in gone else tuple(range(shape.intermediate_size))
+    channels = () if "mlp" in gone else tuple(range(shape.num_channels))
     return layer_plan(index, shape, heads, channels, "kv_group")
 
 
@@ -84,7 +84,7 @@ def _report(
     shape: LayerShape,
     dropped: Mapping[tuple[int, SubLayerKind], float],
 ) -> SubLayerReport:
-    total = shape.num_kv_heads if kind == "attention" else shape.intermediate_size
+    total = shape.num_kv_heads if kind == "attention" else shape.num_channels
     name = output_name(decoder.family, index, kind)
     if (index, kind) not in dropped:
         return SubLayerReport(layer=index, sub_layer=kind, name=name, kept=total, total=total)

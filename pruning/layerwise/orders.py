@@ -69,7 +69,7 @@ def trace_orders(
                 condition=1.0 / problem.rcond,
             )
             Orders(folder).save(sub_layer.name, unit, order)
-        if sub_layer.kind == "mlp":
+        if sub_layer.ends_layer:
             on_layer(sub_layer.layer)
         del sub_layer, system, problem  # before the next ones are there
 

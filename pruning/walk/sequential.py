@@ -3,22 +3,23 @@
 Every sub-layer is computed once. For attention and then the MLP of each layer the walk captures the inputs of the
 output linear (o_proj, down_proj) for all calibration tokens, hands the linear and its Hessian to the caller, who may
 change the weight in place, and lets the linear's output, with whatever weight it now has, join the residual stream.
+Experts in the place of the MLP are handed out one by one, and computed a second time.
 
 Shapes: N samples, M held-out samples, B samples of one batch, L tokens per sample, I input features of the linear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import logging
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pruning.distributed import ProcessGroup
+from pruning.families.experts import experts_module
 from pruning.families.forward import (
     KINDS,
     SubLayerKind,
@@ -27,74 +28,27 @@ from pruning.families.forward import (
     output_linear,
     output_name,
     output_scale,
+    read_by,
+    sub_layer_output,
     token_weights,
 )
 from pruning.families.head_norms import mask_head_norms_
 from pruning.statistics.accumulator import MakeAccumulator
-from pruning.statistics.hessian import Hessian, HessianAccumulator
+from pruning.statistics.hessian import HessianAccumulator
 from pruning.walk.activations import Activations, ActivationStore
 from pruning.walk.embedding import embed, enter, spans, to_device
+from pruning.walk.experts import ExpertStatistics, Few, sentence_about
 from pruning.walk.state import WalkedLayer, WalkState
+from pruning.walk.sub_layer import SubLayer, WalkOptions
 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
     from pruning.statistics.hessian import Statistics
 
 
-@dataclass(frozen=True)
-class SubLayer:
-    """What the walk yields: change `linear.weight` in place before the walk goes on, or leave it.
+__all__ = ["SubLayer", "WalkOptions", "walk_layers"]
 
-    layer: index. kind: which half of the layer. name: dotted name of the linear. statistic: of the linear's inputs, as
-    the layers before it now give them: a Hessian unless the walk was given another accumulator, None if not wanted.
-    heldout: the same over the held-out samples, if any. output_scale_O: how much an error of each output counts in the
-    residual stream, None for all the same; with a norm behind the linear the tokens of the statistic have weights too
-    (see families.forward). keep_heads: to be called with the query and kv heads that stay of an attention: other parts
-    of the layer may depend on them.
-    """
-
-    layer: int
-    kind: SubLayerKind
-    name: str
-    linear: nn.Linear
-    statistic: Any
-    heldout: Any = None
-    output_scale_O: Tensor | None = None
-    keep_heads: Callable[[Sequence[int], Sequence[int]], None] = lambda query_heads, kv_heads: None
-
-    @property
-    def counting_weight_OI(self) -> Tensor:
-        """The weight, each row times how much its output counts in the residual stream."""
-        weight_OI = self.linear.weight.detach()
-        return weight_OI if self.output_scale_O is None else weight_OI.float() * self.output_scale_O[:, None]
-
-    @property
-    def hessian(self) -> Hessian | None:
-        """The statistic of a walk that accumulates Hessians."""
-        assert self.statistic is None or isinstance(self.statistic, Hessian), type(self.statistic)
-        return self.statistic
-
-
-@dataclass(frozen=True)
-class WalkOptions:
-    """How to run the walk; nothing here changes the answer beyond rounding.
-
-    device: where a layer computes; one layer at a time is there. batch_size: samples per forward.
-    activation_budget_bytes: host memory that the activations of all samples may take; what goes beyond it lies in
-    files. None: no limit. activation_folder: where those files are made, if the walk has no durable state of its own
-    (None: the system's temporary folder). process_group: the processes that share the samples.
-    """
-
-    device: torch.device
-    batch_size: int = 8
-    activation_budget_bytes: int | None = None
-    activation_folder: Path | None = None
-    process_group: ProcessGroup = field(default_factory=ProcessGroup)
-
-    def activation_store(self, folder: Path | None = None) -> ActivationStore:
-        """For the activations of one walk; folder: goes before `activation_folder`."""
-        return ActivationStore(self.activation_budget_bytes, folder or self.activation_folder)
-
+log = logging.getLogger("slimline")
 
 #: share of a linear's inputs above which computing with all of them is cheaper than gathering the kept ones
 _GATHER_SHARE = 0.7
@@ -157,6 +111,8 @@ def walk_layers(
             if walk_state:
                 walk_state.layer_done(WalkedLayer(index, layer, decoder.family, walk.stream, walk.spans))
             del layer  # before the next one is there
+        if walk.few:
+            log.warning(sentence_about(walk.few))
         return walk.heldout_stream()
 
 
@@ -184,6 +140,7 @@ class _Walk:
         self._next: Activations
         self._before: Activations | None = None
         self._kwargs: list[dict[str, Any]] = []
+        self.few: list[Few] = []
 
     @torch.no_grad()
     def start(self, walk_state: WalkState | None) -> None:
@@ -200,7 +157,10 @@ class _Walk:
             self._kwargs = [to_device(layer_kwargs, device) for layer_kwargs in kwargs]
 
     def capture(self, layer: nn.Module, index: int, kind: SubLayerKind) -> Iterator[SubLayer]:
-        """Capture, yield, add: one forward of the sub-layer."""
+        """Capture, yield, add: one forward of the sub-layer, of experts a second one."""
+        if kind == "mlp" and self._family.has_experts(layer):
+            yield from self._capture_experts(layer, index)
+            return
         linear, name = output_linear(self._family, layer, kind), output_name(self._family, index, kind)
         device, process_group = self._options.device, self._options.process_group
         seen = self._accumulator(linear.in_features, device)
@@ -236,13 +196,39 @@ class _Walk:
         self, layer: nn.Module, index: int, kind: SubLayerKind, statistics: Statistics | None
     ) -> Iterator[SubLayer]:
         """Yield with what was captured earlier, or with nothing; then compute and add."""
-        linear, name = output_linear(self._family, layer, kind), output_name(self._family, index, kind)
-        hessians = statistics.load(name, self._options.device) if statistics else (None, None)
-        yield self._offered(layer, index, kind, *hessians)
-        del hessians
+        mixture = kind == "mlp" and self._family.has_experts(layer)
+        experts = range(experts_module(self._family, layer).num_experts) if mixture else (None,)
+        for expert in experts:
+            name = output_name(self._family, index, kind, expert)
+            hessians = statistics.load(name, self._options.device) if statistics else (None, None)
+            yield self._offered(layer, index, kind, hessians[0], hessians[1], expert)
+            del hessians
+        self._through(layer, index, kind)
+
+    def _capture_experts(self, layer: nn.Module, index: int) -> Iterator[SubLayer]:
+        """All experts in one pass, since a token goes to several; nothing is kept of their inputs."""
+        device, experts = self._options.device, experts_module(self._family, layer)
+        seen, held = (ExpertStatistics(experts, self._accumulator, device) for _ in range(2))
+        for start, stop in self.spans:
+            is_heldout = start >= self._num_calibration
+            if self._sees_heldout or not is_heldout:
+                stream_BLC = self.stream.get(start, stop).to(device)
+                (held if is_heldout else seen).add(read_by(self._family, layer, "mlp", stream_BLC))
+        name_of, group = partial(output_name, self._family, index, "mlp"), self._options.process_group
+        found, few = seen.finish(name_of, group)
+        heldout = held.finish(name_of, group, complete=False)[0] if self._sees_heldout else [None] * len(found)
+        self.few += few
+        del seen, held
+        for expert in range(experts.num_experts):
+            yield self._offered(layer, index, "mlp", found.pop(0), heldout.pop(0), expert)
+        self._through(layer, index, "mlp")
+
+    def _through(self, layer: nn.Module, index: int, kind: SubLayerKind) -> None:
+        """Compute a sub-layer as it is now and let its output join the stream."""
         self._next = self._new_stream()
         for start, stop in self.spans:
-            self._join(layer, kind, start, stop, linear(self._inputs(layer, index, kind, start, stop)))
+            output_BLC = sub_layer_output(self._family, layer, kind, self._read(start, stop), self._kwargs[index])
+            self._join(layer, kind, start, stop, output_BLC)
         self._advance_stream(kind)
 
     def finish_layer(self) -> None:
@@ -257,18 +243,25 @@ class _Walk:
         nothing = torch.empty(0, self._ids_NL.shape[1], self._model.config.hidden_size)
         return torch.cat(batches) if batches else nothing
 
-    def _offered(self, layer: nn.Module, index: int, kind: SubLayerKind, statistic: Any, heldout: Any) -> SubLayer:
+    def _offered(
+        self, layer: nn.Module, index: int, kind: SubLayerKind, statistic: Any, heldout: Any, expert: int | None = None
+    ) -> SubLayer:
         family = self._family
-        linear, name = output_linear(family, layer, kind), output_name(family, index, kind)
+        linear, name = output_linear(family, layer, kind, expert), output_name(family, index, kind, expert)
+        if expert is not None:
+            num_experts = experts_module(family, layer).num_experts
+            return SubLayer(index, kind, name, linear, statistic, heldout, expert=expert, num_experts=num_experts)
         offered = SubLayer(index, kind, name, linear, statistic, heldout, output_scale(family, layer, kind))
         if not (kind == "attention" and family.head_norms_span_heads):
             return offered
         return replace(offered, keep_heads=partial(mask_head_norms_, family, layer))
 
     def _inputs(self, layer: nn.Module, index: int, kind: SubLayerKind, start: int, stop: int) -> Tensor:
+        return output_inputs(self._family, layer, kind, self._read(start, stop), self._kwargs[index])
+
+    def _read(self, start: int, stop: int) -> Tensor:
         stream = self.stream if self._before is None else self._before
-        batch_BLC = stream.get(start, stop).to(self._options.device)
-        return output_inputs(self._family, layer, kind, batch_BLC, self._kwargs[index])
+        return stream.get(start, stop).to(self._options.device)
 
     def _join(self, layer: nn.Module, kind: SubLayerKind, start: int, stop: int, output_BLC: Tensor) -> None:
         """Put the stream with the output in it into the next stream."""

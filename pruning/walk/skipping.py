@@ -35,7 +35,7 @@ class Block:
         if self.kinds == KINDS:
             return cost.parameters(shape)
         attention = cost.per_query_head * shape.num_heads + cost.per_kv_head * shape.num_kv_heads
-        return attention if self.kinds == ("attention",) else cost.per_channel * shape.intermediate_size
+        return attention if self.kinds == ("attention",) else cost.per_channel * shape.num_channels
 
 
 class SubLayers:
