@@ -20,7 +20,7 @@ from pruning.checkpoints.stored_tensors import StoredTensors, stored_tensors
 from pruning.checkpoints.surgery import kept_inputs
 from pruning.errors import PruningError, UnsoundCheckpoint
 from pruning.families import ModelFamily, family_of
-from pruning.families.experts import experts_module, experts_name, mask_router_
+from pruning.families.experts import experts_module, route
 from pruning.families.forward import KINDS, SubLayerKind, output_name
 from pruning.families.head_norms import head_features, rms_norm
 
@@ -140,11 +140,14 @@ def _mask_(model: PreTrainedModel, plan: PruningPlan, dense: StoredTensors, prun
 
 def _mask_experts_(layer: nn.Module, place: int, kept: LayerPlan, dense: StoredTensors, pruned: StoredTensors) -> None:
     family = dense.family
-    experts = experts_module(family, layer)
-    mask_router_(experts, kept.kept_by_expert)
-    names = [f"{family.layers_path}.{index}.{family.mlp_name}.{experts_name(family)}." for index in (kept.layer, place)]
-    weights = _Weights(dense, f"{names[0]}gate_up_proj"), _Weights(pruned, f"{names[1]}down_proj")
-    setattr(experts.block, experts_name(family), _KeptChannels(*weights, kept, experts.module.act_fn))
+    experts, names = experts_module(family, layer), family.experts
+    assert names is not None
+    was, now = (f"{family.layers_path}.{index}.{family.mlp_name}." for index in (kept.layer, place))
+    gate_up = _Weights(dense, f"{was}{names.module_name}.gate_up_proj")
+    down = _Weights(pruned, f"{now}{names.module_name}.down_proj")
+    rows = _Weights(pruned, f"{now}{names.router_name}.weight")
+    setattr(experts.block, names.module_name, _KeptChannels(gate_up, down, kept, experts.module.act_fn))
+    setattr(experts.block, names.router_name, _KeptRows(rows, kept, experts.router))
 
 
 def _mask_head_norms_(
@@ -188,6 +191,18 @@ class _Weights:
 
     def __call__(self) -> Tensor:
         return self.stored.read([self.name])[self.name].float()
+
+
+class _KeptRows(nn.Module):
+    """The router of a pruned checkpoint in a dense layer: it calls the experts as they are called there."""
+
+    def __init__(self, rows: _Weights, kept: LayerPlan, router: nn.Module) -> None:
+        super().__init__()
+        self._rows, self._kept_E, self._router_of = rows, torch.tensor(list(kept.kept_by_expert)), (router,)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (router,) = self._router_of  # no part of this module, or its hooks would be sought here
+        return route(router, type(router), self._rows(), self._kept_E, hidden_states)
 
 
 class _KeptChannels(nn.Module):

@@ -149,9 +149,16 @@ class _RoutesToKept:
 
     def forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kept_E = self.kept_E.to(self.weight.device)
-        cut = _Cut(self, weight=self.weight[kept_E], top_k=min(self.top_k, len(kept_E)), num_experts=len(kept_E))
-        logits, weights_TK, experts_TK = self.stock_class.forward(cut, hidden_states)
-        return logits, weights_TK, kept_E[experts_TK]
+        return route(self, self.stock_class, self.weight[kept_E], kept_E, hidden_states)
+
+
+def route(
+    router: Any, stock_class: Any, rows_EC: Tensor, kept_E: Tensor, hidden_states: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a router with these rows alone gives (logits, weights, experts), the experts being called `kept_E`."""
+    cut = _Cut(router, weight=rows_EC, top_k=min(router.top_k, len(kept_E)), num_experts=len(kept_E))
+    logits, weights_TK, experts_TK = stock_class.forward(cut, hidden_states)
+    return logits, weights_TK, kept_E[experts_TK]
 
 
 class _Cut:
@@ -173,12 +180,6 @@ def _class_routing_to_kept(router_class: type) -> type:
 def channel_places(expert: int, size: int, channels: Sequence[int]) -> tuple[int, ...]:
     """Channels of an expert as a plan counts them: through all experts of the layer."""
     return tuple(expert * size + channel for channel in channels)
-
-
-def experts_name(family: ModelFamily) -> str:
-    """What the block calls the module that holds the experts' weights."""
-    assert family.experts is not None
-    return family.experts.module_name
 
 
 def experts_module(family: ModelFamily, layer: nn.Module) -> Experts:

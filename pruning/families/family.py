@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+#: what the width of an expert has to be a multiple of, so that grouped matrix products, transformers' default for
+#: experts, can compute it: torch wants rows of whole 16 bytes. modeling_slimline has the same number
+EXPERT_MULTIPLE = 8
+
+
 @dataclass(frozen=True)
 class Requirement:
     """What the config of a model must say for the family to be prunable. holds: of the config. reason: a clause that

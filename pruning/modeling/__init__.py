@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pruning.families import ModelFamily, family_of
+from pruning.families.family import EXPERT_MULTIPLE
 from pruning.plan import LayerShape
-
-#: of the channels of an expert, in 16 bits; modeling_slimline has the same, which imports nothing of slimline
-EXPERT_MULTIPLE = 8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

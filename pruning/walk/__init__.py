@@ -8,6 +8,7 @@
 
 * `embedding`      the way into the layers: the stream before the first one, and what the model hands to each
 * `backward`       gradients of the loss, one layer at a time, last to first
+* `routing`        which tokens the experts get, and what they make of them
 * `streams`        residual streams taken through layers at will; `skipping` reads from them the loss without a layer,
                    and how much a layer changes its input
 
