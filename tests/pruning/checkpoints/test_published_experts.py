@@ -21,7 +21,7 @@ from pruning.families import family_of, shapes
 from pruning.families.experts import experts_module
 from pruning.plan import PruningPlan
 from tests.pruning.captured import same_weights
-from tests.pruning.families.test_experts import probe
+from tests.pruning.families.test_later_families import probe
 from tests.tiny import EXPERT_FAMILIES, tiny_model
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,35 +30,10 @@ from pruning.recovery import RecoveryInputs, lora
 from pruning.training.adapters import merged_adapters
 from pruning.training.options import TrainingRun
 from pruning.walk.sequential import walk_layers
-from pruning.walk.state import Pruned
-from tests.pruning.captured import CPU, ON_THREE_LAYERS, RECORDS, logits, prune_copy, same_weights, windows
+from tests.pruning.captured import CPU, ON_THREE_LAYERS, RECORDS, prune_copy, same_weights, windows
 from tests.pruning.checkpoints.test_surgery import generate, plan_for
-from tests.tiny import EXPERT_FAMILIES, random_ids, tiny_model, tiny_tokenizer
-
-CONFIG = slimgpt.Config(sparsity=0.35, split="equal", curve="linear_increase")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A model pruned by SlimGPT, masked and cut."""
-
-    dense: PreTrainedModel
-    masked: PreTrainedModel
-    shrunk: PreTrainedModel
-    pruned: Pruned
-
-
-@cache
-def outcome(name: str) -> Outcome:
-    dense = tiny_model(name)
-    masked, pruned = prune_copy(dense, CONFIG)
-    shrunk = copy.deepcopy(masked)
-    shrink_(shrunk, pruned.plan)
-    return Outcome(dense, masked, shrunk, pruned)
-
-
-def probe(model: PreTrainedModel) -> Tensor:
-    return logits(model, random_ids(model, 2, 14, seed=3))
+from tests.pruning.families.test_later_families import CONFIG, outcome, probe
+from tests.tiny import EXPERT_FAMILIES, tiny_model, tiny_tokenizer
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from pruning.layerwise.streaming import prune_checkpoint
 from pruning.methods import experts
 from pruning.walk.state import Pruned
 from tests.pruning.captured import CPU, prune_copy, same_weights, windows
-from tests.pruning.families.test_experts import Given, given, inputs_of, probe
+from tests.pruning.families.test_experts import Given, given, inputs_of
+from tests.pruning.families.test_later_families import probe
 from tests.tiny import tiny_model
 
 
