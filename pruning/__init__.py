@@ -5,7 +5,8 @@ Nothing here knows of workflows, tracking or environment variables, and nothing 
 * `plan`         what is kept, per layer (no torch); `calibration` token windows; `instructions` records as text
 * `families`     where a decoder keeps its parts, and what a head or a channel costs; `modeling` uneven layers
 * `checkpoints`  saves, loads and checks model folders, whole or one layer at a time; `surgery` cuts to a plan
-* `walk`         the loop over decoder layers, and how an interrupted one goes on
+* `walk`         the loop over decoder layers, and how an interrupted one goes on; `activations` between sub-layers,
+                 in memory or files; `gradients` the way back
 * `obs`          Optimal Brain Surgeon: second moments, greedy elimination, refit
 * `allocation`   from one sparsity to heads and channels per layer
 * `layerwise`    all of these together: prune, capture, compare splits, checkpoint to checkpoint

@@ -2,7 +2,8 @@
 
 A method *ranks* (it makes orders), an allocation chooses for each site how many groups of its order go, and they are
 removed and repaired. Orders are nested, so one serves every sparsity. Sites are the output linear of an attention
-(heads, by kv groups or by query heads), that of an MLP (channels), and the stack of layers itself (whole layers).
+(heads, by kv groups or by query heads), that of an MLP or an expert (channels), the experts of a layer (whole experts),
+and the stack of layers itself (whole layers).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import Tensor
 
-Unit = Literal["kv_group", "query_head", "channel", "layer", "sub_layer"]
+Unit = Literal["kv_group", "query_head", "channel", "expert", "layer", "sub_layer"]
 """What goes at once; the order of query heads takes one from every kv group before it takes a second."""
 
 

@@ -3,7 +3,8 @@
 A plan applies to a model of known shapes (`source`), which may already be uneven; applying it gives a model of shapes
 `plan.shapes`, to which a further plan may apply. Two plans in a row are one plan: `first.compose(then)`.
 
-Words: query head h of a layer reads kv head h // (num_heads / num_kv_heads), as in `repeat_kv` of transformers.
+Words: query head h of a layer reads kv head h // (num_heads / num_kv_heads), as in `repeat_kv` of transformers. The
+channels of a mixture of experts are counted through: channel c belongs to expert c // intermediate_size.
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from pruning.errors import PruningError
 
 
 class LayerShape(BaseModel):
-    """The widths of one decoder layer; without heads it has no attention, without channels no MLP."""
+    """The widths of one decoder layer; without heads it has no attention, without channels no MLP.
+
+    num_experts: of a mixture in the place of the MLP; each of them has intermediate_size channels. 0: an MLP.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_heads: NonNegativeInt
     num_kv_heads: NonNegativeInt
     intermediate_size: NonNegativeInt
+    num_experts: NonNegativeInt = Field(default=0, exclude_if=lambda count: count == 0)
 
     @model_validator(mode="after")
     def _grouped(self) -> LayerShape:
@@ -39,13 +44,22 @@ class LayerShape(BaseModel):
         """Query heads per kv head, 1 without grouping."""
         return self.num_heads // max(1, self.num_kv_heads) or 1
 
+    @property
+    def num_channels(self) -> int:
+        """Channels of the MLP, or of all experts together."""
+        return self.intermediate_size * max(1, self.num_experts)
+
     def kv_head_of(self, query_head: int) -> int:
         """The kv head that a query head reads."""
         return query_head // self.num_groups
 
 
 class LayerPlan(BaseModel):
-    """What is kept of one layer; indices count within that layer of the model the plan applies to."""
+    """What is kept of one layer; indices count within that layer of the model the plan applies to.
+
+    expert_size: channels of each expert of that layer, 0 for an MLP. Experts of which no channel is kept go as a whole,
+    and all others keep the same number.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,6 +67,7 @@ class LayerPlan(BaseModel):
     kept_query_heads: tuple[int, ...]
     kept_kv_heads: tuple[int, ...]
     kept_channels: tuple[int, ...]
+    expert_size: NonNegativeInt = Field(default=0, exclude_if=lambda size: size == 0)
 
     @classmethod
     def full(cls, layer: int, shape: LayerShape) -> LayerPlan:
@@ -61,16 +76,27 @@ class LayerPlan(BaseModel):
             layer=layer,
             kept_query_heads=tuple(range(shape.num_heads)),
             kept_kv_heads=tuple(range(shape.num_kv_heads)),
-            kept_channels=tuple(range(shape.intermediate_size)),
+            kept_channels=tuple(range(shape.num_channels)),
+            expert_size=shape.intermediate_size if shape.num_experts else 0,
         )
+
+    @property
+    def kept_by_expert(self) -> dict[int, tuple[int, ...]]:
+        """By each expert that stays, the channels that it keeps, counted within it; empty for an MLP."""
+        kept: dict[int, list[int]] = {}
+        for channel in self.kept_channels if self.expert_size else ():
+            kept.setdefault(channel // self.expert_size, []).append(channel % self.expert_size)
+        return {expert: tuple(channels) for expert, channels in kept.items()}
 
     @property
     def shape(self) -> LayerShape:
         """The widths this layer has after pruning."""
+        num_experts = len({channel // self.expert_size for channel in self.kept_channels}) if self.expert_size else 0
         return LayerShape(
             num_heads=len(self.kept_query_heads),
             num_kv_heads=len(self.kept_kv_heads),
-            intermediate_size=len(self.kept_channels),
+            intermediate_size=len(self.kept_channels) // max(1, num_experts),
+            num_experts=num_experts,
         )
 
     def compose(self, then: LayerPlan) -> LayerPlan:
@@ -80,6 +106,7 @@ class LayerPlan(BaseModel):
             kept_query_heads=_take(self.kept_query_heads, then.kept_query_heads),
             kept_kv_heads=_take(self.kept_kv_heads, then.kept_kv_heads),
             kept_channels=_take(self.kept_channels, then.kept_channels),
+            expert_size=self.expert_size,
         )
 
     def check(self, shape: LayerShape) -> None:
@@ -87,7 +114,8 @@ class LayerPlan(BaseModel):
         where = f"layer {self.layer}"
         _check_indices(self.kept_query_heads, shape.num_heads, f"{where}: kept_query_heads")
         _check_indices(self.kept_kv_heads, shape.num_kv_heads, f"{where}: kept_kv_heads")
-        _check_indices(self.kept_channels, shape.intermediate_size, f"{where}: kept_channels")
+        _check_indices(self.kept_channels, shape.num_channels, f"{where}: kept_channels")
+        self._check_experts(shape, where)
         if bool(self.kept_query_heads) != bool(self.kept_kv_heads):
             raise PruningError(
                 f"{where} keeps {len(self.kept_query_heads)} query and {len(self.kept_kv_heads)} kv heads: keep one of "
@@ -101,6 +129,21 @@ class LayerPlan(BaseModel):
             raise PruningError(
                 f"{where} must keep the same number (at least 1) of query heads for every kept kv head, "
                 f"not {counts} (kv head: query heads)"
+            )
+
+    def _check_experts(self, shape: LayerShape, where: str) -> None:
+        if self.expert_size != (shape.intermediate_size if shape.num_experts else 0):
+            raise PruningError(
+                f"{where} has {shape.num_experts} experts of {shape.intermediate_size} channels, and its plan is for "
+                f"expert_size {self.expert_size}: make the plan for this model"
+            )
+        if not shape.num_experts:
+            return
+        counts = {expert: len(channels) for expert, channels in self.kept_by_expert.items()}
+        if not counts or len(set(counts.values())) > 1:
+            raise PruningError(
+                f"{where} must keep an expert, and the same number of channels of every expert that it keeps, not "
+                f"{counts} (expert: channels): their weights are one tensor"
             )
 
 
@@ -173,10 +216,18 @@ def describe_shapes(shapes: Sequence[LayerShape]) -> str:
         count = runs.pop()[1] if runs and runs[-1][0] == shape else 0
         runs.append((shape, count + 1))
     words = [
-        f"{count} layer{'s' * (count > 1)} of {shape.num_heads}/{shape.num_kv_heads} heads x {shape.intermediate_size}"
+        f"{count} layer{'s' * (count > 1)} of {shape.num_heads}/{shape.num_kv_heads} heads x {_width(shape)}"
         for shape, count in runs[:4]
     ]
     return ", ".join(words) + (", ..." if len(runs) > 4 else "")
+
+
+def _width(shape: LayerShape) -> str:
+    return (
+        f"{shape.num_experts} experts of {shape.intermediate_size}"
+        if shape.num_experts
+        else str(shape.intermediate_size)
+    )
 
 
 def _take(kept: tuple[int, ...], then: tuple[int, ...]) -> tuple[int, ...]:

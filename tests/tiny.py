@@ -18,6 +18,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -26,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
     Starcoder2Config,
 )
@@ -37,6 +39,9 @@ FAMILIES = ("llama", "llama-mha", "mistral", "qwen2", "qwen3", "gemma", "phi", "
 
 LATER_FAMILIES = ("gemma2", "gemma3", "phi3", "olmo2", "granite", "smollm3", "glm4", "starcoder2")
 """Families with parts that those above do not have: norms behind outputs, fused linears, multipliers, ..."""
+
+EXPERT_FAMILIES = ("mixtral", "qwen3_moe")
+"""Families with experts in the place of the MLP; the second layer of the tiny qwen3_moe has an MLP."""
 
 VOCAB_SIZE = 320
 BOS, EOS = 0, 1
@@ -56,6 +61,8 @@ _CONFIGS = {
     "smollm3": SmolLM3Config,
     "glm4": Glm4Config,
     "starcoder2": Starcoder2Config,
+    "mixtral": MixtralConfig,
+    "qwen3_moe": Qwen3MoeConfig,
 }
 #: what distinguishes a family, small enough to show in a dozen tokens
 _OWN: dict[str, dict[str, Any]] = {
@@ -67,9 +74,14 @@ _OWN: dict[str, dict[str, Any]] = {
     "smollm3": {"use_sliding_window": True, "sliding_window": 5, "no_rope_layer_interval": 2},
     "phi3": {"sliding_window": 7},
     "glm4": {"eos_token_id": [EOS]},
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 24},
+    "qwen3_moe": {
+        "num_experts": 6, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
 }  # fmt: skip
 #: families whose tiny model has heads wider than hidden/heads
-_WIDE_HEADS = ("qwen3", "gemma", "gemma2", "gemma3")
+_WIDE_HEADS = ("qwen3", "gemma", "gemma2", "gemma3", "qwen3_moe")
 
 
 def tiny_model(
@@ -167,7 +179,12 @@ def _random_layer(rng: random.Random, index: int, shape: LayerShape) -> LayerPla
     kv_heads = sorted(rng.sample(range(shape.num_kv_heads), rng.randint(1, shape.num_kv_heads)))
     per_kv_head = rng.randint(1, shape.num_groups)
     group = range(shape.num_groups)
-    channels = rng.sample(range(shape.intermediate_size), rng.randint(0, shape.intermediate_size))
+    if shape.num_experts:
+        experts = rng.sample(range(shape.num_experts), rng.randint(1, shape.num_experts))
+        size, count = shape.intermediate_size, rng.randint(1, shape.intermediate_size)
+        channels = [expert * size + channel for expert in experts for channel in rng.sample(range(size), count)]
+    else:
+        channels = rng.sample(range(shape.intermediate_size), rng.randint(0, shape.intermediate_size))
     return LayerPlan(
         layer=index,
         kept_query_heads=tuple(
@@ -175,6 +192,7 @@ def _random_layer(rng: random.Random, index: int, shape: LayerShape) -> LayerPla
         ),
         kept_kv_heads=tuple(kv_heads),
         kept_channels=tuple(sorted(channels)),
+        expert_size=shape.intermediate_size if shape.num_experts else 0,
     )
 
 

@@ -53,8 +53,20 @@ def attention_macs(shapes: tuple[AttentionShape, ...], *, batch_size: int, lengt
 
 
 def linear_macs_per_token(model: nn.Module) -> int:
-    """One multiply-accumulate per weight of every nn.Linear."""
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    """One multiply-accumulate per weight of every nn.Linear; of a mixture of experts, per weight of its router and of
+    as many experts as a token goes to."""
+    linears = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    return linears + sum(_experts_macs_per_token(module) for module in model.modules())
+
+
+def _experts_macs_per_token(block: Any) -> int:
+    """Of a module with a router and experts in tensors of one row of matrices per expert, 0 of any other."""
+    router, experts = getattr(block, "gate", None), getattr(block, "experts", None)
+    if router is None or not hasattr(router, "top_k") or experts is None:
+        return 0
+    matrices = [weight for weight in experts.parameters() if weight.dim() == 3]
+    active = sum(weight[0].numel() * min(router.top_k, len(weight)) for weight in matrices)
+    return int(router.weight.numel() + active)
 
 
 def count_parameters(module: nn.Module) -> int:

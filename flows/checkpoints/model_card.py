@@ -136,7 +136,8 @@ def _removed(card: Card) -> Iterator[str]:
             (after.num_kv_heads, before.num_kv_heads),
             (after.intermediate_size, before.intermediate_size),
         )
-        lines.append([layers, *(f"{now} of {was}" for now, was in pairs)])
+        of = f" in {after.num_experts} of {before.num_experts} experts" if before.num_experts else ""
+        lines.append([layers, *(f"{now} of {was}{of * (pair == 2)}" for pair, (now, was) in enumerate(pairs))])
     yield markdown_table(["layers of the base model", "query heads", "kv heads", "FFN channels"], lines)
 
 

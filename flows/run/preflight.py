@@ -116,17 +116,21 @@ def decoder_layer(card: ModelCard) -> tuple[LayerShape, LayerCost, int] | None:
     """Widths and cost of a layer, and the size of a head; None where the headers do not tell the widths."""
     if card.num_heads is None or card.num_kv_heads is None or card.intermediate_size is None:
         return None
-    shape = LayerShape(
-        num_heads=card.num_heads, num_kv_heads=card.num_kv_heads, intermediate_size=card.intermediate_size
-    )
-    head_dim = (card.attention_size or card.hidden_size) // card.num_heads
     family = family_named(card.model_type)
+    if family.experts is not None and not card.num_experts:
+        return None
+    shape = LayerShape(
+        num_heads=card.num_heads, num_kv_heads=card.num_kv_heads, intermediate_size=card.intermediate_size,
+        num_experts=card.num_experts if family.experts else 0,
+    )  # fmt: skip
+    head_dim = (card.attention_size or card.hidden_size) // card.num_heads
     cost = LayerCost(
         per_query_head=2 * head_dim * card.hidden_size,
         per_kv_head=2 * head_dim * card.hidden_size,
         per_channel=(2 + (family.gate_name is not None)) * card.hidden_size,
         fixed=2 * card.hidden_size,
         stock_heads=family.stock_heads(card.hidden_size, head_dim),
+        per_expert=card.hidden_size if family.experts else 0,
     )
     return shape, cost, head_dim
 

@@ -30,6 +30,7 @@ _HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model")
 _HEADS_KEYS = ("num_attention_heads", "n_head", "num_heads")
 _KV_HEADS_KEYS = ("num_key_value_heads", "n_head_kv")
 _FFN_KEYS = ("intermediate_size", "ffn_dim", "n_inner")
+_EXPERTS_KEYS = ("num_local_experts", "num_experts")
 # architectures of GGUF that transformers calls otherwise
 _GGUF_TYPES = {"gemma3": "gemma3_text"}
 
@@ -53,6 +54,7 @@ class ModelCard(BaseModel):
     attention_size: int | None = None  # inputs of o_proj: query heads x head_dim, which need not be hidden_size
     num_heads: int | None = None  # None where layers differ, too
     num_kv_heads: int | None = None
+    num_experts: int = 0  # in the place of every FFN, each as wide as intermediate_size; 0 where some layers have none
     has_chat_template: bool | None = None  # of its tokenizer; None where only the hub knows
 
 
@@ -159,12 +161,15 @@ def card_of_config(
             "decoder-only language model"
         )
     even = not config.get("per_layer_config")
+    experts, ffn = _experts(config), next((config[key] for key in _FFN_KEYS if config.get(key)), None)
+    if experts:
+        ffn = config.get("moe_intermediate_size", ffn)
     try:
         return ModelCard(
             model_type=config["model_type"], num_layers=layers, hidden_size=hidden,
             num_parameters=num_parameters, bytes=size, dtype=dtype,
             max_position_embeddings=config.get("max_position_embeddings"),
-            intermediate_size=next((config[key] for key in _FFN_KEYS if config.get(key)), None),
+            intermediate_size=ffn, num_experts=experts,
             attention_size=_attention_size(heads, config.get("head_dim"), hidden),
             num_heads=heads if even and isinstance(heads, int) else None,
             num_kv_heads=next((config[key] for key in _KV_HEADS_KEYS if config.get(key)), heads) if even else None,
@@ -175,6 +180,12 @@ def card_of_config(
             f"config.json of {where} has {problem['loc'][0]} = {problem['input']!r}: {problem['msg'].lower()}; fetch "
             "it again"
         ) from error
+
+
+def _experts(config: Mapping[str, Any]) -> int:
+    """Of every layer; 0 where there are none, or some layers have an FFN."""
+    mixed = config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
+    return 0 if mixed else next((config[key] for key in _EXPERTS_KEYS if isinstance(config.get(key), int)), 0)
 
 
 def _attention_size(heads: Any, head_dim: Any, hidden: int) -> int | None:

@@ -21,7 +21,7 @@ ATTENTION_RATIOS = {"equal": 1.0, "half": 1 / 2, "third": 1 / 3, "ffn": 0.0, "at
 
 @dataclass(frozen=True)
 class LayerBudget:
-    """What to remove from one layer: head units (see HeadUnit) and FFN channels."""
+    """What to remove from one layer: head units (see HeadUnit) and FFN channels, of experts so many from each."""
 
     head_units: int
     channels: int
@@ -79,7 +79,7 @@ def removed_parameters(
 ) -> int:
     """Decoder-layer parameters that these budgets take away."""
     return sum(
-        budget.head_units * unit_parameters(shape, cost, head_unit) + budget.channels * cost.per_channel
+        budget.head_units * unit_parameters(shape, cost, head_unit) + budget.channels * cost.channel_parameters(shape)
         for budget, shape in zip(budgets, shapes, strict=True)
     )
 

@@ -14,6 +14,7 @@ from pruning.allocation.budget import Allocation, LayerBudget, removed_parameter
 from pruning.allocation.curves import MAX_RATIO
 from pruning.errors import PruningError
 from pruning.families import LayerCost
+from pruning.families.family import EXPERT_MULTIPLE
 from pruning.plan import LayerShape, describe_shapes
 
 #: how far the share that is removed may lie from the asked one, where widths have to be multiples
@@ -62,6 +63,11 @@ def check_widths(shapes: Sequence[LayerShape], allocation: Allocation) -> None:
     if uniform and (allocation.protect_first or allocation.protect_last):
         raise PruningError(
             "uniform keeps the same of every layer: leave protect_first and protect_last out, or uniform"
+        )
+    if uniform and multiple % EXPERT_MULTIPLE and any(shape.num_experts for shape in shapes):
+        raise PruningError(
+            "uniform makes a model that stock classes compute, and these take experts of a width that is a multiple of "
+            f"{EXPERT_MULTIPLE}: set channel_multiple to {EXPERT_MULTIPLE} or a multiple of it (now {multiple})"
         )
     if uniform and len(set(shapes)) > 1:
         raise PruningError(

@@ -60,7 +60,8 @@ def solve_budgets(shapes: Sequence[LayerShape], cost: LayerCost, allocation: All
     if ffn:
         channels = _round_channels(shapes, cost, weights, wanted - head_parameters, allocation.channel_multiple)
     if allocation.head_rounding == "down":
-        _check_made_up(head_parameters + sum(channels) * cost.per_channel, wanted, total, allocation)
+        in_channels = sum(count * cost.channel_parameters(shape) for count, shape in zip(channels, shapes, strict=True))
+        _check_made_up(head_parameters + in_channels, wanted, total, allocation)
     budgets = tuple(LayerBudget(h, c) for h, c in zip(heads, channels, strict=True))
     check_met(budgets, shapes, cost, allocation)
     return budgets
@@ -120,7 +121,7 @@ def _removed(
     return sum(
         _head_ratio(scale * weight * attention, shape, allocation.head_unit)
         * _attention_parameters(shape, cost, allocation.head_unit)
-        + _ratio(scale * weight * ffn) * shape.intermediate_size * cost.per_channel
+        + _ratio(scale * weight * ffn) * shape.intermediate_size * cost.channel_parameters(shape)
         for weight, shape in zip(weights, shapes, strict=True)
     )
 
@@ -160,7 +161,12 @@ def _equal_budgets(shapes: Sequence[LayerShape], cost: LayerCost, allocation: Al
     heads_per_unit = shape.num_heads // max(1, units)
     allowed = tuple(gone for gone in range(max(1, units)) if cost.builds(shape.num_heads - gone * heads_per_unit))
     layer = EqualLayer(
-        units, unit_parameters(shape, cost, unit), shape.intermediate_size, cost.per_channel, total, allowed
+        units,
+        unit_parameters(shape, cost, unit),
+        shape.intermediate_size,
+        cost.channel_parameters(shape),
+        total,
+        allowed,
     )
     found = equal_widths(
         layer, allocation.sparsity, exact, allocation.channel_multiple, attention=attention > 0, ffn=ffn > 0
@@ -220,8 +226,11 @@ def _round_channels(
     def exact(scale: float) -> list[float]:
         return [_ratio(scale * w) * shape.intermediate_size for w, shape in zip(weights, shapes, strict=True)]
 
+    # of experts one channel of each goes at once
+    at_once = [max(1, shape.num_experts) for shape in shapes]
+
     def removed(scale: float) -> float:
-        return sum(exact(scale)) * cost.per_channel
+        return sum(value * count for value, count in zip(exact(scale), at_once, strict=True)) * cost.per_channel
 
     if wanted <= 0 and multiple == 1:
         return [0] * len(shapes)
@@ -236,8 +245,8 @@ def _round_channels(
         )
     counts: list[int] = []
     carried = 0.0
-    for value in values:
-        count = max(0, round(value + carried)) if value > 0 else 0
+    for value, together in zip(values, at_once, strict=True):
+        count = max(0, round(value + carried / together)) if value > 0 else 0
         counts.append(count)
-        carried += value - count
+        carried += (value - count) * together
     return counts

@@ -30,7 +30,8 @@ over its standard deviation."""
 
 @dataclass(frozen=True)
 class LayerScores:
-    """What each level costs, in the order of removal: heads one by one ("kv_group": groups), channels one by one."""
+    """What each level costs, in the order of removal: heads one by one ("kv_group": groups), channels one by one, of
+    experts one of each."""
 
     attention: tuple[float, ...]
     mlp: tuple[float, ...]
@@ -96,7 +97,7 @@ def _candidates(
         heads_at_once = 1 if allocation.head_unit == "kv_group" else shape.num_kv_heads
         sites: tuple[tuple[SubLayerKind, tuple[float, ...], int, int, int], ...] = (
             ("attention", of_layer.attention, heads_at_once, units - 1, per_unit),
-            ("mlp", of_layer.mlp, 1, math.floor(MAX_RATIO * shape.intermediate_size), cost.per_channel),
+            ("mlp", of_layer.mlp, 1, math.floor(MAX_RATIO * shape.intermediate_size), cost.channel_parameters(shape)),
         )
         for kind, one_by_one, at_once, most, parameters in sites:
             levels = _levels(one_by_one, at_once, parameters, measure)[: max(0, most)]

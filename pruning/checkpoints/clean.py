@@ -10,11 +10,13 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from pruning.checkpoints.folder import INDEX, WEIGHTS
-from pruning.checkpoints.stored_tensors import StoredTensors, dtype_name, stored_tensors, write_index
+from pruning.checkpoints.headers import write_index
+from pruning.checkpoints.stored_tensors import StoredTensors, dtype_name, stored_tensors
 
 
 def clean_(folder: Path) -> tuple[str, ...]:
-    """Rewrite what is not clean in a checkpoint folder, one file at a time; the folder must be the caller's own.
+    """Rewrite what is not clean in a checkpoint folder, one file at a time (all at once where experts are
+    stored apart); the folder must be the caller's own.
 
     Returns what was changed, a clause each: nothing for a clean folder, which is left as it is to the bit. Raises
     PruningError if the folder is no checkpoint that can be loaded (see `stored_tensors`).
@@ -32,16 +34,29 @@ def _rewrite_(stored: StoredTensors) -> None:
     names: defaultdict[Path, list[str]] = defaultdict(list)
     for name, place in stored.places.items():
         names[place.file].append(name)
-    for file in sorted(stored.files):
-        if file not in names:
-            file.unlink()
-            continue
-        aside = file.with_suffix(".unfinished")
-        save_file(stored.read(names[file]), aside, metadata={"format": "pt"})
-        aside.replace(file)
+    written: list[Path] = []
+    for file in sorted(names):
+        save_file(stored.as_stored(stored.read(names[file])), _aside(file), metadata={"format": "pt"})
+        written.append(file)
+        if not stored.parts:  # else the experts of one weight may lie in several files
+            _replace_(written)
+    _replace_(written)
+    for file in stored.files - names.keys():
+        file.unlink()
     (stored.folder / INDEX).unlink(missing_ok=True)
     if [file.name for file in names] != [WEIGHTS]:
         write_index(stored.folder, sorted(file.name for file in names))
+
+
+def _aside(file: Path) -> Path:
+    return file.with_suffix(".unfinished")
+
+
+def _replace_(files: list[Path]) -> None:
+    """Put what was written aside in their place, and forget them."""
+    while files:
+        file = files.pop()
+        _aside(file).replace(file)
 
 
 def _correct_config_(stored: StoredTensors) -> None:

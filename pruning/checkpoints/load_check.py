@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ from pruning.checkpoints.stored_tensors import StoredTensors, stored_tensors
 from pruning.checkpoints.surgery import kept_inputs
 from pruning.errors import PruningError, UnsoundCheckpoint
 from pruning.families import ModelFamily, family_of
-from pruning.families.forward import KINDS, SubLayerKind, output_linear, output_name
+from pruning.families.experts import experts_module, route
+from pruning.families.forward import KINDS, SubLayerKind, output_name
 from pruning.families.head_norms import head_features, rms_norm
 
 if TYPE_CHECKING:
@@ -42,8 +44,9 @@ def check_pruned(folder: Path, source: Path, plan: PruningPlan) -> None:
     the folder does not load or gives other logits.
     """
     written = _clean(folder)
-    with checkpoint_on_disk(stored_tensors(source), torch.float32) as model:
-        _mask_(model, plan, written)
+    dense = stored_tensors(source)
+    with checkpoint_on_disk(dense, torch.float32) as model:
+        _mask_(model, plan, dense, written)
         expected = _logits(model)
     _compare(written, expected, torch.float32, f"{source} masked")
 
@@ -113,20 +116,38 @@ def _logits(model: PreTrainedModel) -> Tensor:
     return logits.float().cpu()
 
 
-def _mask_(model: PreTrainedModel, plan: PruningPlan, pruned: StoredTensors) -> None:
+def _mask_(model: PreTrainedModel, plan: PruningPlan, dense: StoredTensors, pruned: StoredTensors) -> None:
     """Let the output linears of a dense model read what the plan keeps, with the weights of the pruned checkpoint."""
     family, layers = family_of(model), family_of(model).layers(model)
     for place, kept in enumerate(plan.layers):
         for kind in KINDS:
+            if kind == "mlp" and kept.expert_size:
+                _mask_experts_(layers[kept.layer], place, kept, dense, pruned)
+                continue
             name = output_name(pruned.family, place, kind)
             _replace_(
                 family, layers[kept.layer], kind, _KeptInputs(pruned, name, kept_inputs(kept, kind, plan.head_dim))
             )
         _mask_head_norms_(family, layers[kept.layer], place, kept, pruned)
     for index in plan.dropped_layers:
+        width = family.o_proj(layers[index]).out_features
         for kind in KINDS:
-            width = output_linear(family, layers[index], kind).out_features
-            _replace_(family, layers[index], kind, _Nothing(width))
+            if kind == "mlp" and family.has_experts(layers[index]):
+                setattr(layers[index], family.mlp_name, _Nothing(width))
+            else:
+                _replace_(family, layers[index], kind, _Nothing(width))
+
+
+def _mask_experts_(layer: nn.Module, place: int, kept: LayerPlan, dense: StoredTensors, pruned: StoredTensors) -> None:
+    family = dense.family
+    experts, names = experts_module(family, layer), family.experts
+    assert names is not None
+    was, now = (f"{family.layers_path}.{index}.{family.mlp_name}." for index in (kept.layer, place))
+    gate_up = _Weights(dense, f"{was}{names.module_name}.gate_up_proj")
+    down = _Weights(pruned, f"{now}{names.module_name}.down_proj")
+    rows = _Weights(pruned, f"{now}{names.router_name}.weight")
+    setattr(experts.block, names.module_name, _KeptChannels(gate_up, down, kept, experts.module.act_fn))
+    setattr(experts.block, names.router_name, _KeptRows(rows, kept, experts.router))
 
 
 def _mask_head_norms_(
@@ -159,6 +180,48 @@ class _KeptInputs(nn.Module):
     def forward(self, inputs_BLI: Tensor) -> Tensor:
         weights = self._stored.read(self._names)
         return nn.functional.linear(inputs_BLI[..., self._kept_I], *(weights[name].float() for name in self._names))
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A weight of a checkpoint that is read when it is asked for."""
+
+    stored: StoredTensors
+    name: str
+
+    def __call__(self) -> Tensor:
+        return self.stored.read([self.name])[self.name].float()
+
+
+class _KeptRows(nn.Module):
+    """The router of a pruned checkpoint in a dense layer: it calls the experts as they are called there."""
+
+    def __init__(self, rows: _Weights, kept: LayerPlan, router: nn.Module) -> None:
+        super().__init__()
+        self._rows, self._kept_E, self._router_of = rows, torch.tensor(list(kept.kept_by_expert)), (router,)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (router,) = self._router_of  # no part of this module, or its hooks would be sought here
+        return route(router, type(router), self._rows(), self._kept_E, hidden_states)
+
+
+class _KeptChannels(nn.Module):
+    """The experts of a dense layer with the output weights of a pruned checkpoint, whose channels they pick."""
+
+    def __init__(self, gate_up: _Weights, down: _Weights, kept: LayerPlan, act_fn: nn.Module) -> None:
+        super().__init__()
+        self._gate_up, self._down, self._kept, self._act_fn = gate_up, down, kept, act_fn
+
+    def forward(self, read_TC: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        gate_up, down, size = self._gate_up(), self._down(), self._kept.expert_size
+        output_TC = torch.zeros_like(read_TC)
+        for place, (expert, channels) in enumerate(self._kept.kept_by_expert.items()):
+            token_T, which_T = (experts_TK == expert).nonzero(as_tuple=True)
+            kept_I = torch.tensor(channels, dtype=torch.int64)
+            gate_TI, up_TI = (read_TC[token_T] @ gate_up[expert, start + kept_I].T for start in (0, size))
+            given_TC = (self._act_fn(gate_TI) * up_TI) @ down[place].T
+            output_TC.index_add_(0, token_T, given_TC * weights_TK[token_T, which_T, None])
+        return output_TC
 
 
 class _KeptFeatures(nn.Module):

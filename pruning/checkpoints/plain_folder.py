@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from pruning.checkpoints.folder import WEIGHTS, with_own_modelling_file_
+from pruning.checkpoints.headers import write_index
 from pruning.checkpoints.load_check import check_copied
 from pruning.checkpoints.save_load import PLAN_FILE
-from pruning.checkpoints.stored_tensors import StoredTensors, stored_tensors, write_index
+from pruning.checkpoints.stored_tensors import StoredTensors, stored_tensors
 from pruning.errors import PruningError
 from pruning.modeling import config_shapes
 from pruning.plan import describe_shapes
@@ -75,7 +76,7 @@ def _write_weights(stored: StoredTensors, out: Path, max_bytes: int) -> None:
     if count == 1:
         names = [WEIGHTS]
     for name, tensors in zip(names, shards, strict=True):
-        save_file(stored.read(tensors), out / name, metadata={"format": "pt"})
+        save_file(stored.as_stored(stored.read(tensors)), out / name, metadata={"format": "pt"})
     if count > 1:
         write_index(out, names)
 

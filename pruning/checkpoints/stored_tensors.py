@@ -9,11 +9,10 @@ refused.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pruning.checkpoints.folder import INDEX, WEIGHTS, class_of_folder
+from pruning.checkpoints.folder import class_of_folder
+from pruning.checkpoints.headers import DTYPES, Place, headers
 from pruning.checkpoints.meta_model import meta_model
+from pruning.checkpoints.published_experts import ExpertPart, PublishedExperts, fused_place
 from pruning.errors import PruningError
 from pruning.families import ModelFamily, family_of
 from pruning.families.parts import check_parts
@@ -30,19 +31,8 @@ from pruning.families.parts import check_parts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 #: old checkpoints keep tables of the rotary module, which every model computes for itself
 _TABLES = re.compile(r"(^|\.)rotary_emb\.")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: its file, its name in there, and what the file says of it."""
-
-    file: Path
-    name: str
-    shape: torch.Size
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,8 @@ class StoredTensors:
 
     config: of the model class; whether the head is tied, and the dtype, are as the tensors say. dtype: of all weights:
     the one that most are stored in. files: all that belong to the model. places: of every weight by its name in the
-    model; a tied head has none. oddities: what a clean checkpoint would have otherwise, a clause each; empty for a
+    model; a tied head has none. parts: of a weight that is stored expert by expert; its place is then that of the
+    first one, in the shape of all. oddities: what a clean checkpoint would have otherwise, a clause each; empty for a
     clean one.
     """
 
@@ -63,6 +54,7 @@ class StoredTensors:
     files: frozenset[Path]
     places: dict[str, Place]
     oddities: tuple[str, ...]
+    parts: Mapping[str, Mapping[ExpertPart, Place]] = field(default_factory=dict)
 
     @property
     def is_tied(self) -> bool:
@@ -75,8 +67,22 @@ class StoredTensors:
 
         Raises PruningError for an unreadable file.
         """
+        wanted = list(names)
+        whole = {name: self.places[name] for name in wanted if name not in self.parts}
+        read = self._read(whole)
+        for name in wanted:
+            if name in self.parts:  # one weight at a time is twice in memory
+                found = self._read({place.name: place for place in self.parts[name].values()})
+                fused = {part: found.pop(place.name) for part, place in self.parts[name].items()}
+                read[name] = PublishedExperts(self.family).fuse(fused)
+        return read
+
+    def as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by their names in the model under the names that checkpoints of the family have."""
+        return PublishedExperts(self.family).apart(tensors)
+
+    def _read(self, places: Mapping[str, Place]) -> dict[str, Tensor]:
         read: dict[str, Tensor] = {}
-        places = {name: self.places[name] for name in names}
         for file in sorted({place.file for place in places.values()}):
             try:
                 with safe_open(file, framework="pt") as shard:
@@ -110,9 +116,9 @@ def stored_tensors(folder: Path) -> StoredTensors:
     model = meta_model(model_class, config)
     family = family_of(model)
     check_parts(family, model)
-    stored = _headers(folder)
+    stored = headers(folder)
     oddities: list[str] = []
-    places, extra = _named(model, stored, folder, oddities)
+    places, parts, extra = _named(model, family, stored, folder, oddities)
     _refuse_unused(model, family, extra, folder, oddities)
     _settle_tie_(config, family, places, folder, oddities)
     _check_whole(model, config, family, places, folder)
@@ -121,21 +127,7 @@ def stored_tensors(folder: Path) -> StoredTensors:
         oddities.append(f"config.json says {dtype_name(config.dtype)} and the weights are {dtype_name(dtype)}")
     config.dtype = dtype
     files = frozenset(place.file for place in stored)
-    return StoredTensors(folder, model_class, config, family, dtype, files, places, tuple(oddities))
-
-
-def write_index(folder: Path, files: Iterable[str]) -> dict[str, torch.Size]:
-    """Write the index of these weight files of a folder, and return the shapes of the tensors in them."""
-    weight_map: dict[str, str] = {}
-    shapes: dict[str, torch.Size] = {}
-    total = 0
-    for file in files:
-        for place in _header(folder / file):
-            weight_map[place.name], shapes[place.name] = file, place.shape
-            total += place.shape.numel() * _DTYPES[place.dtype].itemsize
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return shapes
+    return StoredTensors(folder, model_class, config, family, dtype, files, places, tuple(oddities), parts)
 
 
 def _config(model_class: Any, folder: Path) -> Any:
@@ -148,39 +140,25 @@ def _config(model_class: Any, folder: Path) -> Any:
         ) from error
 
 
-def _headers(folder: Path) -> list[Place]:
-    """The tensors in the files that transformers reads, which need not be all that lie in the folder."""
-    if (folder / WEIGHTS).is_file():
-        return _header(folder / WEIGHTS)
-    if not (folder / INDEX).is_file():
-        raise PruningError(f"{folder} has neither {WEIGHTS} nor {INDEX}, so which of its files is the model?")
-    try:
-        files = sorted({str(name) for name in json.loads((folder / INDEX).read_bytes())["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PruningError(f"{folder / INDEX} is no index of shards ({error!r}): fetch it again") from error
-    # what a missing file should hold is missing, and said by name
-    return [place for file in files if (folder / file).is_file() for place in _header(folder / file)]
-
-
-def _header(file: Path) -> list[Place]:
-    try:
-        with safe_open(file, framework="pt") as shard:
-            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            return [Place(file, name, torch.Size(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
-    except (SafetensorError, OSError) as error:
-        raise PruningError(f"cannot load the weights in {file}: {error}") from error
-
-
 def _named(
-    model: PreTrainedModel, stored: Iterable[Place], folder: Path, oddities: list[str]
-) -> tuple[dict[str, Place], list[Place]]:
-    """The tensors that the model has by their names in it, and the others."""
-    wanted, base = model.state_dict().keys(), f"{model.base_model_prefix}."
+    model: PreTrainedModel, family: ModelFamily, stored: Iterable[Place], folder: Path, oddities: list[str]
+) -> tuple[dict[str, Place], dict[str, dict[ExpertPart, Place]], list[Place]]:
+    """The tensors that the model has by their names in it, those of experts by the name of the one for all, and the
+    others."""
+    wanted, base, published = model.state_dict(), f"{model.base_model_prefix}.", PublishedExperts(family)
     places: dict[str, Place] = {}
+    parts: dict[str, dict[ExpertPart, Place]] = {}
     extra: list[Place] = []
+    prefixed = 0
     for place in stored:
-        name = next((name for name in (place.name, base + place.name) if name in wanted), None)
-        if name is None:
+        spellings = (place.name, base + place.name)
+        name = next((ours for ours in map(published.renamed, spellings) if ours in wanted), None)
+        part = next((each for each in map(published.part, spellings) if each and each.fused in wanted), None)
+        found = part.fused if part else name
+        prefixed += found is not None and found.startswith(base) and not place.name.startswith(base)
+        if part is not None:
+            parts.setdefault(part.fused, {})[part] = place
+        elif name is None:
             extra.append(place)
         elif name in places:
             raise PruningError(
@@ -188,9 +166,11 @@ def _named(
             )
         else:
             places[name] = place
-    if renamed := [name for name, place in places.items() if name != place.name]:
-        oddities.append(f"{len(renamed)} tensors lack the prefix {base}")
-    return places, extra
+    for name, of_experts in parts.items():
+        places[name] = fused_place(name, wanted[name].shape, of_experts, folder)
+    if prefixed:
+        oddities.append(f"{prefixed} tensors lack the prefix {base}")
+    return places, parts, extra
 
 
 def _refuse_unused(
@@ -271,16 +251,16 @@ def _common_dtype(places: Mapping[str, Place], folder: Path, oddities: list[str]
     """The dtype that most weights are stored in: transformers computes in one."""
     sizes: Counter[str] = Counter()
     for name, place in places.items():
-        if place.dtype not in _DTYPES:
+        if place.dtype not in DTYPES:
             raise PruningError(
                 f"{folder} holds {name} as {place.dtype}, which is no plain floating point: take the model unquantised"
             )
         sizes[place.dtype] += place.shape.numel()
     (most, _), *others = sizes.most_common()
     if others:
-        said = ", ".join(dtype_name(_DTYPES[dtype]) for dtype, _ in others)
-        oddities.append(f"some weights are {said} where most are {dtype_name(_DTYPES[most])}")
-    return _DTYPES[most]
+        said = ", ".join(dtype_name(DTYPES[dtype]) for dtype, _ in others)
+        oddities.append(f"some weights are {said} where most are {dtype_name(DTYPES[most])}")
+    return DTYPES[most]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pruning.errors import PruningError
 from pruning.families import ModelFamily, family_of, shapes
+from pruning.families.experts import cut_experts_, experts_of, mask_experts_
 from pruning.families.forward import KINDS, SubLayerKind, output_linear, silence_
 from pruning.families.head_norms import cut_head_norms_, head_features, mask_head_norms_
 from pruning.families.parts import check_parts
@@ -59,7 +60,7 @@ def mask_(model: PreTrainedModel, plan: PruningPlan) -> None:
         _mask_layer_(family, layers[kept.layer], kept, plan.head_dim)
     for index in plan.dropped_layers:
         for kind in KINDS:
-            silence_(output_linear(family, layers[index], kind))
+            silence_(family, layers[index], kind)
 
 
 def _check_applies(model: nn.Module, family: ModelFamily, plan: PruningPlan) -> None:
@@ -69,6 +70,13 @@ def _check_applies(model: nn.Module, family: ModelFamily, plan: PruningPlan) -> 
                 raise PruningError(
                     f"layer {index} has a {type(linear).__name__} ({linear.weight.dtype} on {linear.weight.device}) "
                     "where a plain nn.Linear is needed: load the model unquantised, not offloaded, adapters merged"
+                )
+        experts = experts_of(family, layer)
+        for weight in experts.parameters() if experts else ():
+            if weight.is_meta or not weight.is_floating_point():
+                raise PruningError(
+                    f"layer {index} has weights of experts of type {weight.dtype} on {weight.device}: load the model "
+                    "unquantised, not offloaded, adapters merged"
                 )
     check_parts(family, model)
     have, head_dim = shapes(model), family.head_dim(model)
@@ -86,7 +94,11 @@ def shrink_layer_(family: ModelFamily, layer: nn.Module, kept: LayerPlan) -> Non
     for linear, rows in _kept_rows(family, layer, query, kv, channels):
         keep_rows_(linear, rows)
     keep_columns_(family.o_proj(layer), query)
-    keep_columns_(family.down_proj(layer), channels)
+    experts = experts_of(family, layer)
+    if experts is None:
+        keep_columns_(family.down_proj(layer), channels)
+    else:
+        cut_experts_(experts, kept.kept_by_expert)
     cut_head_norms_(family, layer, kept.kept_query_heads, kept.kept_kv_heads)
     own_heads_(family.attention(layer))
     # what the modules remember of their widths; each family has some of these
@@ -115,12 +127,16 @@ def _mask_layer_(family: ModelFamily, layer: nn.Module, kept: LayerPlan, head_di
     for linear, rows in _kept_rows(family, layer, query, kv, channels):
         _zero_(linear, rows=_others(rows, linear.out_features))
     mask_head_norms_(family, layer, kept.kept_query_heads, kept.kept_kv_heads)
-    for linear, columns in ((family.o_proj(layer), query), (family.down_proj(layer), channels)):
+    experts = experts_of(family, layer)
+    if experts is not None:
+        mask_experts_(experts, kept.kept_by_expert)
+    outputs = [(family.o_proj(layer), query), *([] if experts else [(family.down_proj(layer), channels)])]
+    for linear, columns in outputs:
         linear.weight[:, _others(columns, linear.in_features)] = 0
 
 
 def kept_inputs(kept: LayerPlan, kind: SubLayerKind, head_dim: int) -> Tensor:
-    """Indices of the inputs that a sub-layer's output linear keeps, int64."""
+    """Indices of the inputs that a sub-layer's output linear keeps, int64; not of experts."""
     query, _, channels = _features(kept, head_dim)
     return query if kind == "attention" else channels
 

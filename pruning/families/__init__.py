@@ -5,6 +5,7 @@
 * `projection`  the rows of a linear that are q, k, v, gate or up, of its own or of a fused one
 * `forward`     one sub-layer computed alone, as the walk does it, and how its output joins the residual stream
 * `head_norms`  norms that span all heads of an attention, and lose some with them
+* `experts`     mixtures of experts: their linears, which tokens reach them, their router
 * `parts`       that a layer has no part which its family's row does not know
 * `sites`       where something can be removed, and which columns go together
 
@@ -13,6 +14,7 @@ May import pruning.plan and pruning.errors. What it asks of a model are names an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +44,8 @@ class LayerCost:
 
     per_query_head: rows of q, columns of o, bias of q. per_kv_head: rows and biases of k and v. Both: their share of a
     norm that spans all heads. per_channel: rows of up (and of gate, if there is one), column of down, biases of up and
-    gate. fixed: the other norms, biases of o and down. stock_heads: numbers of query heads that the stock class can be
-    built with, None: any.
+    gate; of a layer with experts, of one of them. per_expert: the router's row. fixed: the other norms, biases of o and
+    down. stock_heads: numbers of query heads that the stock class can be built with, None: any.
     """
 
     per_query_head: int
@@ -51,6 +53,11 @@ class LayerCost:
     per_channel: int
     fixed: int
     stock_heads: tuple[int, ...] | None = None
+    per_expert: int = 0
+
+    def channel_parameters(self, shape: LayerShape) -> int:
+        """What goes with one channel of a layer's MLP, or with one of each of its experts."""
+        return self.per_channel * max(1, shape.num_experts)
 
     def builds(self, num_heads: int) -> bool:
         """Whether the stock class can be built with so many query heads."""
@@ -62,7 +69,8 @@ class LayerCost:
             self.fixed
             + self.per_query_head * shape.num_heads
             + self.per_kv_head * shape.num_kv_heads
-            + self.per_channel * shape.intermediate_size
+            + self.per_channel * shape.num_channels
+            + self.per_expert * shape.num_experts
         )
 
 
@@ -111,20 +119,31 @@ def layer_cost(model: nn.Module) -> LayerCost:
     cost = LayerCost(
         per_query_head=head_dim * (per_row["q"] + family.o_proj(layer).out_features + in_norm),
         per_kv_head=head_dim * (per_row["k"] + per_row["v"] + in_norm),
-        per_channel=per_row.get("gate", 0) + per_row["up"] + family.down_proj(layer).out_features,
+        per_channel=_per_channel(family, layer, per_row),
         fixed=0,
+        per_expert=family.o_proj(layer).out_features if family.experts else 0,
     )
     numel = sum(parameter.numel() for parameter in layer.parameters())
     stock_heads = family.stock_heads(family.o_proj(layer).out_features, head_dim)
     return replace(cost, fixed=numel - cost.parameters(shape), stock_heads=stock_heads)
 
 
+def _per_channel(family: ModelFamily, layer: nn.Module, per_row: Mapping[str, int]) -> int:
+    if family.has_experts(layer):
+        return 3 * family.o_proj(layer).out_features
+    return per_row.get("gate", 0) + per_row["up"] + family.down_proj(layer).out_features
+
+
 def _shape(family: ModelFamily, layer: nn.Module, head_dim: int) -> LayerShape:
+    from pruning.families.experts import experts_of  # torch is not needed to plan
+
     rows = {role: projection.num_rows for role, projection in family.projections(layer).items()}
+    experts = experts_of(family, layer)
     return LayerShape(
         num_heads=rows["q"] // head_dim,
         num_kv_heads=rows["k"] // head_dim,
-        intermediate_size=family.down_proj(layer).in_features,
+        intermediate_size=experts.size if experts else family.down_proj(layer).in_features,
+        num_experts=experts.num_experts if experts else 0,
     )
 
 

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+#: what the width of an expert has to be a multiple of, so that grouped matrix products, transformers' default for
+#: experts, can compute it: torch wants rows of whole 16 bytes. modeling_slimline has the same number
+EXPERT_MULTIPLE = 8
+
+
 @dataclass(frozen=True)
 class Requirement:
     """What the config of a model must say for the family to be prunable. holds: of the config. reason: a clause that
@@ -20,6 +25,27 @@ class Requirement:
 
     holds: Callable[[Any], bool]
     reason: str
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Where a mixture of experts keeps its parts, in the module that stands in the place of the MLP.
+
+    is_sparse: of config and number of a layer, whether it has experts; the others have an MLP. ..._field: names in the
+    config: channels of each expert, how many experts, to how many of them a token goes. dense_field: the list of
+    the layers that have an MLP. published_...: what checkpoints call block, and gate, up and down of each expert, which
+    they keep one by one.
+    """
+
+    is_sparse: Callable[[Any, int], bool]
+    size_field: str
+    published_block: str
+    published_parts: tuple[str, str, str]
+    module_name: str = "experts"
+    router_name: str = "gate"
+    num_experts_field: str = "num_local_experts"
+    per_token_field: str = "num_experts_per_tok"
+    dense_field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +73,9 @@ class ModelFamily:
     residual_multiplier_name, the layer's attribute by which the output is multiplied. norm_offset: what such a norm
     adds to its weight; norm_epsilon_name: its attribute. On the way from the head: the logits are divided by one field
     of the config, or held below another.
+
+    experts: of a family whose layers have experts in the place of the MLP, or some of them; gate_name, up_name and
+    down_name are then of the other layers.
 
     head_norm_names: norms of queries and keys, of width head_dim, shared by all heads and never cut; or with
     head_norms_span_heads one norm over all of them, which is cut along with the heads.
@@ -90,6 +119,7 @@ class ModelFamily:
     parallel_residual: bool = False
     llama_cpp: str | None = None
     computes_as_llama: bool = False
+    experts: ExpertNames | None = None
     requirements: tuple[Requirement, ...] = ()
 
     def decoder(self, model: nn.Module) -> nn.Module:
@@ -133,15 +163,20 @@ class ModelFamily:
         return _linear(self.attention(layer), self.o_name)
 
     def down_proj(self, layer: nn.Module) -> nn.Linear:
-        """intermediate -> hidden."""
+        """intermediate -> hidden, of a layer without experts."""
         return _linear(self.mlp(layer), self.down_name)
 
     def linears(self, layer: nn.Module) -> dict[str, nn.Linear]:
-        """The linear of each role, in the order q k v o (gate) up down; a fused one comes once for each of its own."""
-        blocks = {role: self.attention(layer) for role in "qkvo"} | dict.fromkeys(
-            ("gate", "up", "down"), self.mlp(layer)
-        )
-        return {role: _linear(blocks[role], name) for role, name in self.linear_names().items()}
+        """The linear of each role, in the order q k v o (gate) up down; a fused one comes once for each of its own.
+        Of a layer with experts q k v o alone: see families.experts for the others."""
+        blocks = dict.fromkeys("qkvo", self.attention(layer))
+        if not self.has_experts(layer):
+            blocks |= dict.fromkeys(("gate", "up", "down"), self.mlp(layer))
+        return {role: _linear(blocks[role], name) for role, name in self.linear_names().items() if role in blocks}
+
+    def has_experts(self, layer: nn.Module) -> bool:
+        """Whether a layer has experts in the place of the MLP."""
+        return self.experts is not None and hasattr(self.mlp(layer), self.experts.module_name)
 
     def linear_names(self) -> dict[str, str]:
         """The linears of a layer by their own names, in the order q k v o (gate) up down, keyed so."""
@@ -162,7 +197,7 @@ class ModelFamily:
         """
         linears = self.linears(layer)
         found = {role: Projection(linear, 0, linear.out_features) for role, linear in linears.items()}
-        for roles in self.fused_roles():
+        for roles in (roles for roles in self.fused_roles() if roles[0] in linears):
             linear, start = linears[roles[0]], 0
             query = linears["o"].in_features if "q" in roles else 0
             others = (linear.out_features - query) // sum(role != "q" for role in roles)

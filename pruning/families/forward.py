@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pruning.families.experts import experts_module
+
 if TYPE_CHECKING:
     from pruning.families.family import ModelFamily
 
@@ -19,8 +21,11 @@ SubLayerKind = Literal["attention", "mlp"]
 KINDS: tuple[SubLayerKind, ...] = ("attention", "mlp")
 
 
-def output_linear(family: ModelFamily, layer: nn.Module, kind: SubLayerKind) -> nn.Linear:
-    """The linear whose output, perhaps normed or multiplied, joins the residual stream: o_proj or down_proj."""
+def output_linear(family: ModelFamily, layer: nn.Module, kind: SubLayerKind, expert: int | None = None) -> nn.Linear:
+    """The linear whose output, perhaps normed or multiplied, joins the residual stream: o_proj or down_proj, that of an
+    expert if the layer has experts (then as a view, see `families.experts`)."""
+    if expert is not None:
+        return experts_module(family, layer).output_linear(expert)
     return family.o_proj(layer) if kind == "attention" else family.down_proj(layer)
 
 
@@ -45,13 +50,13 @@ def residual_multiplier(family: ModelFamily, layer: nn.Module) -> float | None:
 def output_inputs(
     family: ModelFamily, layer: nn.Module, kind: SubLayerKind, stream_BLC: Tensor, kwargs: dict[str, Any]
 ) -> Tensor:
-    """The inputs (B, L, I) of the output linear, from the residual stream; the linear itself is not run.
+    """The inputs (B, L, I) of the output linear, from the residual stream; the linear itself is not run. Experts have
+    inputs of their own: see `sub_layer_output`.
 
     stream_BLC: before the layer, or for an MLP that is not parallel to the attention, after the attention's output has
     joined it. kwargs: the keyword arguments that the model gives the layer (mask, rotary tables, positions).
     """
-    norm = input_norm(family, layer, kind)
-    read_BLC = stream_BLC if norm is None else norm(stream_BLC)
+    read_BLC = read_by(family, layer, kind, stream_BLC)
     if kind == "attention":
         module = family.attention(layer)
         with _without(module, family.o_name):
@@ -64,6 +69,23 @@ def output_inputs(
     with _without(module, family.down_name):
         channels_BLI: Tensor = module(read_BLC)
         return channels_BLI
+
+
+def read_by(family: ModelFamily, layer: nn.Module, kind: SubLayerKind, stream_BLC: Tensor) -> Tensor:
+    """What a sub-layer reads of the stream: through the norm before it, if there is one."""
+    norm = input_norm(family, layer, kind)
+    return stream_BLC if norm is None else norm(stream_BLC)
+
+
+def sub_layer_output(
+    family: ModelFamily, layer: nn.Module, kind: SubLayerKind, stream_BLC: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """What a sub-layer gives to be joined, (B, L, C): of its output linear, or of its experts together."""
+    if kind == "mlp" and family.has_experts(layer):
+        output_BLC: Tensor = family.mlp(layer)(read_by(family, layer, kind, stream_BLC))
+        return output_BLC
+    linear: Callable[[Tensor], Tensor] = output_linear(family, layer, kind)
+    return linear(output_inputs(family, layer, kind, stream_BLC, kwargs))
 
 
 def join(family: ModelFamily, layer: nn.Module, kind: SubLayerKind, stream_BLC: Tensor, output_BLC: Tensor) -> Tensor:
@@ -105,9 +127,13 @@ def token_weights(family: ModelFamily, layer: nn.Module, kind: SubLayerKind, inp
     return weights_BL
 
 
-def silence_(linear: nn.Linear) -> None:
-    """Let an output linear add nothing to the residual stream."""
-    with torch.no_grad():
+@torch.no_grad()
+def silence_(family: ModelFamily, layer: nn.Module, kind: SubLayerKind) -> None:
+    """Let a sub-layer add nothing to the residual stream."""
+    if kind == "mlp" and family.has_experts(layer):
+        experts_module(family, layer).module.down_proj.zero_()
+    else:
+        linear = output_linear(family, layer, kind)
         linear.weight.zero_()
         if linear.bias is not None:
             linear.bias.zero_()
@@ -125,8 +151,8 @@ def layer_output(
     for kind in KINDS:
         if kind in kinds:
             before_BLC = stream_BLC if family.parallel_residual else after_BLC
-            inputs_BLI = output_inputs(family, layer, kind, before_BLC, kwargs)
-            after_BLC = join(family, layer, kind, after_BLC, output_linear(family, layer, kind)(inputs_BLI))
+            output_BLC = sub_layer_output(family, layer, kind, before_BLC, kwargs)
+            after_BLC = join(family, layer, kind, after_BLC, output_BLC)
     return after_BLC
 
 
@@ -152,7 +178,10 @@ def _without(module: nn.Module, linear_name: str) -> Iterator[None]:
         setattr(module, linear_name, linear)
 
 
-def output_name(family: ModelFamily, layer: int, kind: SubLayerKind) -> str:
-    """Dotted name of a sub-layer's output linear: "model.layers.3.mlp.down_proj"."""
+def output_name(family: ModelFamily, layer: int, kind: SubLayerKind, expert: int | None = None) -> str:
+    """Dotted name of an output linear: "model.layers.3.mlp.down_proj", "model.layers.3.mlp.experts.5.down_proj"."""
     block, leaf = (family.attention_name, family.o_name) if kind == "attention" else (family.mlp_name, family.down_name)
+    if expert is not None:
+        assert family.experts is not None
+        leaf = f"{family.experts.module_name}.{expert}.{leaf}"
     return ".".join(part for part in (family.layers_path, str(layer), block, leaf) if part)

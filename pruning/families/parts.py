@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pruning.errors import PruningError
+from pruning.families.experts import experts_of
 from pruning.families.forward import KINDS, input_norm, output_norm
 
 if TYPE_CHECKING:
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def check_parts(family: ModelFamily, model: nn.Module) -> None:
-    """Raise PruningError naming a parameter, or a buffer that is saved, of a layer that belongs neither to a linear nor
-    to a norm that the family's row names. No weight is read."""
+    """Raise PruningError naming a parameter, or a buffer that is saved, of a layer that belongs neither to a linear,
+    nor to a norm, nor to the experts that the family's row names. No weight is read."""
     for index, layer in enumerate(family.layers(model)):
         known = {id(module) for module in _named_by_the_row(family, layer)}
         for name, module in layer.named_modules():
@@ -33,4 +34,7 @@ def check_parts(family: ModelFamily, model: nn.Module) -> None:
 
 def _named_by_the_row(family: ModelFamily, layer: nn.Module) -> list[nn.Module]:
     norms = [find(family, layer, kind) for kind in KINDS for find in (input_norm, output_norm)]
-    return [*family.linears(layer).values(), *family.head_norms(layer), *(norm for norm in norms if norm is not None)]
+    experts = experts_of(family, layer)
+    mixture = [] if experts is None else [experts.module, experts.router]
+    norms_there = [norm for norm in norms if norm is not None]
+    return [*family.linears(layer).values(), *family.head_norms(layer), *norms_there, *mixture]

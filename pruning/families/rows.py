@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from pruning.families.family import ModelFamily, Requirement
+from typing import Any
+
+from pruning.families.family import ExpertNames, ModelFamily, Requirement
+
+
+def _qwen3_moe_is_sparse(config: Any, layer: int) -> bool:
+    step = config.decoder_sparse_step
+    return layer not in config.mlp_only_layers and config.num_experts > 0 and (layer + 1) % step == 0
+
 
 FAMILIES: tuple[ModelFamily, ...] = (
     ModelFamily(
@@ -168,5 +176,29 @@ FAMILIES: tuple[ModelFamily, ...] = (
         gate_name=None,
         up_name="c_fc",
         down_name="c_proj",
+    ),
+    ModelFamily(
+        name="mixtral",
+        model_types=("mixtral", "slimline-mixtral"),
+        architectures=("MixtralForCausalLM", "SlimlineMixtralForCausalLM"),
+        experts=ExpertNames(
+            is_sparse=lambda config, layer: True,
+            size_field="intermediate_size",
+            published_block="block_sparse_moe",
+            published_parts=("w1", "w3", "w2"),
+        ),
+    ),
+    ModelFamily(
+        name="qwen3_moe",
+        model_types=("qwen3_moe", "slimline-qwen3_moe"),
+        architectures=("Qwen3MoeForCausalLM", "SlimlineQwen3MoeForCausalLM"),
+        head_norm_names=("q_norm", "k_norm"),
+        experts=ExpertNames(
+            is_sparse=_qwen3_moe_is_sparse,
+            size_field="moe_intermediate_size",
+            published_block="mlp",
+            published_parts=("gate_proj", "up_proj", "down_proj"),
+            dense_field="mlp_only_layers",
+        ),
     ),
 )

@@ -1,4 +1,5 @@
-"""Where something can be removed: the output linear of an attention (heads) and of an MLP (channels), in every layer.
+"""Where something can be removed: the output linear of an attention (heads) and of an MLP (channels), in every layer;
+of a layer with experts that of each.
 
 Shapes: N groups, D input columns of a group.
 """
@@ -25,8 +26,8 @@ GroupUnit = Literal["kv_group", "query_head", "channel"]
 class Site:
     """One output linear and what goes from it at once.
 
-    layer, kind, name: which linear. shape: of its layer. unit: what a group is. columns_ND: the input columns of each
-    group. at_once: groups that a budget counts as one (of query heads one goes from every kv group).
+    layer, kind, name, expert: which linear. shape: of its layer. unit: what a group is. columns_ND: the input columns
+    of each group. at_once: groups that a budget counts as one (of query heads one goes from every kv group).
     """
 
     layer: int
@@ -36,6 +37,7 @@ class Site:
     unit: GroupUnit
     columns_ND: Tensor
     at_once: int = 1
+    expert: int | None = None
 
     @property
     def num_groups(self) -> int:
@@ -46,10 +48,14 @@ class Site:
 def sites_of(
     family: ModelFamily, layer: int, shape: LayerShape, head_dim: int, head_unit: Literal["kv_group", "query_head"]
 ) -> Iterator[Site]:
-    """The attention's site and the MLP's of one layer."""
+    """The attention's site and the MLP's of one layer, or those of its experts."""
     for kind in KINDS:
         name = output_name(family, layer, kind)
-        if kind == "mlp":
+        if kind == "mlp" and shape.num_experts:
+            for expert in range(shape.num_experts):
+                name = output_name(family, layer, kind, expert)
+                yield Site(layer, kind, name, shape, "channel", channel_columns(shape), expert=expert)
+        elif kind == "mlp":
             yield Site(layer, kind, name, shape, "channel", channel_columns(shape))
         else:
             at_once = 1 if head_unit == "kv_group" else shape.num_kv_heads
@@ -65,5 +71,5 @@ def head_columns(shape: LayerShape, head_dim: int, head_unit: Literal["kv_group"
 
 
 def channel_columns(shape: LayerShape) -> Tensor:
-    """Columns of down_proj, each a group of its own, (N, 1) int64."""
+    """Columns of down_proj (of one expert's), each a group of its own, (N, 1) int64."""
     return torch.arange(shape.intermediate_size).unsqueeze(1)

@@ -94,6 +94,7 @@ class TrainedOptions(TextConfig, AdapterConfig):
         from pruning.allocation.budget import check_head_unit
         from pruning.allocation.schedule import check_grid, check_reach
 
+        check_without_experts(family)
         if family.head_norms_span_heads and self.split_ != "ffn":
             raise PruningError(
                 f"in an {family.name} model one norm spans the queries of all heads, and masks on what heads give do "
@@ -102,3 +103,12 @@ class TrainedOptions(TextConfig, AdapterConfig):
         check_head_unit(self.head_unit, layers)
         check_reach(self.allocation_(), layers, cost, joint=self.joint)
         check_grid(self.allocation_(), layers, cost, threshold=self.measure is not None)
+
+
+def check_without_experts(family: ModelFamily) -> None:
+    """Raise PruningError for a family with experts."""
+    if family.experts is not None:
+        raise PruningError(
+            f"methods that train while they prune have no masks for the experts of a {family.name} model: take "
+            "slimgpt, wanda_sp, flap, llm_pruner or magnitude"
+        )

@@ -17,6 +17,7 @@ from pruning.allocation.schedule import solve_budgets
 from pruning.allocation.threshold import LayerScores, Measure, threshold_budgets
 from pruning.families import LayerCost, ModelFamily, family_of, layer_cost, shapes
 from pruning.families.sites import Site, sites_of
+from pruning.gradual.options import check_without_experts
 from pruning.layerwise.prune import layer_plan
 from pruning.orders import Order
 from pruning.plan import LayerPlan, LayerShape, PruningPlan
@@ -51,6 +52,7 @@ class Prunable:
     def of(cls, model: PreTrainedModel, allocation: Allocation, measure: Measure | None, *, joint: bool) -> Prunable:
         """Of a model as it is."""
         family, widths, head_dim = family_of(model), shapes(model), family_of(model).head_dim(model)
+        check_without_experts(family)
         layers = []
         for index, shape in enumerate(widths):
             attention, mlp = sites_of(family, index, shape, head_dim, allocation.head_unit)

@@ -17,7 +17,9 @@ from pruning.allocation.budget import Allocation, LayerBudget, removed_parameter
 from pruning.allocation.schedule import solve_budgets
 from pruning.allocation.threshold import LayerScores, Measure, threshold_budgets
 from pruning.checkpoints.surgery import give_output_bias_
+from pruning.errors import PruningError
 from pruning.families import layer_cost, shapes
+from pruning.families.experts import channel_places
 from pruning.families.forward import KINDS, output_linear
 from pruning.families.sites import Site, sites_of
 from pruning.layerwise.prune import layer_plan, prune_layerwise_, sub_layers_to_prune
@@ -93,11 +95,14 @@ def allocate(decoder: Decoder, orders: Orders, application: Application, added: 
     allocation = replace(allocation, sparsity=allocation.sparsity + added / total)
     if application.measure is None:
         return solve_budgets(widths, cost, allocation)
-    scores = [
-        LayerScores(*(orders.scores(site.name, site.unit) if site.num_groups else () for site in sites))
-        for sites in _sites_by_layer(decoder, application)
-    ]
+    scores = [_scores(orders, sites) for sites in _sites_by_layer(decoder, application)]
     return threshold_budgets(scores, widths, cost, allocation, application.measure, joint=application.joint)
+
+
+def _scores(orders: Orders, sites: Sequence[Site]) -> LayerScores:
+    """Of the groups of a layer in the order in which they go; of experts those that go together are added up."""
+    attention, *mlp = (orders.scores(site.name, site.unit) if site.num_groups else () for site in sites)
+    return LayerScores(attention, tuple(map(sum, zip(*mlp, strict=True))) if len(mlp) > 1 else mlp[0])
 
 
 def _sites_by_layer(decoder: Decoder, application: Application) -> Iterable[tuple[Site, ...]]:
@@ -123,13 +128,19 @@ def _cut(
         layer = decoder.layer(index, options.device)
         if biased:
             give_output_bias_(family, layer)
-        kept: list[tuple[int, ...]] = []
+        heads: tuple[int, ...] = ()
+        channels: tuple[int, ...] = ()
         reports: list[SubLayerReport] = []
-        for site, units in zip(sites, (budgets[index].head_units, budgets[index].channels), strict=True):
-            stay, said = _cut_site_(output_linear(family, layer, site.kind), site, units, orders, biased=biased)
-            kept.append(stay)
+        for site in sites:
+            units = budgets[index].head_units if site.kind == "attention" else budgets[index].channels
+            linear = output_linear(family, layer, site.kind, site.expert)
+            stay, said = _cut_site_(linear, site, units, orders, biased=biased)
+            if site.kind == "attention":
+                heads = stay
+            else:
+                channels += channel_places(site.expert or 0, site.shape.intermediate_size, stay)
             reports.append(said)
-        plan = layer_plan(index, sites[0].shape, kept[0], kept[1], application.allocation.head_unit)
+        plan = layer_plan(index, sites[0].shape, heads, channels, application.allocation.head_unit)
         walk_state.decide(LayerEntry(plan=plan, reports=tuple(reports)))
         walk_state.layer_done(WalkedLayer(index, layer, family))
         on_layer(index)
@@ -198,6 +209,12 @@ def _refit(
 
 def _added_parameters(decoder: Decoder) -> int:
     """Parameters of the biases that output linears do not have yet."""
-    layers = decoder.family.layers(decoder.skeleton)
-    linears = [output_linear(decoder.family, layer, kind) for layer in layers for kind in KINDS]
+    family = decoder.family
+    layers = family.layers(decoder.skeleton)
+    if any(family.has_experts(layer) for layer in layers):
+        raise PruningError(
+            f"repair bias gives every output linear a bias, and the experts of a {family.name} model have none: set "
+            "repair to none or least_squares"
+        )
+    linears = [output_linear(family, layer, kind) for layer in layers for kind in KINDS]
     return sum(linear.out_features for linear in linears if linear.bias is None)

@@ -22,7 +22,8 @@ from pruning.obs.elimination import dampen, nested_group_sizes, prepare
 from pruning.obs.groups import Groups, channel_groups, head_groups, search
 from pruning.orders import Order, Orders, Unit
 from pruning.walk.options import WalkOptions
-from pruning.walk.sequential import SubLayer, walk_layers
+from pruning.walk.sequential import walk_layers
+from pruning.walk.sub_layer import SubLayer
 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
@@ -70,7 +71,7 @@ def trace_orders(
                 condition=1.0 / problem.rcond,
             )
             Orders(folder).save(sub_layer.name, unit, order)
-        if sub_layer.kind == "mlp":
+        if sub_layer.ends_layer:
             on_layer(sub_layer.layer)
         del sub_layer, system, problem  # before the next ones are there
 

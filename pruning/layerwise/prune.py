@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from pruning.distributed import ProcessGroup
 from pruning.errors import memory_for, memory_part
+from pruning.families.experts import channel_places
 from pruning.families.forward import SubLayerKind
 from pruning.obs.elimination import System, dampen, output_error, prepare, refit, removal_error
 from pruning.obs.groups import Groups, Solver, channel_groups, head_groups, search
 from pruning.obs.ridge import refit_by_heldout_
 from pruning.plan import LayerPlan, LayerShape
 from pruning.statistics.hessian import Hessian
-from pruning.walk.sequential import SubLayer
 from pruning.walk.state import LayerEntry, SubLayerReport, WalkState
+from pruning.walk.sub_layer import SubLayer
 
 if TYPE_CHECKING:
     from pruning.allocation.budget import HeadUnit, LayerBudget
@@ -61,7 +62,8 @@ def prune_layerwise_(
     """
     process_group = process_group or ProcessGroup()
     reports: list[SubLayerReport] = []
-    kept: list[tuple[int, ...]] = []
+    units: tuple[int, ...] = ()
+    channels: tuple[int, ...] = ()
     while True:
         try:
             sub_layer = next(walk)
@@ -74,19 +76,21 @@ def prune_layerwise_(
         if sub_layer.kind == "attention":
             if sub_layer.layer:
                 on_layer(sub_layer.layer - 1)
-            reports, kept = [], []
+            reports, channels = [], ()
             groups = head_groups(shape, head_dim, budget.head_units, solver.head_unit)
         else:
             groups = channel_groups(shape, budget.channels, solver)
         kept_units, report = process_group.decide(lambda: _solve_(sub_layer, groups, solver, orders, measured))  # noqa: B023 (called at once)
         process_group.copy_from_leader_(sub_layer.linear.weight.data)
-        kept.append(kept_units)
         reports.append(report)
         if sub_layer.kind == "attention":
-            of_heads = layer_plan(sub_layer.layer, shape, kept_units, (), solver.head_unit)
+            units = kept_units
+            of_heads = layer_plan(sub_layer.layer, shape, units, (), solver.head_unit)
             sub_layer.keep_heads(of_heads.kept_query_heads, of_heads.kept_kv_heads)
-        if sub_layer.kind == "mlp":
-            plan = layer_plan(sub_layer.layer, shape, kept[0], kept[1], solver.head_unit)
+        else:
+            channels += channel_places(sub_layer.expert or 0, shape.intermediate_size, kept_units)
+        if sub_layer.ends_layer:
+            plan = layer_plan(sub_layer.layer, shape, units, channels, solver.head_unit)
             walk_state.decide(LayerEntry(plan=plan, reports=tuple(reports)))
         del sub_layer  # its Hessian would stay until the next one is there
 
@@ -99,7 +103,7 @@ def sub_layers_to_prune(budgets: Sequence[LayerBudget]) -> Callable[[int, SubLay
 def layer_plan(
     index: int, shape: LayerShape, units: tuple[int, ...], channels: tuple[int, ...], head_unit: HeadUnit
 ) -> LayerPlan:
-    """The plan of a layer that keeps these head units and channels."""
+    """The plan of a layer that keeps these head units and channels (of experts counted through)."""
     per_group = shape.num_groups
     if head_unit == "kv_group":
         kv_heads = units
@@ -107,7 +111,13 @@ def layer_plan(
     else:
         kv_heads = tuple(range(shape.num_kv_heads))
         query_heads = units
-    return LayerPlan(layer=index, kept_query_heads=query_heads, kept_kv_heads=kv_heads, kept_channels=channels)
+    return LayerPlan(
+        layer=index,
+        kept_query_heads=query_heads,
+        kept_kv_heads=kv_heads,
+        kept_channels=channels,
+        expert_size=shape.intermediate_size if shape.num_experts else 0,
+    )
 
 
 def _solve_(
@@ -179,7 +189,12 @@ def _prune_(
         found |= _measured(sub_layer, weight_OI, pruned_OI)
     sub_layer.linear.weight.data.copy_(pruned_OI)
     return tuple(kept_N.nonzero().flatten().tolist()), report.model_copy(
-        update={**found, "num_tokens": sub_layer.hessian.num_tokens, "seconds": time.perf_counter() - start}
+        update={
+            **found,
+            "num_tokens": sub_layer.hessian.num_tokens,
+            "assumed_tokens": sub_layer.hessian.assumed_tokens,
+            "seconds": time.perf_counter() - start,
+        }
     )
 
 

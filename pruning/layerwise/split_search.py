@@ -194,7 +194,7 @@ def _worth_trying(decoder: Decoder, candidates: Sequence[Candidate]) -> list[Can
     If none leaves enough, those that can reach it at all; the first one's error if none can.
     """
     widths, cost = shapes(decoder.skeleton), layer_cost(decoder.skeleton)
-    channels = sum(width.intermediate_size for width in widths)
+    channels = sum(width.num_channels for width in widths)
     shares: dict[str, float] = {}
     errors: list[PruningError] = []
     known: list[tuple[LayerBudget, ...]] = []
@@ -207,7 +207,8 @@ def _worth_trying(decoder: Decoder, candidates: Sequence[Candidate]) -> list[Can
             if candidate.allocation.uniform and budgets in known:
                 continue  # heads are few: several splits come to the same
             known.append(budgets)
-            shares[candidate.name] = sum(budget.channels for budget in budgets) / max(1, channels)
+            gone = sum(each.channels * max(1, width.num_experts) for each, width in zip(budgets, widths, strict=True))
+            shares[candidate.name] = gone / max(1, channels)
     if not shares:
         raise errors[0]
     gentle = [candidate for candidate in candidates if shares.get(candidate.name, 1.0) <= _MAX_FFN_RATIO]

@@ -27,10 +27,10 @@ from pruning.walk.streams import ResidualStreams
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pruning.activations.tiers import ActivationStore
     from pruning.calibration import CalibrationSet
     from pruning.checkpoints.decoder import Decoder
     from pruning.walk.options import WalkOptions
-    from pruning.walk.tiers import ActivationStore
 
 log = logging.getLogger("slimline")
 

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from transformers.dynamic_module_utils import custom_object_save
 
 from pruning.checkpoints.decoder import StreamedDecoder
+from pruning.checkpoints.headers import write_index
 from pruning.checkpoints.load_check import check_pruned
 from pruning.checkpoints.meta_model import meta_model
 from pruning.checkpoints.save_load import PLAN_FILE, load_plan
-from pruning.checkpoints.stored_tensors import write_index
 from pruning.errors import PruningError
 from pruning.modeling import pruned_config
 from pruning.walk.durable_state import DurableWalkState

@@ -35,7 +35,8 @@ def rank(job: RankingJob, config: OrderConfig) -> None:
         query_H = torch.rand(shape.num_heads, generator=generator)
         group_K = torch.rand(shape.num_kv_heads, generator=generator)
         job.save_heads(layer, query_H, group_K)
-        job.save_channels(layer, torch.rand(shape.intermediate_size, generator=generator))
+        for expert in range(shape.num_experts) if shape.num_experts else (None,):
+            job.save_channels(layer, torch.rand(shape.intermediate_size, generator=generator), expert)
         job.layer_done(layer)
 
 

@@ -166,13 +166,19 @@ def prune(
 
 def check_model(config: Config, layers: Sequence[LayerShape], cost: LayerCost, family: ModelFamily) -> None:
     """Raise PruningError if a model of these layers cannot lose so many, less than half of the smallest block is asked
-    for, or a stand-in is asked of a down_proj with a norm behind it."""
+    for, a stand-in is asked of a down_proj with a norm behind it, or experts are to go without their attention."""
     from pruning.ranking.depth import most_removable, removable
 
     if config.merge == "linear" and family.mlp_output_norm_name is not None:
         raise PruningError(
             f"merge 'linear' fits a down_proj to what dropped layers would have added, and in a {family.name} model a "
             f"norm ({family.mlp_output_norm_name}) rescales whatever a down_proj gives: set merge to none"
+        )
+    if family.experts is not None and (config.unit == "sub_layer" or config.merge == "linear"):
+        option = "unit sub_layer" if config.unit == "sub_layer" else "merge 'linear'"
+        raise PruningError(
+            f"{option} is about MLPs, and a {family.name} model has experts in their place: drop whole layers (unit "
+            "layer, merge none)"
         )
     protected = config.protect_first, config.protect_last
     free = removable(len(layers), config.unit, *protected)

@@ -6,8 +6,9 @@ imports nothing but torch and transformers.
 
 The widths stand in config.json under `per_layer_config`, the standard sparse map {layer: {num_attention_heads,
 num_key_value_heads, intermediate_size}} of transformers (under the family's own names: OPT has ffn_dim and no kv
-heads); the stock classes build all layers equal, these build each layer from its own entry. Everything else (forward
-passes, cache, masks, generation) is inherited unchanged.
+heads, with experts there are num_local_experts and num_experts_per_tok too); the stock classes build all layers equal,
+these build each layer from its own entry. Everything else (forward passes, cache, masks, generation) is inherited
+unchanged.
 """
 # mypy: disable-error-code="misc"
 
@@ -44,6 +45,9 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MixtralModel,
     Olmo2Config,
     Olmo2ForCausalLM,
     Olmo2Model,
@@ -63,6 +67,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeModel,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     SmolLM3Model,
@@ -70,6 +77,7 @@ from transformers import (
     Starcoder2ForCausalLM,
     Starcoder2Model,
 )
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
@@ -77,12 +85,14 @@ from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer
 from transformers.models.granite.modeling_granite import GraniteDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, Olmo2DecoderLayer
 from transformers.models.opt.modeling_opt import OPTDecoder, OPTDecoderLayer
 from transformers.models.phi.modeling_phi import PhiDecoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3Attention, Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2DecoderLayer
 
@@ -215,6 +225,9 @@ def _build_layer(build: Callable[[Any, int], nn.Module], config: Any, index: int
     return layer
 
 
+#: grouped matrix products, transformers' default for experts, want rows of whole 16 bytes: 8 channels in 16 bits
+_EXPERT_MULTIPLE = 8
+
 #: of the linears whose output joins the residual stream, in the families that may have none of their biases
 _JOINING_NAMES = ("o_proj", "down_proj", "c_proj")
 
@@ -242,6 +255,8 @@ class _UnevenLayers:
             # set_attn_implementation reaches them
             if hasattr(module, "config"):
                 module.config = config
+            if getattr(module, "intermediate_dim", 0) % _EXPERT_MULTIPLE:
+                config._experts_implementation = "eager"
         self.post_init()
 
 
@@ -612,3 +627,55 @@ class SlimlineOPTForCausalLM(_UnevenCausalLM, OPTForCausalLM):
 
     config_class = SlimlineOPTConfig
     part_class = SlimlineOPTModel
+
+
+def _one_by_one(model_type: str, stock_type: str) -> None:
+    """Checkpoints of a type keep experts as those of the stock type do: one by one, fused when they are loaded."""
+    mapping = get_checkpoint_conversion_mapping(stock_type) or get_checkpoint_conversion_mapping("qwen2_moe")
+    register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
+
+
+@strict
+class SlimlineMixtralConfig(_UnevenConfig, MixtralConfig):
+    """A Mixtral config; widths and numbers of experts may differ between layers."""
+
+    model_type = "slimline-mixtral"
+
+
+class SlimlineMixtralModel(_UnevenLayers, MixtralModel):
+    """A Mixtral decoder of layers with their own widths."""
+
+    config_class = SlimlineMixtralConfig
+    layer_class = MixtralDecoderLayer
+
+
+class SlimlineMixtralForCausalLM(_UnevenCausalLM, MixtralForCausalLM):
+    """A Mixtral language model of layers with their own widths."""
+
+    config_class = SlimlineMixtralConfig
+    part_class = SlimlineMixtralModel
+
+
+@strict
+class SlimlineQwen3MoeConfig(_UnevenConfig, Qwen3MoeConfig):
+    """A Qwen3-MoE config; widths and numbers of experts may differ between layers."""
+
+    model_type = "slimline-qwen3_moe"
+
+
+class SlimlineQwen3MoeModel(_UnevenLayers, Qwen3MoeModel):
+    """A Qwen3-MoE decoder of layers with their own widths."""
+
+    config_class = SlimlineQwen3MoeConfig
+    layer_class = Qwen3MoeDecoderLayer
+
+
+class SlimlineQwen3MoeForCausalLM(_UnevenCausalLM, Qwen3MoeForCausalLM):
+    """A Qwen3-MoE language model of layers with their own widths."""
+
+    config_class = SlimlineQwen3MoeConfig
+    part_class = SlimlineQwen3MoeModel
+
+
+_one_by_one(SlimlineMixtralConfig.model_type, "mixtral")
+_one_by_one(SlimlineQwen3MoeConfig.model_type, "qwen3_moe")

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from pruning.families.experts import experts_of
+from pruning.gradients.backward import walk_backwards
 from pruning.ranking.job import RankingJob
-from pruning.walk.backward import walk_backwards
 
 if TYPE_CHECKING:
     from pruning.families import ModelFamily
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 Level = Literal["element", "vector"]
 Aggregation = Literal["sum", "mean", "max", "prod", "first"]
-#: from a linear's role (q, k, v, o, gate, up, down) to the importance of each of its weights, (O, I)
+#: from a linear's role (q, k, v, o, gate, up, down; of an expert gate.0, up.0, ...) to the importance of each of its
+#: weights, (O, I)
 Importances = Mapping[str, Tensor]
 
 _AGGREGATE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -45,9 +47,11 @@ def rank_layer(
     if shape.num_heads:
         query, group = _heads(importances, shape, family.head_dim(job.decoder.skeleton), level, aggregation)
         job.save_heads(layer, query, group)
-    gate_up = [role for role in ("gate", "up") if role in importances]
-    parts = [*(_rows(importances[role], level) for role in gate_up), _columns(importances["down"], level)]
-    job.save_channels(layer, _AGGREGATE[aggregation](torch.stack(parts)))
+    for expert in range(shape.num_experts) if shape.num_experts else (None,):
+        end = "" if expert is None else f".{expert}"
+        gate_up = [role for role in (f"gate{end}", f"up{end}") if role in importances]
+        parts = [*(_rows(importances[role], level) for role in gate_up), _columns(importances[f"down{end}"], level)]
+        job.save_channels(layer, _AGGREGATE[aggregation](torch.stack(parts)), expert)
 
 
 def _heads(
@@ -74,7 +78,12 @@ def _columns(importance_OI: Tensor, level: Level) -> Tensor:
 
 def weights(family: ModelFamily, layer: nn.Module) -> dict[str, Tensor]:
     """The weights of a layer by role, float64 so that products of four do not vanish."""
-    return {role: rows.weight_OI.detach().double() for role, rows in family.projections(layer).items()}
+    found = {role: rows.weight_OI.detach().double() for role, rows in family.projections(layer).items()}
+    experts = experts_of(family, layer)
+    for expert in range(experts.num_experts if experts else 0):
+        assert experts is not None
+        found |= {f"{role}.{expert}": part.double() for role, part in experts.parts(expert).items()}
+    return found
 
 
 def weights_of_layers(job: RankingJob) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -102,4 +111,13 @@ def rank_by_taylor(
             * rows.rows_of(found.gradients[names[id(rows.linear.weight)]]).double()
             for role, rows in family.projections(found.module).items()
         }
+        experts = experts_of(family, found.module)
+        if experts is not None:
+            fused = experts.module.gate_up_proj, experts.module.down_proj
+            gradients = [found.gradients[names[id(weight)]] for weight in fused]
+            for expert in range(experts.num_experts):
+                weights_of, gradients_of = experts.parts(expert), experts.parts(expert, *gradients)
+                importances |= {
+                    f"{role}.{expert}": part.double() * gradients_of[role].double() for role, part in weights_of.items()
+                }
         rank_layer(job, found.layer, importances, level=level, aggregation=aggregation)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from pruning.families.experts import experts_of
 from pruning.families.forward import KINDS
+from pruning.gradients.backward import walk_backwards
 from pruning.orders import Order, Unit
 from pruning.ranking.job import RankingJob
-from pruning.walk.backward import walk_backwards
 from pruning.walk.skipping import Block, SubLayers, influences, losses_without
 
 if TYPE_CHECKING:
@@ -159,4 +160,8 @@ def _sum_of_weights(family: ModelFamily, layer: nn.Module, block: Block, gradien
         if gradients is not None:
             weight_OI = weight_OI * rows.rows_of(gradients[names[id(rows.linear.weight)]])
         total += float(weight_OI.abs().sum(dtype=torch.float64))
+    experts = experts_of(family, layer) if "mlp" in block.kinds else None
+    for weight in (experts.module.gate_up_proj, experts.module.down_proj) if experts else ():
+        counted = weight.detach() if gradients is None else weight.detach() * gradients[names[id(weight)]]
+        total += float(counted.abs().sum(dtype=torch.float64))
     return total

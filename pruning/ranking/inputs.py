@@ -36,8 +36,9 @@ def rank_by_inputs(job: RankingJob, scores: ColumnScores, *, mean: bool = False,
             scores_KG, scores_K = add(scores_KGD, (2,)), add(scores_KGD, (1, 2))
             job.save_heads(sub_layer.layer, scores_KG.flatten(), scores_K)
         else:
-            job.save_channels(sub_layer.layer, scores_I)
-            job.layer_done(sub_layer.layer)
+            job.save_channels(sub_layer.layer, scores_I, sub_layer.expert)
+            if sub_layer.ends_layer:
+                job.layer_done(sub_layer.layer)
         if keep_means and job.options.process_group.leads:
             job.orders.save_mean(sub_layer.name, moments.mean_I)
 

@@ -78,10 +78,10 @@ class RankingJob:
             scores_KG = query_H.detach().double().cpu().reshape(shape.num_kv_heads, shape.num_groups)
             self.orders.save(name, "query_head", one_of_every_group(scores_KG))
 
-    def save_channels(self, layer: int, scores_I: Tensor) -> None:
-        """Write the order of the channels of an MLP."""
+    def save_channels(self, layer: int, scores_I: Tensor, expert: int | None = None) -> None:
+        """Write the order of the channels of an MLP, or of one expert of a layer that has experts."""
         if self.options.process_group.leads:
-            name = output_name(self.decoder.family, layer, "mlp")
+            name = output_name(self.decoder.family, layer, "mlp", expert)
             self.orders.save(name, "channel", Order.of_scores(scores_I.detach().double().cpu().tolist()))
 
 

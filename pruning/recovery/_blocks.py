@@ -21,6 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pruning.activations.activations import FOLDER_PREFIX, Activations
+from pruning.activations.tiers import ActivationStore
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.errors import PruningError
 from pruning.families import family_of
@@ -35,11 +37,9 @@ from pruning.training.example_sets import window_examples
 from pruning.training.objectives import precision
 from pruning.training.options import Curves, TrainingConfig, TrainingRun
 from pruning.training.trainer import check_device
-from pruning.walk.activations import FOLDER_PREFIX, Activations
 from pruning.walk.embedding import spans
 from pruning.walk.options import WalkOptions
 from pruning.walk.streams import ResidualStreams
-from pruning.walk.tiers import ActivationStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

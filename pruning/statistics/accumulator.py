@@ -18,6 +18,17 @@ class Accumulator(Protocol):
         """Take inputs of shape (..., I), any float dtype; every leading position is one token. weights: (...) float32,
         how much each token counts; None: once."""
 
+    def skip(self, num_tokens: int) -> None:
+        """So many tokens do not reach the linear (another expert's): they count with weight 0."""
+
+    def assume(self, num_tokens: int, square: float) -> None:
+        """In the place of so many skipped tokens, as if they had come with inputs independent of each other, of mean
+        square (times the weight) `square` each."""
+
+    @property
+    def energy(self) -> float:
+        """Sum of the squares of all inputs that came to this process, each times its token's weight."""
+
     def finish(self, name: str, process_group: ProcessGroup | None = None) -> Any:
         """The statistic over the tokens of all processes of the group; the accumulator is used up.
 

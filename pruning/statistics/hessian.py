@@ -26,11 +26,13 @@ class Hessian:
     """Mean of x xᵀ over calibration tokens, each times its weight if they have weights; OBS's H is twice this (the
     factor moves no decision).
 
-    matrix_II: (I, I) float32, symmetric. num_tokens: how many tokens it averages.
+    matrix_II: (I, I) float32, symmetric. num_tokens: how many tokens came; the mean of an expert's is over those that
+    did not, too. assumed_tokens: how many of these it is as if they had come, see `HessianAccumulator.assume`.
     """
 
     matrix_II: Tensor
     num_tokens: int
+    assumed_tokens: int = 0
 
 
 class HessianAccumulator:
@@ -43,7 +45,7 @@ class HessianAccumulator:
 
     def __init__(self, num_inputs: int, device: torch.device | str) -> None:
         self._sum_II = torch.zeros(num_inputs, num_inputs, dtype=torch.float32, device=device)
-        self._num_tokens = 0
+        self._num_tokens = self._num_skipped = self._num_assumed = 0
 
     def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Take inputs of shape (..., I), any float dtype; every leading position is one token. weights: (...) float32,
@@ -64,14 +66,30 @@ class HessianAccumulator:
                 into.addmm_(left, right)
         self._num_tokens += X_TI.shape[0]
 
+    def skip(self, num_tokens: int) -> None:
+        """So many tokens do not reach the linear (another expert's): they count with weight 0."""
+        self._num_skipped += num_tokens
+
+    def assume(self, num_tokens: int, square: float) -> None:
+        """In the place of so many skipped tokens, as if they had come with inputs independent of each other, of mean
+        square (times the weight) `square` each."""
+        self._sum_II.diagonal().add_(num_tokens * square)
+        self._num_assumed += num_tokens
+
+    @property
+    def energy(self) -> float:
+        """Sum of the squares of all inputs that came to this process, each times its token's weight."""
+        return float(self._sum_II.diagonal().sum(dtype=torch.float64))
+
     def finish(self, name: str, process_group: ProcessGroup | None = None) -> Hessian:
         """The mean over the tokens of all processes of the group; the accumulator is used up.
 
         `name` (e.g. "layers.3.mlp.down_proj") goes into the errors.
         """
         process_group = process_group or ProcessGroup()
-        num_tokens = int(process_group.sum_of(self._num_tokens)[0])
-        if num_tokens == 0:
+        counts = (self._num_tokens, self._num_skipped, self._num_assumed)
+        num_tokens, num_skipped, num_assumed = map(int, process_group.sum_of(*counts))
+        if num_tokens + num_skipped == 0:
             raise PruningError(f"Hessian of {name} has seen no tokens; raise num_samples")
         mean_II = self._sum_II
         process_group.sum_(mean_II)
@@ -81,7 +99,7 @@ class HessianAccumulator:
             block = mean_II[start:stop, start:stop]
             block.tril_()
             block += block.tril(-1).T
-        mean_II /= num_tokens
+        mean_II /= num_tokens + num_skipped
         # no entry is larger than its row's or its column's on the diagonal
         if not bool(torch.isfinite(mean_II.diagonal()).all()):
             raise PruningError(
@@ -89,7 +107,7 @@ class HessianAccumulator:
                 "or infinity; load the model in another dtype (float32 or bfloat16 instead of float16) or check its "
                 "weights"
             )
-        return Hessian(mean_II, num_tokens)
+        return Hessian(mean_II, num_tokens, num_assumed)
 
 
 def _multiplies_halves(device: torch.device) -> bool:
@@ -106,11 +124,13 @@ class Statistics:
     def load(self, name: str, device: torch.device) -> tuple[Hessian, Hessian | None]:
         """The Hessian of the inputs of the linear `name`, and that of the held-out samples if there were any."""
         tensors = load_file(self.file(name), device=str(device))
-        hessian = Hessian(tensors["matrix"], int(tensors["num_tokens"]))
+        assumed = int(tensors.get("assumed_tokens", 0))
+        hessian = Hessian(tensors["matrix"], int(tensors["num_tokens"]), assumed)
         if "heldout_matrix" not in tensors:
             return hessian, None
         return hessian, Hessian(tensors["heldout_matrix"], int(tensors["heldout_num_tokens"]))
 
     def file(self, name: str) -> Path:
-        """The safetensors of the linear `name`: matrix, num_tokens, and heldout_... if there were held-out samples."""
+        """The safetensors of the linear `name`: matrix, num_tokens, assumed_tokens if there are any, and heldout_... if
+        there were held-out samples."""
         return self.folder / f"{name}.safetensors"

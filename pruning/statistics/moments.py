@@ -19,7 +19,7 @@ class Moments:
     """Of each input, float32 (I,). variance_I: unbiased, as `torch.var`. num_tokens: how many tokens they are of.
 
     Of weighted tokens: the weighted mean, and the mean over tokens of weight times squared deviation from it;
-    mean_weight is then not 1.
+    mean_weight is then not 1. Tokens that another expert got are among them, with weight 0.
     """
 
     mean_I: Tensor
@@ -56,13 +56,31 @@ class MomentsAccumulator:
         else:
             weights_T1 = weights.reshape(-1, 1)
             weight = float(weights_T1.sum())
-            mean_I = (X_TI * weights_T1).sum(0) / weight
+            mean_I = (X_TI * weights_T1).sum(0) / weight if weight else torch.zeros_like(self._mean_I)
             self._deviation_I += ((X_TI - mean_I).square() * weights_T1).sum(0)
         total = self._weight + weight
+        self._num_tokens += len(X_TI)
+        if not total:  # an expert to which no token went
+            return
         step_I = mean_I - self._mean_I
         self._deviation_I += step_I.square() * (self._weight * weight / total)
         self._mean_I += step_I * (weight / total)
-        self._num_tokens, self._weight = self._num_tokens + len(X_TI), total
+        self._weight = total
+
+    def skip(self, num_tokens: int) -> None:
+        """So many tokens do not reach the linear (another expert's): they count with weight 0."""
+        self._num_tokens += num_tokens
+
+    def assume(self, num_tokens: int, square: float) -> None:
+        """In the place of so many skipped tokens, as if they had come with inputs independent of each other, of mean
+        square (times the weight) `square` each, the mean being as it is."""
+        self._deviation_I += num_tokens * square
+
+    @property
+    def energy(self) -> float:
+        """Sum of the squares of all inputs that came to this process, each times its token's weight."""
+        squares_I = self._deviation_I.double() + self._mean_I.double().square() * self._weight
+        return float(squares_I.sum())
 
     def finish(self, name: str, process_group: ProcessGroup | None = None) -> Moments:
         """The moments over the tokens of all processes of the group; the accumulator is used up.
@@ -75,7 +93,7 @@ class MomentsAccumulator:
         num_tokens = int(num_tokens)
         if num_tokens < 2:
             raise PruningError(f"the variance of {name} needs two tokens and there are {num_tokens}; raise num_samples")
-        mean_I = self._mean_I * (self._weight / weight)
+        mean_I = self._mean_I * (self._weight / weight if weight else 0.0)
         process_group.sum_(mean_I)
         deviation_I = self._deviation_I + (self._mean_I - mean_I).square() * self._weight
         process_group.sum_(deviation_I)

@@ -4,6 +4,7 @@ DoRA: 2402.09353). The only importer of peft."""
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pruning.families import ModelFamily
+
+log = logging.getLogger("slimline")
 
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 ADAPTER_FOLDER = "adapter"
@@ -156,7 +159,8 @@ def check_targets(config: AdapterConfig, family: ModelFamily) -> None:
 
 
 def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
-    """Dotted names of the linears to adapt; a family may have no gate, a pruned MLP no channels.
+    """Dotted names of the linears to adapt; a family may have no gate, a pruned MLP no channels. Experts, whose weights
+    are no linears, are left as they are, with a warning.
 
     Raises PruningError for a part of a fused linear, which is adapted as a whole, or if no target has weights left.
     """
@@ -172,5 +176,10 @@ def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
         if name.rpartition(".")[2] in wanted and next(module.parameters()).numel()
     ]
     if not found:
-        raise PruningError(f"the targets {config.targets} have no weights left in this model: name others")
+        raise PruningError(
+            f"the targets {config.targets} have no weights left in this model"
+            f"{', whose experts are not adapted' if family.experts else ''}: name others"
+        )
+    if family.experts is not None and {"gate", "up", "down"} & set(config.targets):
+        log.warning("adapters leave the experts of a %s model as they are: they sit on its linears alone", family.name)
     return found

@@ -101,7 +101,7 @@ def _training(
 ) -> Training:
     shapes, head_dim = config_shapes(model_config), getattr(model_config, "head_dim", None)
     head_dim = head_dim or model_config.hidden_size // model_config.num_attention_heads
-    parameters = list(trained.parameters())
+    parameters, per_token = list(trained.parameters()), getattr(model_config, "num_experts_per_tok", 1)
     return Training(
         weights=sum(each.numel() * each.element_size() for each in parameters),
         trained=sum(each.numel() for each in parameters if each.requires_grad),
@@ -109,7 +109,8 @@ def _training(
         num_layers=len(shapes),
         width=model_config.hidden_size,
         attention=sum((2 * shape.num_heads + 2 * shape.num_kv_heads) * head_dim for shape in shapes),
-        channels=sum(shape.intermediate_size for shape in shapes),
+        # of experts those that a token goes to
+        channels=sum(shape.intermediate_size * max(1, min(shape.num_experts, per_token)) for shape in shapes),
         vocabulary=model_config.vocab_size,
         item=2 if config.dtype == "bfloat16" else 4,
         optimizer=config.optimizer,

@@ -14,9 +14,10 @@ from pydantic import BaseModel, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pruning.activations.activations import FOLDER_PREFIX, FileActivations
+from pruning.checkpoints.published_experts import PublishedExperts
 from pruning.checkpoints.surgery import shrink_layer_
 from pruning.distributed import ProcessGroup
-from pruning.walk.activations import FOLDER_PREFIX, FileActivations
 from pruning.walk.state import LayerEntry, OnEntry, WalkedLayer, WalkState, no_listener
 
 log = logging.getLogger("slimline")
@@ -92,7 +93,7 @@ class DurableWalkState(WalkState):
             place = sum(entry.plan is not None for entry in self._entries)  # layers before it may have been dropped
             prefix = f"{walked.family.layers_path}.{place}."
             state = {prefix + name: tensor.cpu().contiguous() for name, tensor in walked.module.state_dict().items()}
-            save_file(state, self._shard(index), metadata={"format": "pt"})
+            save_file(PublishedExperts(walked.family).apart(state), self._shard(index), metadata={"format": "pt"})
             shard = _checksum(self._shard(index))
         record = _LayerRecord(
             entry=entry,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from pruning.activations.activations import Activations
     from pruning.families import ModelFamily
-    from pruning.walk.activations import Activations
 
 
 @torch.no_grad()

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pruning.activations.tiers import ActivationStore
 from pruning.distributed import ProcessGroup
-from pruning.walk.tiers import ActivationStore
+from pruning.families.experts import experts_of
 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
 
 #: matrices of inputs x inputs of the widest linear in bytes per element: Hessians of calibration and held-out tokens
 #: (float32), and in float64 what solving takes (see obs.elimination)
-_MATRIX_BYTES = 2 * 4 + 3 * 8
+_HESSIAN_BYTES = 2 * 4
+_MATRIX_BYTES = _HESSIAN_BYTES + 3 * 8
 #: of one batch at once, in values per token: of the stream's width and of the widest linear's inputs
 _STREAM_VALUES, _INNER_VALUES = 12, 5
 #: of what is free, what stays so: the allocator's blocks do not all fit
@@ -83,6 +85,16 @@ def walk_reserve(decoder: Decoder, batch_tokens: int) -> int:
     family, skeleton = decoder.family, decoder.skeleton
     layers, item = family.layers(skeleton), family.embeddings(skeleton).weight.dtype.itemsize
     largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
-    widest = max(linear.in_features for layer in layers for linear in (family.o_proj(layer), family.down_proj(layer)))
+    widths, together = [], 0
+    for layer in layers:
+        widths.append(family.o_proj(layer).in_features)
+        experts = experts_of(family, layer)
+        if experts is None:
+            widths.append(family.down_proj(layer).in_features)
+        else:  # the statistics of all of them are there at once
+            widths.append(experts.size)
+            together = max(together, experts.num_experts * experts.size**2)
+    widest = max(widths)
     per_token = _STREAM_VALUES * skeleton.config.hidden_size + _INNER_VALUES * widest
-    return int(2 * largest * item + _MATRIX_BYTES * widest**2 + batch_tokens * per_token * item)
+    matrices = _MATRIX_BYTES * widest**2 + _HESSIAN_BYTES * together
+    return int(2 * largest * item + matrices + batch_tokens * per_token * item)

@@ -4,13 +4,15 @@ Every sub-layer is computed once. For attention and then the MLP of each layer t
 output linear (o_proj, down_proj) for all calibration tokens, hands the linear and its Hessian to the caller, who may
 change the weight in place, and lets the linear's output, with whatever weight it now has, join the residual stream. In
 the same pass over the samples the inputs of the next one are captured: the stream is read and written once for each.
+Experts in the place of the MLP are handed out one by one, and computed a second time.
 
 Shapes: N samples, M held-out samples, B samples of one batch, L tokens per sample, I input features of the linear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import logging
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pruning.activations.activations import Activations
+from pruning.activations.tiers import ActivationStore
 from pruning.errors import memory_for
+from pruning.families.experts import experts_module
 from pruning.families.forward import (
     KINDS,
     SubLayerKind,
@@ -27,16 +32,18 @@ from pruning.families.forward import (
     output_linear,
     output_name,
     output_scale,
+    read_by,
+    sub_layer_output,
     token_weights,
 )
 from pruning.families.head_norms import mask_head_norms_
 from pruning.statistics.accumulator import Accumulator, MakeAccumulator
-from pruning.statistics.hessian import Hessian, HessianAccumulator
-from pruning.walk.activations import Activations
+from pruning.statistics.hessian import HessianAccumulator
 from pruning.walk.embedding import embed, enter, moved, spans
+from pruning.walk.experts import ExpertStatistics, Few, sentence_about
 from pruning.walk.options import WalkOptions
 from pruning.walk.state import WalkedLayer, WalkState
-from pruning.walk.tiers import ActivationStore
+from pruning.walk.sub_layer import SubLayer
 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
@@ -44,39 +51,7 @@ if TYPE_CHECKING:
     from pruning.statistics.hessian import Statistics
 
 
-@dataclass(frozen=True)
-class SubLayer:
-    """What the walk yields: change `linear.weight` in place before the walk goes on, or leave it.
-
-    layer: index. kind: which half of the layer. name: dotted name of the linear. statistic: of the linear's inputs, as
-    the layers before it now give them: a Hessian unless the walk was given another accumulator, None if not wanted.
-    heldout: the same over the held-out samples, if any. output_scale_O: how much an error of each output counts in the
-    residual stream, None for all the same; with a norm behind the linear the tokens of the statistic have weights too
-    (see families.forward). keep_heads: to be called with the query and kv heads that stay of an attention: other parts
-    of the layer may depend on them.
-    """
-
-    layer: int
-    kind: SubLayerKind
-    name: str
-    linear: nn.Linear
-    statistic: Any
-    heldout: Any = None
-    output_scale_O: Tensor | None = None
-    keep_heads: Callable[[Sequence[int], Sequence[int]], None] = lambda query_heads, kv_heads: None
-
-    @property
-    def counting_weight_OI(self) -> Tensor:
-        """The weight, each row times how much its output counts in the residual stream."""
-        weight_OI = self.linear.weight.detach()
-        return weight_OI if self.output_scale_O is None else weight_OI.float() * self.output_scale_O[:, None]
-
-    @property
-    def hessian(self) -> Hessian | None:
-        """The statistic of a walk that accumulates Hessians."""
-        assert self.statistic is None or isinstance(self.statistic, Hessian), type(self.statistic)
-        return self.statistic
-
+log = logging.getLogger("slimline")
 
 #: share of a linear's inputs above which computing with all of them is cheaper than gathering the kept ones
 _GATHER_SHARE = 0.7
@@ -135,11 +110,13 @@ def walk_layers(
                 if walk_state and before and kind == "attention":
                     walk_state.layer_done(walk.walked(before))
                 before = step  # the layer before goes
-                yield walk.offered(step, statistics if given else None)
+                yield from walk.offered(step, statistics if given else None)
             del layer, step
         walk.advance(before, None)
         if walk_state and before:
             walk_state.layer_done(walk.walked(before))
+        if walk.few:
+            log.warning(sentence_about(walk.few))
         return walk.heldout_stream()
 
 
@@ -148,7 +125,7 @@ class _Step:
     """One sub-layer from the pass that captures its inputs to the one in which its output joins the stream.
 
     captures: whether a statistic of its inputs is taken. seen, held: what adds up the calibration and the held-out
-    samples; kept: the inputs, if they are not to be computed again.
+    samples, experts_seen, experts_held the same of all experts; kept: the inputs, if they are not to be computed again.
     """
 
     layer: nn.Module
@@ -157,6 +134,8 @@ class _Step:
     captures: bool
     seen: Accumulator | None = None
     held: Accumulator | None = None
+    experts_seen: ExpertStatistics | None = None
+    experts_held: ExpertStatistics | None = None
     kept: Activations | None = None
 
 
@@ -183,6 +162,7 @@ class _Walk:
         self._stream: Activations
         self._before: Activations | None = None
         self._kwargs: list[dict[str, Any]] = []
+        self.few: list[Few] = []
 
     @torch.no_grad()
     def start(self, walk_state: WalkState | None) -> None:
@@ -206,12 +186,12 @@ class _Walk:
         after = self._new_stream(instead_of=None if stays else self._stream) if joining else None
         if capturing:
             self._begin_capture(capturing, instead_of=joining.kept if joining else None)
-        output_of = _output_of(self._family, joining) if joining else None
+        output_of = self._output_of(joining) if joining else None
         for start, stop in self._spans if joining or capturing else ():
             stream_BLC = self._stream.get(start, stop)
             read_BLC = stream_BLC
             if joining and after and output_of:
-                output_BLC = output_of(self._inputs(joining, stream_BLC, start, stop))
+                output_BLC = output_of(stream_BLC, start, stop)
                 joined_BLC = join(self._family, joining.layer, joining.kind, stream_BLC, output_BLC)
                 after.put(start, joined_BLC)
                 read_BLC = stream_BLC if beside else joined_BLC
@@ -222,8 +202,11 @@ class _Walk:
         if joining and after:
             self._end_join(joining, after, stays=stays)
 
-    def offered(self, step: _Step, statistics: Statistics | None) -> SubLayer:
-        """The sub-layer with what was captured of it, now or earlier, or with nothing."""
+    def offered(self, step: _Step, statistics: Statistics | None) -> Iterator[SubLayer]:
+        """The sub-layer with what was captured of it, now or earlier, or with nothing; of experts one after another."""
+        if self._mixes(step):
+            yield from self._offered_experts(step, statistics)
+            return
         family, process_group = self._family, self._options.process_group
         linear, name = output_linear(family, step.layer, step.kind), output_name(family, step.index, step.kind)
         statistic = heldout = None
@@ -236,7 +219,28 @@ class _Walk:
         scale_O = output_scale(family, step.layer, step.kind)
         offered = SubLayer(step.index, step.kind, name, linear, statistic, heldout, scale_O)
         keep_heads = partial(mask_head_norms_, family, step.layer)
-        return replace(offered, keep_heads=keep_heads) if self._inputs_change(step) else offered
+        offered = replace(offered, keep_heads=keep_heads) if self._inputs_change(step) else offered
+        del statistic, heldout
+        yield offered
+
+    def _offered_experts(self, step: _Step, statistics: Statistics | None) -> Iterator[SubLayer]:
+        family, group = self._family, self._options.process_group
+        count, name_of = experts_module(family, step.layer).num_experts, partial(output_name, family, step.index, "mlp")
+        found, heldout = [None] * count, [None] * count
+        if step.experts_seen is not None:
+            found, few = step.experts_seen.finish(name_of, group)
+            self.few += few
+            if step.experts_held is not None:
+                heldout = step.experts_held.finish(name_of, group, complete=False)[0]
+            step.experts_seen = step.experts_held = None
+        for expert in range(count):
+            linear = output_linear(family, step.layer, "mlp", expert)
+            given: tuple[Any, Any] = found.pop(0), heldout.pop(0)
+            if statistics is not None:
+                given = statistics.load(name_of(expert), self._options.device)
+            offered = SubLayer(step.index, "mlp", name_of(expert), linear, *given, expert=expert, num_experts=count)
+            del given
+            yield offered
 
     def walked(self, step: _Step) -> WalkedLayer:
         """The layer of a step that has joined the stream."""
@@ -248,20 +252,44 @@ class _Walk:
         nothing = torch.empty(0, self._ids_NL.shape[1], self._model.config.hidden_size)
         return torch.cat([self._stream.on_host(*span) for span in held]) if held else nothing
 
+    def _mixes(self, step: _Step) -> bool:
+        return step.kind == "mlp" and self._family.has_experts(step.layer)
+
     def _begin_capture(self, step: _Step, instead_of: Activations | None) -> None:
-        linear, device = output_linear(self._family, step.layer, step.kind), self._options.device
+        device = self._options.device
+        if self._mixes(step):  # nothing is kept of their inputs: a token goes to several
+            experts = experts_module(self._family, step.layer)
+            step.experts_seen = ExpertStatistics(experts, self._accumulator, device)
+            step.experts_held = ExpertStatistics(experts, self._accumulator, device) if self._sees_heldout else None
+            return
+        linear = output_linear(self._family, step.layer, step.kind)
         step.seen = self._accumulator(linear.in_features, device)
         step.held = self._accumulator(linear.in_features, device) if self._sees_heldout else None
         if not self._inputs_change(step):
             step.kept = self._allocate(linear.in_features, linear.weight.dtype, instead_of)
 
     def _capture(self, step: _Step, read_BLC: Tensor, start: int) -> None:
+        is_heldout = start >= self._num_calibration
+        if self._mixes(step):
+            statistics = step.experts_held if is_heldout else step.experts_seen
+            if statistics:
+                statistics.add(read_by(self._family, step.layer, "mlp", read_BLC))
+            return
         inputs_BLI = output_inputs(self._family, step.layer, step.kind, read_BLC, self._kwargs[step.index])
-        accumulator = step.seen if start < self._num_calibration else step.held
+        accumulator = step.held if is_heldout else step.seen
         if accumulator:
             accumulator.add(inputs_BLI, token_weights(self._family, step.layer, step.kind, inputs_BLI))
         if step.kept is not None:
             step.kept.put(start, inputs_BLI)
+
+    def _output_of(self, step: _Step) -> Callable[[Tensor, int, int], Tensor]:
+        """What a sub-layer as it is now gives for a batch of the stream, to be joined."""
+        if self._mixes(step):
+            return lambda stream_BLC, start, stop: sub_layer_output(
+                self._family, step.layer, step.kind, self._read(stream_BLC, start, stop), self._kwargs[step.index]
+            )
+        output_of = _output_of(self._family, step)
+        return lambda stream_BLC, start, stop: output_of(self._inputs(step, stream_BLC, start, stop))
 
     def _inputs(self, step: _Step, stream_BLC: Tensor, start: int, stop: int) -> Tensor:
         """What was kept of the inputs of a batch, which goes, or what they are now."""
@@ -269,8 +297,11 @@ class _Walk:
             inputs_BLI = step.kept.get(start, stop)
             step.kept.drop(start)
             return inputs_BLI
-        read_BLC = stream_BLC if self._before is None else self._before.get(start, stop)
+        read_BLC = self._read(stream_BLC, start, stop)
         return output_inputs(self._family, step.layer, step.kind, read_BLC, self._kwargs[step.index])
+
+    def _read(self, stream_BLC: Tensor, start: int, stop: int) -> Tensor:
+        return stream_BLC if self._before is None else self._before.get(start, stop)
 
     def _inputs_change(self, step: _Step) -> bool:
         """Where a norm spans all heads, those that stay give something else without the others."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pruning.activations.activations import Activations
 from pruning.families.forward import KINDS, SubLayerKind
-from pruning.walk.activations import Activations
 from pruning.walk.streams import ResidualStreams
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Block:
         if self.kinds == KINDS:
             return cost.parameters(shape)
         attention = cost.per_query_head * shape.num_heads + cost.per_kv_head * shape.num_kv_heads
-        return attention if self.kinds == ("attention",) else cost.per_channel * shape.intermediate_size
+        return attention if self.kinds == ("attention",) else cost.per_channel * shape.num_channels
 
 
 class SubLayers:

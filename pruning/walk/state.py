@@ -15,11 +15,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from pruning.activations.activations import Activations
 from pruning.families import ModelFamily, family_of
-from pruning.families.forward import silence_
+from pruning.families.experts import experts_of, mask_router_
+from pruning.families.forward import KINDS, output_linear, silence_
 from pruning.families.head_norms import mask_head_norms_
 from pruning.plan import LayerPlan, LayerShape, PruningPlan
-from pruning.walk.activations import Activations
 
 
 class SubLayerReport(BaseModel):
@@ -28,7 +29,9 @@ class SubLayerReport(BaseModel):
     predicted_error, measured_error, heldout_error: mean squared output error per token, by the OBS sum (dampened
     Hessian), on the calibration tokens and on held-out tokens; output_energy: the mean squared output itself, of the
     weight as it was, to put the errors in proportion. condition: of the dampened Hessian, estimated in the 1-norm.
-    score: the sum of the scores of what went, in the method's own unit. ridge: the share of each diagonal element that
+    score: the sum of the scores of what went, in the method's own unit. Of an expert num_tokens are those that the
+    router sent to it, and the means are over all tokens; assumed_tokens: how many it was given beside them, see
+    walk.experts. ridge: the share of each diagonal element that
     the held-out windows chose for the refit. refactorisations: 0; reports of earlier
     versions may say more. A linear that loses nothing is not measured: its errors are 0 and the rest is None. What
     cannot be measured for want of a Hessian is None.
@@ -50,6 +53,7 @@ class SubLayerReport(BaseModel):
     ridge: float | None = Field(default=None, exclude_if=lambda share: share is None)
     refactorisations: int = 0
     num_tokens: int = 0
+    assumed_tokens: int = Field(default=0, exclude_if=lambda count: count == 0)
     seconds: float = 0.0
 
 
@@ -92,6 +96,9 @@ class WalkedLayer:
     stream: Activations | None = None
     spans: Sequence[tuple[int, int]] = ()
 
+
+#: an output linear; of a layer with experts the weight of all of theirs
+_Output = nn.Linear | Tensor
 
 #: called with the entry of each layer that is finished
 OnEntry = Callable[[LayerEntry], None]
@@ -165,7 +172,7 @@ class MemoryWalkState(WalkState):
 
     def __init__(self) -> None:
         super().__init__()
-        self._outputs: list[tuple[nn.Linear, ...] | None] = []
+        self._outputs: list[tuple[_Output, ...] | None] = []
         self._numbers: dict[str, float] = {}
 
     def apply_(self, model: nn.Module) -> None:
@@ -173,23 +180,30 @@ class MemoryWalkState(WalkState):
         family = family_of(model)
         with torch.no_grad():
             for layer, entry, outputs in zip(family.layers(model), self._entries, self._outputs, strict=True):
+                experts = experts_of(family, layer)
                 if entry.plan is not None:
                     mask_head_norms_(family, layer, entry.plan.kept_query_heads, entry.plan.kept_kv_heads)
-                linears = family.o_proj(layer), family.down_proj(layer)
-                for linear, output in zip(linears, outputs or (None, None), strict=True):
+                    if experts is not None:
+                        mask_router_(experts, entry.plan.kept_by_expert)
+                for kind, output in zip(KINDS, outputs or (None, None), strict=True):
                     if output is None:
-                        silence_(linear)
-                        continue
-                    linear.weight.copy_(output.weight)
-                    if output.bias is not None:
-                        linear.bias = nn.Parameter(output.bias.to(linear.weight, copy=True))
+                        silence_(family, layer, kind)
+                    elif isinstance(output, Tensor):
+                        assert experts is not None
+                        experts.module.down_proj.copy_(output)
+                    else:
+                        linear = output_linear(family, layer, kind)
+                        linear.weight.copy_(output.weight)
+                        if output.bias is not None:
+                            linear.bias = nn.Parameter(output.bias.to(linear.weight, copy=True))
 
     def _save_layer(self, walked: WalkedLayer, entry: LayerEntry) -> None:
         if walked.module is None:
             self._outputs.append(None)
             return
-        family = walked.family
-        self._outputs.append((family.o_proj(walked.module).cpu(), family.down_proj(walked.module).cpu()))
+        family, experts = walked.family, experts_of(walked.family, walked.module)
+        mlp = experts.module.down_proj.detach() if experts else family.down_proj(walked.module)
+        self._outputs.append((family.o_proj(walked.module).cpu(), mlp.cpu()))
 
     def resumed(self, start: int, stop: int) -> Tensor:
         """Not called: a new state has no finished layers."""

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from pruning.activations.activations import Activations
+from pruning.activations.tiers import ActivationStore
 from pruning.families.forward import KINDS, SubLayerKind, layer_output, output_inputs
-from pruning.walk.activations import Activations
 from pruning.walk.embedding import enter, spans
 from pruning.walk.loss import token_losses
-from pruning.walk.tiers import ActivationStore
 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder

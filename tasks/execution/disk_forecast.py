@@ -57,6 +57,7 @@ class Extent:
     hidden_size: int = 0
     attention_size: int = 0
     intermediate_size: int = 0
+    num_experts: int = 0
     item_bytes: int = min(_ITEM_BYTES.values())
 
     @property
@@ -74,6 +75,7 @@ class Extent:
             hidden_size=card.hidden_size,
             attention_size=card.attention_size or card.hidden_size,
             intermediate_size=ffn,
+            num_experts=card.num_experts,
             item_bytes=_ITEM_BYTES.get(card.dtype or "", cls.item_bytes),
         )
 
@@ -120,11 +122,13 @@ class Forecast:
             case ExportRequest():
                 made = Extent(checkpoint.bytes)
             case CaptureRequest():
-                squares = checkpoint.attention_size**2 + checkpoint.intermediate_size**2
+                linears = max(1, checkpoint.num_experts)
+                squares = checkpoint.attention_size**2 + linears * checkpoint.intermediate_size**2
                 copies = 2 if calibration.has_heldout else 1  # the held-out samples have Hessians of their own
                 made = Extent(checkpoint.num_layers * copies * squares * _FLOAT_BYTES)
             case OrderRequest():
-                groups = checkpoint.num_layers * (checkpoint.attention_size + checkpoint.intermediate_size)
+                channels = max(1, checkpoint.num_experts) * checkpoint.intermediate_size
+                groups = checkpoint.num_layers * (checkpoint.attention_size + channels)
                 made = Extent(groups * _ORDER_BYTES)
                 if request.calibration:
                     values = request.typed_config.token_streams(

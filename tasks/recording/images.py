@@ -69,14 +69,14 @@ def kept_panels(name: str, plan: PruningPlan) -> tuple[Panel, Panel]:
     by_layer = {kept.layer: kept for kept in plan.layers}
     layers = [(index, shape, by_layer.get(index)) for index, shape in enumerate(plan.source)]
     num_heads = max(shape.num_heads for shape in plan.source)
-    num_channels = max(shape.intermediate_size for shape in plan.source)
+    num_channels = max(shape.num_channels for shape in plan.source)
     width = max(1, math.ceil(num_channels / _BINS))
     heads = [_shares(_heads(kept), shape.num_heads, 1, num_heads) for _, shape, kept in layers]
-    channels = [_shares(_channels(kept), shape.intermediate_size, width, num_channels) for _, shape, kept in layers]
+    channels = [_shares(_channels(kept), shape.num_channels, width, num_channels) for _, shape, kept in layers]
     rows = tuple(str(index) for index, _, _ in layers)
     height = 1.0 + max(1.0, 0.075 * len(rows))
     head_ends = tuple(f"{len(_heads(kept))}/{shape.num_heads}" for _, shape, kept in layers)
-    channel_ends = tuple(f"{len(_channels(kept))}/{shape.intermediate_size}" for _, shape, kept in layers)
+    channel_ends = tuple(f"{len(_channels(kept))}/{shape.num_channels}" for _, shape, kept in layers)
     unit = "share that is kept"
     return (
         Panel(f"{name}: attention heads", "query head", "layer", heat=HeatMap(tuple(heads), rows, unit, head_ends),

@@ -29,7 +29,7 @@ def run_walk(context: StageContext, job: WalkJob) -> None:
 
     Activations beyond the budget lie in the stage's scratch folder, on the disk whose room was checked.
     """
-    from pruning.walk.activations import FOLDER_PREFIX
+    from pruning.activations.activations import FOLDER_PREFIX
 
     settings, folder = context.run_context.settings, context.store.scratch(context.ref)
     for left in folder.glob(f"{FOLDER_PREFIX}*"):  # of a killed process

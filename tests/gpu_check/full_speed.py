@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 
+from pruning.activations.pinned import Copies
 from pruning.checkpoints.decoder import StreamedDecoder
 from pruning.layerwise import prune as layerwise
 from pruning.layerwise.streaming import prune_checkpoint
@@ -20,7 +21,6 @@ from pruning.methods import slimgpt
 from pruning.statistics.hessian import HessianAccumulator
 from pruning.walk.durable_state import DurableWalkState
 from pruning.walk.options import WalkOptions
-from pruning.walk.pinned import Copies
 from pruning.walk.sequential import _Walk
 from tests.bench.options import Shape, Windows
 from tests.bench.random_tokens import random_calibration

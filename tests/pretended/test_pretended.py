@@ -17,20 +17,20 @@ from transformers import PreTrainedModel
 from evaluation.inference.options import EvalOptions
 from evaluation.language_modeling.perplexity import perplexity
 from evaluation.language_modeling.protocol import WindowProtocol
+from pruning.activations.activations import MemoryActivations
+from pruning.activations.pinned import PinnedActivations
+from pruning.activations.tiers import ActivationStore
 from pruning.checkpoints.decoder import ResidentDecoder, StreamedDecoder
 from pruning.checkpoints.save_load import save_checkpoint
 from pruning.errors import memory_part
+from pruning.gradients.backward import walk_backwards
 from pruning.layerwise import prune as layerwise
 from pruning.methods import slimgpt
 from pruning.statistics import hessian
 from pruning.statistics.hessian import HessianAccumulator
 from pruning.walk import sequential
-from pruning.walk.activations import MemoryActivations
-from pruning.walk.backward import walk_backwards
 from pruning.walk.options import WalkOptions
-from pruning.walk.pinned import PinnedActivations
 from pruning.walk.sequential import walk_layers
-from pruning.walk.tiers import ActivationStore
 from tests.pretended.counts import counted
 from tests.pretended.device import PretendedTensor, pretended
 from tests.pretended.transfers import PLACES, layer_transfers

@@ -58,9 +58,7 @@ def _shares(plan: PruningPlan) -> tuple[tuple[float, ...], tuple[float, ...]]:
     by_layer = {kept.layer: kept.shape for kept in plan.layers}
     shapes = [(shape, by_layer.get(index)) for index, shape in enumerate(plan.source)]
     heads = tuple((left.num_heads if left else 0) / max(1, shape.num_heads) for shape, left in shapes)
-    channels = tuple(
-        (left.intermediate_size if left else 0) / max(1, shape.intermediate_size) for shape, left in shapes
-    )
+    channels = tuple((left.num_channels if left else 0) / max(1, shape.num_channels) for shape, left in shapes)
     return heads, channels
 
 

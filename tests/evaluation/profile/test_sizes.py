@@ -96,3 +96,10 @@ def test_a_sliding_window_does_not_hide_a_tokens_bytes() -> None:
 def test_half_precision_halves_the_cache() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     assert profile(model, CONFIG).kv_cache_bytes_per_token == 3 * 2 * 16 * 2
+
+
+def test_macs_of_experts_are_those_of_the_ones_that_a_token_goes_to() -> None:
+    mixtral, llama = tiny_model("mixtral"), tiny_model("llama", intermediate=24)
+    # of 4 experts with 24 channels each two, where the Llama has one such MLP; and the router
+    of_layer = 2 * 3 * 32 * 24 + 4 * 32
+    assert linear_macs_per_token(mixtral) == linear_macs_per_token(llama) + 3 * (of_layer - 3 * 32 * 24)

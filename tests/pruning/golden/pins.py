@@ -15,6 +15,8 @@ from tests.tiny import random_ids, tiny_model
 
 FOLDER = Path(__file__).parent
 FAMILIES = ("llama", "qwen3")
+#: of methods that take others
+FAMILIES_OF = {"experts": ("mixtral", "qwen3_moe")}
 #: further configs by method; the default config is always pinned
 CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
     "slimgpt": (
@@ -31,6 +33,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
     "flap": ({"structure": "UL-UM", "metric": "IFV", "repair": "none", "head_unit": "query_head"},),
     "loraprune": ({"allocation": "global", "head_unit": "query_head", "split": "third"},),
     "compresso": ({"head_unit": "query_head", "prompt": True, "num_heldout": 2},),
+    "experts": ({"score": "contribution", "allocation": "global"},),
     "wanda_sp": ({"repair": "least_squares", "allocation": "standardised"},),
 }
 
@@ -49,7 +52,7 @@ def write(method: str) -> Path:
 def cases_of(method: str) -> dict[str, tuple[str, dict[str, Any]]]:
     return {
         f"{family} {json.dumps(config)}": (family, config)
-        for family in FAMILIES
+        for family in FAMILIES_OF.get(method, FAMILIES)
         for config in ({}, *CONFIGS.get(method, ()))
     }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pruning.activations.activations import MemoryActivations
 from pruning.allocation.budget import HeadUnit, LayerBudget, removed_parameters
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.checkpoints.surgery import mask_, shrink_
@@ -23,9 +24,9 @@ from pruning.obs import elimination
 from pruning.obs.groups import Solver
 from pruning.plan import LayerShape, PruningPlan
 from pruning.statistics.hessian import Hessian
-from pruning.walk.activations import MemoryActivations
-from pruning.walk.sequential import SubLayer, walk_layers
+from pruning.walk.sequential import walk_layers
 from pruning.walk.state import LayerEntry, MemoryWalkState, SubLayerReport, WalkedLayer
+from pruning.walk.sub_layer import SubLayer
 from tests.pruning.captured import CPU, hooked_moments, logits, outputs, prepared, same_weights
 from tests.tiny import FAMILIES, random_ids, tiny_model
 

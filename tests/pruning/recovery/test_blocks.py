@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pruning.activations.activations import FOLDER_PREFIX
 from pruning.calibration import CalibrationSet
 from pruning.checkpoints.surgery import shrink_
 from pruning.distributed import ProcessGroup
@@ -23,7 +24,6 @@ from pruning.recovery import RecoveryInputs, RecoveryReport
 from pruning.recovery import _blocks as blocks_module
 from pruning.recovery.reconstruct import Config, recover
 from pruning.training.options import TrainingRun
-from pruning.walk.activations import FOLDER_PREFIX
 from tests.pruning.checkpoints.test_surgery import plan_for
 from tests.pruning.killed import exit_code, kill_this_process
 from tests.pruning.recovery.test_lora import same

@@ -17,7 +17,8 @@ from pruning.errors import PruningError
 from pruning.families import family_of, shapes
 from pruning.layerwise.kl import final_stream
 from pruning.walk.options import WalkOptions
-from pruning.walk.sequential import SubLayer, walk_layers
+from pruning.walk.sequential import walk_layers
+from pruning.walk.sub_layer import SubLayer
 from tests.pruning.captured import CPU, hooked_moments, in_bfloat16, logits, outputs, same_weights
 from tests.tiny import FAMILIES, random_ids, random_plan, tiny_model
 

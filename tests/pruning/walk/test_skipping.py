@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.families import family_of, forward
-from pruning.families.forward import KINDS, output_linear, silence_
+from pruning.families.forward import KINDS, silence_
 from pruning.ranking.depth import blocks_of
 from pruning.walk import streams
 from pruning.walk.skipping import Block, SubLayers, influences, losses_without
@@ -23,7 +23,7 @@ def without(family: str, *blocks: Block) -> PreTrainedModel:
     model = tiny_model(family)
     for block in blocks:
         for kind in block.kinds:
-            silence_(output_linear(family_of(model), family_of(model).layers(model)[block.layer], kind))
+            silence_(family_of(model), family_of(model).layers(model)[block.layer], kind)
     return model
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruning.walk.activations import Activations, FileActivations, MemoryActivations
-from pruning.walk.tiers import ActivationStore
+from pruning.activations.activations import Activations, FileActivations, MemoryActivations
+from pruning.activations.tiers import ActivationStore
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPE = (4, 6)

@@ -13,8 +13,8 @@ from typing import Self
 
 import torch
 
-from pruning.walk.activations import CPU, FOLDER_PREFIX, Activations, FileActivations, MemoryActivations
-from pruning.walk.pinned import Copies, PinnedActivations, has_streams
+from pruning.activations.activations import CPU, FOLDER_PREFIX, Activations, FileActivations, MemoryActivations
+from pruning.activations.pinned import Copies, PinnedActivations, has_streams
 
 
 class ActivationStore:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pruning.activations.activations import Activations
+from pruning.activations.tiers import ActivationStore
 from pruning.errors import PruningError
 from pruning.families.forward import KINDS, SubLayerKind, layer_output
-from pruning.walk.activations import Activations
 from pruning.walk.embedding import enter, spans
 from pruning.walk.loss import token_losses
 from pruning.walk.options import free_on_device
-from pruning.walk.tiers import ActivationStore
 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder

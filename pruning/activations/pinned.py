@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruning.walk.activations import Activations
+from pruning.activations.activations import Activations
 
 log = logging.getLogger("slimline")
 

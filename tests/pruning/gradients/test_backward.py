@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.errors import PruningError
 from pruning.families import family_of
-from pruning.walk.backward import needed_bytes, walk_backwards
+from pruning.gradients.backward import needed_bytes, walk_backwards
 from pruning.walk.skipping import Block, SubLayers
 from tests.pruning.captured import CPU
 from tests.tiny import FAMILIES, random_ids, tiny_model
