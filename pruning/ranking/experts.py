@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pruning.orders import Order
 from pruning.ranking.job import RankingJob
-from pruning.walk.routing import Usage, expert_usage
+from pruning.ranking.routing import Usage, expert_usage
 
 if TYPE_CHECKING:
     from pruning.families import ModelFamily

@@ -1,14 +1,14 @@
 """The walks over decoder layers, the only such loops in the project. Read `sequential` first.
 
 * `sequential`     computes each sub-layer once, yields its output linear with the Hessian of its inputs
-* `sub_layer`      what it yields; `experts` adds up what it knows of the experts of a layer
+* `step`           a sub-layer from one pass to the next; `sub_layer` is what is yielded of it;
+                   `experts` adds up what it knows of the experts of a layer
 * `options`        how to run a walk, and how much memory its activations may take
 * `state`          what the walk has done so far, layer by layer, and what a method returns
 * `durable_state`  the same in files, so that a killed walk goes on at its last layer
 
 * `embedding`      the way into the layers: the stream before the first one, and what the model hands to each
 * `loss`           of the tokens, from the stream after the last layer
-* `routing`        which tokens the experts get, and what they make of them
 * `streams`        residual streams taken through layers at will; `skipping` reads from them the loss without a layer,
                    and how much a layer changes its input
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pruning.activations.activations import Activations
 from pruning.activations.tiers import ActivationStore
@@ -37,24 +37,21 @@ from pruning.families.forward import (
     token_weights,
 )
 from pruning.families.head_norms import mask_head_norms_
-from pruning.statistics.accumulator import Accumulator, MakeAccumulator
+from pruning.statistics.accumulator import MakeAccumulator
 from pruning.statistics.hessian import HessianAccumulator
 from pruning.walk.embedding import embed, enter, moved, spans
 from pruning.walk.experts import ExpertStatistics, Few, sentence_about
 from pruning.walk.options import WalkOptions
 from pruning.walk.state import WalkedLayer, WalkState
+from pruning.walk.step import Step, linear_as_pruned
 from pruning.walk.sub_layer import SubLayer
 
 if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
-    from pruning.families import ModelFamily
     from pruning.statistics.hessian import Statistics
 
 
 log = logging.getLogger("slimline")
-
-#: share of a linear's inputs above which computing with all of them is cheaper than gathering the kept ones
-_GATHER_SHARE = 0.7
 
 
 # Not under torch.no_grad: its wrapper of a generator keeps each sub-layer with its Hessian until the next one is there.
@@ -100,12 +97,12 @@ def walk_layers(
             sees_heldout=heldout_hessians and num_heldout > 0,
         )
         walk.start(walk_state)
-        before: _Step | None = None
+        before: Step | None = None
         for index in range(walk_state.layers_done if walk_state else 0, decoder.num_layers):
             layer = decoder.layer(index, options.device)
             for kind in KINDS:
                 given = wanted(index, kind)
-                step = _Step(layer, index, kind, captures=given and statistics is None)
+                step = Step(layer, index, kind, captures=given and statistics is None)
                 walk.advance(before, step)
                 if walk_state and before and kind == "attention":
                     walk_state.layer_done(walk.walked(before))
@@ -118,25 +115,6 @@ def walk_layers(
         if walk.few:
             log.warning(sentence_about(walk.few))
         return walk.heldout_stream()
-
-
-@dataclass
-class _Step:
-    """One sub-layer from the pass that captures its inputs to the one in which its output joins the stream.
-
-    captures: whether a statistic of its inputs is taken. seen, held: what adds up the calibration and the held-out
-    samples, experts_seen, experts_held the same of all experts; kept: the inputs, if they are not to be computed again.
-    """
-
-    layer: nn.Module
-    index: int
-    kind: SubLayerKind
-    captures: bool
-    seen: Accumulator | None = None
-    held: Accumulator | None = None
-    experts_seen: ExpertStatistics | None = None
-    experts_held: ExpertStatistics | None = None
-    kept: Activations | None = None
 
 
 class _Walk:
@@ -177,7 +155,7 @@ class _Walk:
         self._kwargs = moved(embed(model, family, self._ids_NL[:1])[1], device) if self._spans else []
 
     @memory_for("the forward")
-    def advance(self, joining: _Step | None, following: _Step | None) -> None:
+    def advance(self, joining: Step | None, following: Step | None) -> None:
         """One pass over all samples: the output of one sub-layer joins the stream, and of what is then the stream the
         next one's inputs are captured, while the batch is there."""
         capturing = following if following and following.captures else None
@@ -202,7 +180,7 @@ class _Walk:
         if joining and after:
             self._end_join(joining, after, stays=stays)
 
-    def offered(self, step: _Step, statistics: Statistics | None) -> Iterator[SubLayer]:
+    def offered(self, step: Step, statistics: Statistics | None) -> Iterator[SubLayer]:
         """The sub-layer with what was captured of it, now or earlier, or with nothing; of experts one after another."""
         if self._mixes(step):
             yield from self._offered_experts(step, statistics)
@@ -223,7 +201,7 @@ class _Walk:
         del statistic, heldout
         yield offered
 
-    def _offered_experts(self, step: _Step, statistics: Statistics | None) -> Iterator[SubLayer]:
+    def _offered_experts(self, step: Step, statistics: Statistics | None) -> Iterator[SubLayer]:
         family, group = self._family, self._options.process_group
         count, name_of = experts_module(family, step.layer).num_experts, partial(output_name, family, step.index, "mlp")
         found, heldout = [None] * count, [None] * count
@@ -242,7 +220,7 @@ class _Walk:
             del given
             yield offered
 
-    def walked(self, step: _Step) -> WalkedLayer:
+    def walked(self, step: Step) -> WalkedLayer:
         """The layer of a step that has joined the stream."""
         return WalkedLayer(step.index, step.layer, self._family, self._stream, self._spans)
 
@@ -252,10 +230,10 @@ class _Walk:
         nothing = torch.empty(0, self._ids_NL.shape[1], self._model.config.hidden_size)
         return torch.cat([self._stream.on_host(*span) for span in held]) if held else nothing
 
-    def _mixes(self, step: _Step) -> bool:
+    def _mixes(self, step: Step) -> bool:
         return step.kind == "mlp" and self._family.has_experts(step.layer)
 
-    def _begin_capture(self, step: _Step, instead_of: Activations | None) -> None:
+    def _begin_capture(self, step: Step, instead_of: Activations | None) -> None:
         device = self._options.device
         if self._mixes(step):  # nothing is kept of their inputs: a token goes to several
             experts = experts_module(self._family, step.layer)
@@ -268,7 +246,7 @@ class _Walk:
         if not self._inputs_change(step):
             step.kept = self._allocate(linear.in_features, linear.weight.dtype, instead_of)
 
-    def _capture(self, step: _Step, read_BLC: Tensor, start: int) -> None:
+    def _capture(self, step: Step, read_BLC: Tensor, start: int) -> None:
         is_heldout = start >= self._num_calibration
         if self._mixes(step):
             statistics = step.experts_held if is_heldout else step.experts_seen
@@ -282,16 +260,16 @@ class _Walk:
         if step.kept is not None:
             step.kept.put(start, inputs_BLI)
 
-    def _output_of(self, step: _Step) -> Callable[[Tensor, int, int], Tensor]:
+    def _output_of(self, step: Step) -> Callable[[Tensor, int, int], Tensor]:
         """What a sub-layer as it is now gives for a batch of the stream, to be joined."""
         if self._mixes(step):
             return lambda stream_BLC, start, stop: sub_layer_output(
                 self._family, step.layer, step.kind, self._read(stream_BLC, start, stop), self._kwargs[step.index]
             )
-        output_of = _output_of(self._family, step)
+        output_of = linear_as_pruned(self._family, step)
         return lambda stream_BLC, start, stop: output_of(self._inputs(step, stream_BLC, start, stop))
 
-    def _inputs(self, step: _Step, stream_BLC: Tensor, start: int, stop: int) -> Tensor:
+    def _inputs(self, step: Step, stream_BLC: Tensor, start: int, stop: int) -> Tensor:
         """What was kept of the inputs of a batch, which goes, or what they are now."""
         if step.kept is not None:
             inputs_BLI = step.kept.get(start, stop)
@@ -303,11 +281,11 @@ class _Walk:
     def _read(self, stream_BLC: Tensor, start: int, stop: int) -> Tensor:
         return stream_BLC if self._before is None else self._before.get(start, stop)
 
-    def _inputs_change(self, step: _Step) -> bool:
+    def _inputs_change(self, step: Step) -> bool:
         """Where a norm spans all heads, those that stay give something else without the others."""
         return step.kind == "attention" and self._family.head_norms_span_heads
 
-    def _end_join(self, step: _Step, after: Activations, *, stays: bool) -> None:
+    def _end_join(self, step: Step, after: Activations, *, stays: bool) -> None:
         """The next stream becomes the stream, and what nobody reads any more is freed."""
         if step.kept is not None:
             self._store.free(step.kept)
@@ -326,16 +304,3 @@ class _Walk:
     def _allocate(self, num_features: int, dtype: torch.dtype, instead_of: Activations | None) -> Activations:
         shape = (self._ids_NL.shape[1], num_features)
         return self._store.allocate(len(self._ids_NL), shape, dtype, instead_of=instead_of)
-
-
-def _output_of(family: ModelFamily, step: _Step) -> Callable[[Tensor], Tensor]:
-    """The output linear; of one that was pruned, as a function that saves the work for removed inputs, where that is
-    worth gathering the others."""
-    linear = output_linear(family, step.layer, step.kind)
-    if not step.captures:
-        return linear
-    kept_K = linear.weight.any(0).nonzero().squeeze(1)
-    if len(kept_K) > _GATHER_SHARE * linear.in_features:
-        return linear
-    weight_OK = linear.weight[:, kept_K].contiguous()
-    return lambda inputs_BLI: nn.functional.linear(inputs_BLI[..., kept_K], weight_OK, linear.bias)
