@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pruning.distributed import ProcessGroup
-from pruning.families.forward import SubLayerKind
+from pruning.families.forward import SubLayerKind, silence_
 from pruning.obs.elimination import System, dampen, output_error, prepare, refit, removal_error
 from pruning.obs.groups import Groups, Solver, channel_groups, head_groups, search
 from pruning.obs.ridge import refit_by_heldout_
@@ -25,7 +25,7 @@ from pruning.walk.state import LayerEntry, SubLayerReport, WalkState
 
 if TYPE_CHECKING:
     from pruning.allocation.budget import HeadUnit, LayerBudget
-    from pruning.orders import Orders
+    from pruning.orders import OrderSource
 
 log = logging.getLogger("slimline")
 
@@ -42,15 +42,16 @@ def prune_layerwise_(
     solver: Solver,
     walk_state: WalkState,
     *,
-    orders: Orders | None = None,
+    orders: OrderSource | None = None,
     measured: bool = True,
     process_group: ProcessGroup | None = None,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> Tensor:
     """Remove what `budgets` say from each linear the walk offers; its weight is changed in place, in masked form.
 
-    The removed columns become zero and the kept ones are compensated. walk_state: takes plan and reports of each layer;
-    the one that the walk writes to. orders: what goes first, found earlier from the same Hessians. measured:
+    The removed columns become zero and the kept ones are compensated; a linear that keeps none adds nothing, and a
+    layer of which nothing stays is dropped. walk_state: takes plan and reports of each layer; the one that the walk
+    writes to. orders: what goes first, found earlier from the same Hessians. measured:
     False is for a trial: all errors but those of the search are left out of the reports, and where the held-out windows
     are to choose the ridge, that of the search is taken. process_group: the processes that walk together;
     the leader solves for all. on_layer: called with each finished layer. Returns what the walk returns: the held-out
@@ -77,13 +78,15 @@ def prune_layerwise_(
             groups = channel_groups(shape, budget.channels, solver)
         kept_units, report = process_group.decide(lambda: _prune_(sub_layer, groups, solver, orders, measured))  # noqa: B023 (called at once)
         process_group.copy_from_leader_(sub_layer.linear.weight.data)
+        if groups.count and not kept_units:
+            silence_(sub_layer.linear)
         kept.append(kept_units)
         reports.append(report)
         if sub_layer.kind == "attention":
             of_heads = layer_plan(sub_layer.layer, shape, kept_units, (), solver.head_unit)
             sub_layer.keep_heads(of_heads.kept_query_heads, of_heads.kept_kv_heads)
         if sub_layer.kind == "mlp":
-            plan = layer_plan(sub_layer.layer, shape, kept[0], kept[1], solver.head_unit)
+            plan = layer_plan(sub_layer.layer, shape, kept[0], kept[1], solver.head_unit) if any(kept) else None
             walk_state.decide(LayerEntry(plan=plan, reports=tuple(reports)))
         del sub_layer  # its Hessian would stay until the next one is there
 
@@ -102,13 +105,13 @@ def layer_plan(
         kv_heads = units
         query_heads = tuple(g * per_group + h for g in units for h in range(per_group))
     else:
-        kv_heads = tuple(range(shape.num_kv_heads))
+        kv_heads = tuple(range(shape.num_kv_heads)) if units else ()
         query_heads = units
     return LayerPlan(layer=index, kept_query_heads=query_heads, kept_kv_heads=kv_heads, kept_channels=channels)
 
 
 def _prune_(
-    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: Orders | None, measured: bool
+    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: OrderSource | None, measured: bool
 ) -> tuple[tuple[int, ...], SubLayerReport]:
     """Choose, refit and write back; returns the kept groups (sorted) and the report."""
     start = time.perf_counter()
@@ -144,7 +147,7 @@ def _prune_(
 
 
 def _choose(
-    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: Orders | None
+    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: OrderSource | None
 ) -> tuple[System, tuple[int, ...], tuple[float, float], dict[str, float | None]]:
     """The linear's system, the groups that go, the bounds of the error that was predicted for this, and its report.
 

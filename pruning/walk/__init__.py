@@ -7,6 +7,8 @@
 
 * `embedding`      the way into the layers: the stream before the first one, and what the model hands to each
 * `backward`       gradients of the loss, one layer at a time, last to first
+* `sensitivity`    squared gradients and Hessians of every sub-layer's output, on such a walk; no gradients of weights
+* `finished`       the model that a walk left, for the next one to begin with
 * `streams`        residual streams taken through layers at will; `skipping` reads from them the loss without a layer,
                    and how much a layer changes its input
 
