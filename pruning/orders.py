@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -57,6 +57,13 @@ class Order(BaseModel):
     def bounds(self, count: int) -> tuple[float, float]:
         """Between what the error of removing the first `count` groups must lie: it grows from round to round."""
         return (0.0, *self.errors)[bisect_right(self.rounds, count)], self.errors[bisect_left(self.rounds, count)]
+
+
+class OrderSource(Protocol):
+    """Whoever knows what goes first from a site."""
+
+    def load(self, name: str, unit: Unit) -> Order:
+        """The order of the site `name`: dotted name of its output linear."""
 
 
 class Orders:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from pruning.checkpoints.decoder import Decoder
     from pruning.walk.options import WalkOptions
 
+#: sums of the loss of a batch over some tokens each, see walk.loss
+Losses = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Iterator[Tensor]]
+
 #: bytes of layer, float32 gradients and the activations that autograd keeps, per parameter and per token x hidden size
 _GRADIENT_BYTES = 4
 _KEPT_PER_TOKEN = 24
@@ -57,15 +60,12 @@ def walk_backwards(
 
     Raises PruningError if one layer with its gradients does not fit the device, or a gradient is not finite.
     """
-    ids_NL, group = options.process_group.share(input_ids_NL), options.process_group
+    ids_NL = options.process_group.share(input_ids_NL)
     batches = spans(0, len(ids_NL), options.batch_size)
     layers = [index for index in range(decoder.num_layers) if present(index)]
-    (num_tokens,) = group.sum_of(len(ids_NL) * (ids_NL.shape[1] - 1))
-    if num_tokens < 1:
-        raise PruningError("gradients need samples of two tokens at least; raise num_samples or seq_len")
-    needed = _checked_needs(decoder, options, ids_NL.shape[1])
+    num_tokens, needed = predicted_tokens(decoder, ids_NL, options)
     with options.activation_store(needed) as store:
-        walk = _Backward(decoder, options, store, ids_NL, batches)
+        walk = Backward(decoder, options, store, ids_NL, batches)
         inputs = walk.forwards(layers, present, lambda done: progress(done / (3 * len(layers))))
         gradient = walk.of_loss(inputs.pop(), num_tokens)
         for done, index in enumerate(reversed(layers)):
@@ -75,8 +75,17 @@ def walk_backwards(
             progress((len(layers) + 2 * (done + 1)) / (3 * len(layers)))
 
 
-class _Backward:
-    """What forwards and backwards have in common."""
+def predicted_tokens(decoder: Decoder, ids_NL: Tensor, options: WalkOptions) -> tuple[float, int]:
+    """Tokens that the samples of all processes predict, and bytes of the device that are needed beside activations of
+    other batches. Raises PruningError if there are no tokens, or a layer with its gradients does not fit the device."""
+    (num_tokens,) = options.process_group.sum_of(len(ids_NL) * (ids_NL.shape[1] - 1))
+    if num_tokens < 1:
+        raise PruningError("gradients need samples of two tokens at least; raise num_samples or seq_len")
+    return num_tokens, _checked_needs(decoder, options, ids_NL.shape[1])
+
+
+class Backward:
+    """What forwards and backwards have in common: the way to the loss, and the gradient that comes back from it."""
 
     def __init__(
         self,
@@ -112,14 +121,14 @@ class _Backward:
             progress(done + 1)
         return streams
 
-    def of_loss(self, stream: Activations, num_tokens: float) -> Activations:
-        """The gradient at the stream after the last layer, which is freed."""
+    def of_loss(self, stream: Activations, num_tokens: float, losses: Losses = token_losses) -> Activations:
+        """The gradient at the stream after the last layer, which is freed; of the summed losses over num_tokens."""
         gradient, device = self._allocate(), self._options.device
         logits_of = self._decoder.logits_of(device, self._dtype)
         for start, stop in self._batches:
             stream_BLC = stream.get(start, stop).to(device, copy=True).requires_grad_()
             with torch.enable_grad():
-                for loss in token_losses(logits_of, stream_BLC, self._ids_NL[start:stop]):
+                for loss in losses(logits_of, stream_BLC, self._ids_NL[start:stop]):
                     torch.autograd.backward(loss / num_tokens, inputs=[stream_BLC])
             assert stream_BLC.grad is not None
             gradient.put(start, stream_BLC.grad)

@@ -2,6 +2,7 @@
 
 * `prune`         what happens to each linear that the walk yields: choose, refit, report
 * `split_search`  one allocation carried out, or several compared and the best kept
+* `knapsack`      one budget for all sites, spent in steps; `levels` says what each site's levels cost in loss
 * `kl`            the measure they are compared by, without ever holding all logits
 * `capture`       Hessians of the dense model, written once for every sparsity
 * `orders`        from these, one order of removal for every sparsity

@@ -29,7 +29,7 @@ from pruning.walk.sub_layer import SubLayer
 
 if TYPE_CHECKING:
     from pruning.allocation.budget import HeadUnit, LayerBudget
-    from pruning.orders import Orders
+    from pruning.orders import OrderSource
 
 log = logging.getLogger("slimline")
 
@@ -46,15 +46,16 @@ def prune_layerwise_(
     solver: Solver,
     walk_state: WalkState,
     *,
-    orders: Orders | None = None,
+    orders: OrderSource | None = None,
     measured: bool = True,
     process_group: ProcessGroup | None = None,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> Tensor:
     """Remove what `budgets` say from each linear the walk offers; its weight is changed in place, in masked form.
 
-    The removed columns become zero and the kept ones are compensated. walk_state: takes plan and reports of each layer;
-    the one that the walk writes to. orders: what goes first, found earlier from the same Hessians. measured:
+    The removed columns become zero and the kept ones are compensated; a linear that keeps none adds nothing, and a
+    layer of which nothing stays is dropped. walk_state: takes plan and reports of each layer; the one that the walk
+    writes to. orders: what goes first, found earlier from the same Hessians. measured:
     False is for a trial: all errors but those of the search are left out of the reports, and where the held-out windows
     are to choose the ridge, that of the search is taken. process_group: the processes that walk together;
     the leader solves for all. on_layer: called with each finished layer. Returns what the walk returns: the held-out
@@ -82,6 +83,8 @@ def prune_layerwise_(
             groups = channel_groups(shape, budget.channels, solver)
         kept_units, report = process_group.decide(lambda: _solve_(sub_layer, groups, solver, orders, measured))  # noqa: B023 (called at once)
         process_group.copy_from_leader_(sub_layer.linear.weight.data)
+        if groups.count and not kept_units:
+            _silence_(sub_layer.linear)
         reports.append(report)
         if sub_layer.kind == "attention":
             units = kept_units
@@ -90,7 +93,8 @@ def prune_layerwise_(
         else:
             channels += channel_places(sub_layer.expert or 0, shape.intermediate_size, kept_units)
         if sub_layer.ends_layer:
-            plan = layer_plan(sub_layer.layer, shape, units, channels, solver.head_unit)
+            left = units or channels
+            plan = layer_plan(sub_layer.layer, shape, units, channels, solver.head_unit) if left else None
             walk_state.decide(LayerEntry(plan=plan, reports=tuple(reports)))
         del sub_layer  # its Hessian would stay until the next one is there
 
@@ -109,7 +113,7 @@ def layer_plan(
         kv_heads = units
         query_heads = tuple(g * per_group + h for g in units for h in range(per_group))
     else:
-        kv_heads = tuple(range(shape.num_kv_heads))
+        kv_heads = tuple(range(shape.num_kv_heads)) if units else ()
         query_heads = units
     return LayerPlan(
         layer=index,
@@ -120,8 +124,13 @@ def layer_plan(
     )
 
 
+def _silence_(linear: nn.Linear) -> None:
+    for parameter in linear.parameters():
+        parameter.data.zero_()
+
+
 def _solve_(
-    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: Orders | None, measured: bool
+    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: OrderSource | None, measured: bool
 ) -> tuple[tuple[int, ...], SubLayerReport]:
     """`_prune_` where the linear is, or on the host where that has no room for the matrices."""
     weight_OI = sub_layer.linear.weight
@@ -158,7 +167,7 @@ def _on_host(sub_layer: SubLayer) -> SubLayer:
 
 
 def _prune_(
-    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: Orders | None, measured: bool
+    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: OrderSource | None, measured: bool
 ) -> tuple[tuple[int, ...], SubLayerReport]:
     """Choose, refit and write back; returns the kept groups (sorted) and the report."""
     start = time.perf_counter()
@@ -199,7 +208,7 @@ def _prune_(
 
 
 def _choose(
-    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: Orders | None
+    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: OrderSource | None
 ) -> tuple[System, tuple[int, ...], tuple[float, float], dict[str, float | None]]:
     """The linear's system, the groups that go, the bounds of the error that was predicted for this, and its report.
 

@@ -7,6 +7,7 @@ A method has VERSION (raised when its numbers change), Config and OrderConfig (w
 * `needs_statistics(config)`              whether `prune` wants captured Hessians of the dense model
 * `order_config(config)`                  an OrderConfig if one ranking serves several sparsities, else None
 * `order(decoder, config, folder, ...)`   makes that ranking
+* `between_steps(config, num_layers, ...)`  optional: what `prune` keeps meanwhile, in values of the stream and models
 * `prune(decoder, calibration, config, *, statistics, orders, options, walk_state, progress) -> Pruned`
 
 `_ranked` writes them for methods that only score heads and channels. Where `work(config, size, windows)` is there too,

@@ -9,6 +9,7 @@
 
 * `embedding`      the way into the layers: the stream before the first one, and what the model hands to each
 * `loss`           of the tokens, from the stream after the last layer
+* `finished`       the model that a walk left, for the next one to begin with
 * `streams`        residual streams taken through layers at will; `skipping` reads from them the loss without a layer,
                    and how much a layer changes its input
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ValidationError
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from pruning.activations.activations import FOLDER_PREFIX, FileActivations
 from pruning.checkpoints.published_experts import PublishedExperts
 from pruning.checkpoints.surgery import shrink_layer_
 from pruning.distributed import ProcessGroup
+from pruning.families import ModelFamily
 from pruning.walk.state import LayerEntry, OnEntry, WalkedLayer, WalkState, no_listener
 
 log = logging.getLogger("slimline")
@@ -54,7 +55,7 @@ class DurableWalkState(WalkState):
         self._writes_shards = shards
         self._group = process_group or ProcessGroup()
         self._root = folder
-        self.folder: Path = folder / f"process-{self._group.rank}-of-{self._group.size}"
+        self.folder: Path = folder / _folder_name(self._group.rank, self._group.size)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._stream: FileActivations | None = None
         self._resume()
@@ -64,9 +65,32 @@ class DurableWalkState(WalkState):
         """The safetensors of the finished layers that stay, in order, each cut to its plan."""
         return [self._shard(index) for index, entry in enumerate(self._entries) if entry.plan is not None]
 
-    def branch(self, name: str) -> DurableWalkState:
-        """The state in the sub-folder of that name, without shards."""
-        return DurableWalkState(self._root / name, self._group, shards=False)
+    def branch(self, name: str, *, keeps_weights: bool = False) -> DurableWalkState:
+        """The state in the sub-folder of that name; shards only if its weights are wanted."""
+        return DurableWalkState(self._root / name, self._group, shards=keeps_weights)
+
+    def discard(self, name: str) -> None:
+        """Delete this process's part of the sub-folder."""
+        shutil.rmtree(self._root / name / self.folder.name, ignore_errors=True)
+
+    def finish_(self, layer: nn.Module, index: int, family: ModelFamily) -> None:
+        """Cut the layer and read its weights, which the leader of the group has written."""
+        plan = self._entries[index].plan
+        assert plan is not None, index
+        shrink_layer_(family, layer, plan)
+        written = load_file(self._root / _folder_name(0, self._group.size) / self._shard(index).name)
+        own = {name[len(_prefix(family, self._place(index))) :]: tensor for name, tensor in written.items()}
+        layer.load_state_dict(own)
+
+    def note_text(self, name: str, text: str) -> None:
+        """Store a text in a file of its own."""
+        _write_atomically(self.folder / f"{name}.text", text)
+
+    def recall_text(self, name: str) -> str | None:
+        """A text that every process of the group stored, now or before it was killed."""
+        path = self.folder / f"{name}.text"
+        text = path.read_text(encoding="utf-8") if path.is_file() else None
+        return None if self._group.largest(text is None) else text
 
     def resumed(self, start: int, stop: int) -> Tensor:
         """Read the stream after the last finished layer, (stop - start, L, C)."""
@@ -90,8 +114,7 @@ class DurableWalkState(WalkState):
         shard = None
         if walked.module is not None and entry.plan is not None and self._writes_shards and self._group.leads:
             shrink_layer_(walked.family, walked.module, entry.plan)
-            place = sum(entry.plan is not None for entry in self._entries)  # layers before it may have been dropped
-            prefix = f"{walked.family.layers_path}.{place}."
+            prefix = _prefix(walked.family, self._place(index))
             state = {prefix + name: tensor.cpu().contiguous() for name, tensor in walked.module.state_dict().items()}
             save_file(PublishedExperts(walked.family).apart(state), self._shard(index), metadata={"format": "pt"})
             shard = _checksum(self._shard(index))
@@ -168,6 +191,10 @@ class DurableWalkState(WalkState):
         except EOFError:
             return False
 
+    def _place(self, index: int) -> int:
+        """Which of the layers that stay a layer is."""
+        return sum(entry.plan is not None for entry in self._entries[:index])
+
     def _shard(self, index: int) -> Path:
         return self.folder / f"layer-{index:05d}.safetensors"
 
@@ -176,6 +203,15 @@ class DurableWalkState(WalkState):
 
     def _stream_file(self, index: int) -> Path:
         return self.folder / f"stream-{index:05d}"
+
+
+def _folder_name(rank: int, size: int) -> str:
+    return f"process-{rank}-of-{size}"
+
+
+def _prefix(family: ModelFamily, place: int) -> str:
+    """What the names of a layer's tensors begin with in a checkpoint."""
+    return f"{family.layers_path}.{place}."
 
 
 def _checksum(path: Path) -> int:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from pruning.activations.activations import Activations
+from pruning.checkpoints.surgery import shrink_layer_
 from pruning.families import ModelFamily, family_of
 from pruning.families.experts import experts_of, mask_router_
 from pruning.families.forward import KINDS, output_linear, silence_
@@ -31,8 +32,9 @@ class SubLayerReport(BaseModel):
     weight as it was, to put the errors in proportion. condition: of the dampened Hessian, estimated in the 1-norm.
     score: the sum of the scores of what went, in the method's own unit. Of an expert num_tokens are those that the
     router sent to it, and the means are over all tokens; assumed_tokens: how many it was given beside them, see
-    walk.experts. ridge: the share of each diagonal element that
-    the held-out windows chose for the refit. refactorisations: 0; reports of earlier
+    walk.experts. ridge: the share of each diagonal element that the held-out windows chose for the refit. sensitivity:
+    mean over tokens of the squared gradient of the loss at the sub-layer's output, where it decided how much goes.
+    refactorisations: 0; reports of earlier
     versions may say more. A linear that loses nothing is not measured: its errors are 0 and the rest is None. What
     cannot be measured for want of a Hessian is None.
     """
@@ -51,6 +53,7 @@ class SubLayerReport(BaseModel):
     condition: float | None = None
     score: float | None = None
     ridge: float | None = Field(default=None, exclude_if=lambda share: share is None)
+    sensitivity: float | None = Field(default=None, exclude_if=lambda square: square is None)
     refactorisations: int = 0
     num_tokens: int = 0
     assumed_tokens: int = Field(default=0, exclude_if=lambda count: count == 0)
@@ -66,11 +69,30 @@ class LayerEntry(BaseModel):
     reports: tuple[SubLayerReport, ...]
 
 
+class AllocationStep(BaseModel):
+    """One step of an allocation that measures anew between steps.
+
+    sparsity: share removed after it. predicted_loss: by how much the loss (nats per token) was predicted to rise in
+    this step. heldout_kl: to the dense logits after it, nats per token, if there are held-out windows. head_units,
+    channels: what is gone of every layer after it. forwards: passes over the calibration tokens that it took.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sparsity: float
+    predicted_loss: float
+    heldout_kl: float | None = None
+    head_units: tuple[int, ...]
+    channels: tuple[int, ...]
+    forwards: int
+
+
 class Pruned(BaseModel):
     """What every pruning method returns; the compensated weights are in the WalkState it was given.
 
     achieved_sparsity: share of decoder-layer parameters that the plan removes. split: the one between attention and FFN
     that was carried out. split_kl: held-out KL (nats per token) of each split that was tried, if there was a choice.
+    steps: of an allocation that measures anew between steps.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,6 +102,7 @@ class Pruned(BaseModel):
     achieved_sparsity: float
     split: str | None = None
     split_kl: dict[str, float] = {}
+    steps: tuple[AllocationStep, ...] = Field(default=(), exclude_if=lambda steps: not steps)
 
 
 @dataclass(frozen=True)
@@ -155,8 +178,26 @@ class WalkState(ABC):
         """The residual stream of some samples after the last finished layer, (stop - start, L, C)."""
 
     @abstractmethod
-    def branch(self, name: str) -> WalkState:
-        """The state of a trial walk, whose weights are not wanted, only its noted numbers; same name, same state."""
+    def branch(self, name: str, *, keeps_weights: bool = False) -> WalkState:
+        """The state of another walk over the same model; same name, same state. keeps_weights: those of its finished
+        layers are wanted, not only its noted numbers."""
+
+    @abstractmethod
+    def discard(self, name: str) -> None:
+        """Free what a branch keeps, if there is one of that name."""
+
+    @abstractmethod
+    def finish_(self, layer: nn.Module, index: int, family: ModelFamily) -> None:
+        """Give a copy of the dense model's layer `index`, which stays in part, the weights and the widths that it has
+        after the walk."""
+
+    @abstractmethod
+    def note_text(self, name: str, text: str) -> None:
+        """Store what was decided before this walk; all processes of a group store the same."""
+
+    @abstractmethod
+    def recall_text(self, name: str) -> str | None:
+        """A stored text, as `recall`."""
 
     @abstractmethod
     def note(self, name: str, value: float) -> None:
@@ -174,6 +215,7 @@ class MemoryWalkState(WalkState):
         super().__init__()
         self._outputs: list[tuple[_Output, ...] | None] = []
         self._numbers: dict[str, float] = {}
+        self._texts: dict[str, str] = {}
 
     def apply_(self, model: nn.Module) -> None:
         """Give the model the masked weights and biases of all layers; a dropped layer adds nothing to the stream."""
@@ -209,9 +251,31 @@ class MemoryWalkState(WalkState):
         """Not called: a new state has no finished layers."""
         raise AssertionError(f"samples {start} to {stop} asked of a state that outlives no walk")
 
-    def branch(self, name: str) -> MemoryWalkState:
+    def branch(self, name: str, *, keeps_weights: bool = False) -> MemoryWalkState:
         """A new state each time."""
         return MemoryWalkState()
+
+    def discard(self, name: str) -> None:
+        """Nothing: whoever asked for a branch holds it."""
+
+    def finish_(self, layer: nn.Module, index: int, family: ModelFamily) -> None:
+        """Copy the output linears and cut the layer."""
+        plan, outputs = self._entries[index].plan, self._outputs[index]
+        assert plan is not None, index
+        assert outputs is not None, index
+        mask_head_norms_(family, layer, plan.kept_query_heads, plan.kept_kv_heads)
+        for linear, output in zip((family.o_proj(layer), family.down_proj(layer)), outputs, strict=True):
+            assert isinstance(output, nn.Linear), "a model with experts has gone through no steps"
+            linear.load_state_dict(output.state_dict())
+        shrink_layer_(family, layer, plan)
+
+    def note_text(self, name: str, text: str) -> None:
+        """Store a text."""
+        self._texts[name] = text
+
+    def recall_text(self, name: str) -> str | None:
+        """A stored text, None if there is none."""
+        return self._texts.get(name)
 
     def note(self, name: str, value: float) -> None:
         """Store a number."""

@@ -151,6 +151,12 @@ class Forecast:
                 scratch = (
                     0 if request.statistics else _STREAMS * calibration.tokens * checkpoint.hidden_size * _FLOAT_BYTES
                 )
+                if between_steps := getattr(request.module, "between_steps", None):
+                    values, models = between_steps(
+                        request.typed_config, checkpoint.num_layers, calibration.samples, calibration.seq_len
+                    )
+                    scratch += self._in_files(values * checkpoint.hidden_size * _FLOAT_BYTES)
+                    scratch += models * checkpoint.bytes
         self._extents[request.ref.key] = made
         return Need(made.bytes, scratch)
 

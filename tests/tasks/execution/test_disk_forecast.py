@@ -115,6 +115,27 @@ def test_a_capture_needs_what_it_writes(
     assert forecast.need(capture).artifact / 2**30 == pytest.approx(gib, rel=0.005)
 
 
+def test_an_allocation_that_measures_anew_keeps_streams_and_the_model_between(
+    run_context: RunContext, model: Path
+) -> None:
+    asked = requests(model)
+    settings = run_context.settings.model_copy(update={"activation_budget_gib": 0})
+
+    def scratch(**config: Any) -> int:
+        forecast = Forecast(run_context.store, run_context.sources, settings)
+        imported, _ = forecast.need(asked["import"]), forecast.need(asked["calibrate"])
+        request = PruneRequest(
+            plugin="slimgpt", config={"sparsity": 0.5} | config,
+            checkpoint=asked["import"].ref, calibration=asked["calibrate"].ref,
+        )  # fmt: skip
+        copies = int("steps" not in config and "allocation" in config)
+        return forecast.need(request).scratch - copies * imported.artifact
+
+    curve = scratch()
+    assert scratch(allocation="knapsack") - curve == (3 + 3) * 6 * 10 * 32 * 4  # three layers, six samples of ten
+    assert scratch(allocation="knapsack", steps=1, step_samples=2) - curve == (3 + 3) * 2 * 10 * 32 * 4
+
+
 def test_a_ranking_keeps_activations_in_files_beyond_the_budget_only(run_context: RunContext, model: Path) -> None:
     asked = requests(model)
 
