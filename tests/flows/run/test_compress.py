@@ -271,7 +271,7 @@ def test_prefect_shows_every_stage_and_a_table(smoke: tuple[Home, RunResult]) ->
     assert all(f"| {name} |" in str(page.data) for name in CHECKPOINTS)
     assert f"[MLflow run](http://127.0.0.1:5000/#/runs/{row.mlflow_run_id})" in str(page.data)
     assert f"`{result.checkpoint}`" in str(page.data)
-    assert str(page.data).count("](data:image/png;base64,") == 3, "what is kept in two, and one training"
+    assert str(page.data).count("](data:image/png;base64,") == 2, "what is kept in both, and one training"
     progress = [artifact for artifact in shown if artifact.type == "progress"]
     assert len(progress) == len(STAGES)
     assert {float(artifact.data) for artifact in progress} == {100.0}
