@@ -245,7 +245,7 @@ def assert_same_elimination(actual: elimination.Elimination, expected: eliminati
 @pytest.mark.parametrize("size", COLUMNS)
 def test_dropping_gone_columns_changes_nothing(size: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(inputs=48, tokens=200, seed=11, dead=(5,))
-    monkeypatch.setattr(elimination, "_COMPACT_SHARE", share)
+    monkeypatch.setattr(elimination, "COMPACT_SHARE", share)
     for sizes in (ones(COLUMNS[size]), [COLUMNS[size] // 2, 1, 1], [COLUMNS[size]]):
         columns_ND = groups(48, size)
         found = elimination.eliminate_groups(case.problem, columns_ND, iter(sizes))
