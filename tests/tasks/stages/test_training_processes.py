@@ -49,7 +49,9 @@ class Job:
         (self.folder / f"report-{process_group.rank}.json").write_text(report.model_dump_json(), encoding="utf-8")
 
 
-@pytest.mark.parametrize("case", ["lora", "cpt", pytest.param("distill-cache", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "case", ["lora", *(pytest.param(case, marks=pytest.mark.long) for case in ("cpt", "distill-cache"))]
+)
 def test_two_processes_learn_what_one_learns(case: str, tmp_path: Path) -> None:
     options = OPTIONS | {"lora": {"dropout": 0.0}, "cpt": {"save_steps": None}}.get(case, {})
     alone = pruned()
