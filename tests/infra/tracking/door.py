@@ -20,8 +20,9 @@ class Door:
         self._listening = self._opened(int(self.url.rpartition(":")[2]))
 
     def shut(self) -> None:
-        self._listening.shutdown(socket.SHUT_RDWR)
         for each in (self._listening, *self._inside):
+            with suppress(OSError):  # it has gone already
+                each.shutdown(socket.SHUT_RDWR)  # a thread that still receives from it would keep it open
             each.close()
 
     def _opened(self, port: int) -> socket.socket:

@@ -175,6 +175,7 @@ def test_a_server_that_dies_while_a_run_goes_on_gets_everything_when_it_is_back(
     server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     door = Door(server)
     tracker, run = Tracker(door.url, "dies"), demo(tmp_path / "store")
     live = LiveRun(tracker, run.run_key, "demo", "slimgpt-20+lora", BEGAN_MS)
