@@ -160,10 +160,13 @@ def _published(rates: Rates, item_bytes: int) -> list[tuple[Estimate, int | None
 
 
 def _size_of_card(card: ModelCard, item_bytes: int) -> DecoderSize | None:
+    """None where the headers do not tell the widths, and for experts: what they cost is not counted."""
     layer = decoder_layer(card)
     if layer is None:
         return None
     shape, cost, head_dim = layer
+    if shape.num_experts:
+        return None
     shapes = (shape,) * card.num_layers
     beside = (card.num_parameters or 0) - sum(map(cost.parameters, shapes))
     return DecoderSize(shapes, cost, head_dim, card.hidden_size, max(0, beside) // card.hidden_size, item_bytes)

@@ -11,12 +11,11 @@ from dataclasses import astuple, dataclass, replace
 from pruning.families import LayerCost
 from pruning.obs.elimination import COMPACT_SHARE
 from pruning.plan import LayerShape
+from pruning.statistics.hessian import BLOCK
 
 #: times that an element of the stream, of a head and of a channel is read or written by element-wise kernels on the way
 #: through a layer (norms in float32, rotation, activation, sums) and by the walk, which keeps each once
 _STREAM_PASSES, _HEAD_PASSES, _CHANNEL_PASSES = 36, 19, 9
-#: rows of a Hessian that are computed at once, up to the diagonal only
-_HESSIAN_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def forward_work(size: DecoderSize, windows: Windows) -> Work:
 def moments_work(num_inputs: int, tokens: int) -> Work:
     """Of the second moments of so many inputs: the blocks up to the diagonal."""
     return Work(
-        float32_flops=float(tokens) * num_inputs * (num_inputs + min(num_inputs, _HESSIAN_BLOCK)),
+        float32_flops=float(tokens) * num_inputs * (num_inputs + min(num_inputs, BLOCK)),
         memory_bytes=4.0 * tokens * num_inputs,
     )
 

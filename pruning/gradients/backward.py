@@ -8,9 +8,10 @@ Shapes: N samples, L tokens per sample, C residual stream.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,11 @@ Losses = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Iterator[Tensor]
 #: bytes of layer, float32 gradients and the activations that autograd keeps, per parameter and per token x hidden size
 _GRADIENT_BYTES = 4
 _KEPT_PER_TOKEN = 24
+
+#: what such a walk costs, in forwards: one keeps the streams, one is repeated backwards, and the gradients
+FORWARDS = 3
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -60,22 +66,34 @@ def walk_backwards(
 
     Raises PruningError if one layer with its gradients does not fit the device, or a gradient is not finite.
     """
+    return walk_back(_Gradients, decoder, input_ids_NL, options, token_losses, present, progress)
+
+
+def walk_back(
+    walk_of: Callable[[Decoder, WalkOptions, ActivationStore, Tensor], Backward[Found]],
+    decoder: Decoder,
+    input_ids_NL: Tensor,
+    options: WalkOptions,
+    losses: Losses,
+    present: Callable[[int], Collection[SubLayerKind]],
+    progress: Callable[[float], None],
+) -> Iterator[Found]:
+    """Yield what a walk finds in each layer, last layer first: forwards once, then back from the loss."""
     ids_NL = options.process_group.share(input_ids_NL)
-    batches = spans(0, len(ids_NL), options.batch_size)
     layers = [index for index in range(decoder.num_layers) if present(index)]
-    num_tokens, needed = predicted_tokens(decoder, ids_NL, options)
+    num_tokens, needed = _predicted_tokens(decoder, ids_NL, options)
     with options.activation_store(needed) as store:
-        walk = Backward(decoder, options, store, ids_NL, batches)
-        inputs = walk.forwards(layers, present, lambda done: progress(done / (3 * len(layers))))
-        gradient = walk.of_loss(inputs.pop(), num_tokens)
+        walk = walk_of(decoder, options, store, ids_NL)
+        inputs = walk.forwards(layers, present, lambda done: progress(done / (FORWARDS * len(layers))))
+        gradient = walk.of_loss(inputs.pop(), num_tokens, losses)
         for done, index in enumerate(reversed(layers)):
-            found, gradient = walk.through(index, present(index), inputs.pop(), gradient)
+            found, gradient = walk.through(index, present(index), inputs.pop(), gradient, num_tokens)
             yield found
-            del found  # before the next layer's gradients are there
-            progress((len(layers) + 2 * (done + 1)) / (3 * len(layers)))
+            del found  # before what is found in the next layer is there
+            progress((len(layers) + 2 * (done + 1)) / (FORWARDS * len(layers)))
 
 
-def predicted_tokens(decoder: Decoder, ids_NL: Tensor, options: WalkOptions) -> tuple[float, int]:
+def _predicted_tokens(decoder: Decoder, ids_NL: Tensor, options: WalkOptions) -> tuple[float, int]:
     """Tokens that the samples of all processes predict, and bytes of the device that are needed beside activations of
     other batches. Raises PruningError if there are no tokens, or a layer with its gradients does not fit the device."""
     (num_tokens,) = options.process_group.sum_of(len(ids_NL) * (ids_NL.shape[1] - 1))
@@ -84,19 +102,12 @@ def predicted_tokens(decoder: Decoder, ids_NL: Tensor, options: WalkOptions) -> 
     return num_tokens, _checked_needs(decoder, options, ids_NL.shape[1])
 
 
-class Backward:
-    """What forwards and backwards have in common: the way to the loss, and the gradient that comes back from it."""
+class Backward(ABC, Generic[Found]):
+    """The way to the loss, and the gradient that comes back from it; what is found on the way is the subclass's."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        options: WalkOptions,
-        store: ActivationStore,
-        ids_NL: Tensor,
-        batches: Sequence[tuple[int, int]],
-    ) -> None:
-        self._decoder, self._options, self._store = decoder, options, store
-        self._ids_NL, self._batches = ids_NL, batches
+    def __init__(self, decoder: Decoder, options: WalkOptions, store: ActivationStore, ids_NL: Tensor) -> None:
+        self._decoder, self._options, self._store, self._ids_NL = decoder, options, store, ids_NL
+        self._batches = spans(0, len(ids_NL), options.batch_size)
         self._dtype = _computing(decoder.family.embeddings(decoder.skeleton).weight.dtype)
         self._kwargs: list[dict[str, Any]] = []
 
@@ -121,7 +132,7 @@ class Backward:
             progress(done + 1)
         return streams
 
-    def of_loss(self, stream: Activations, num_tokens: float, losses: Losses = token_losses) -> Activations:
+    def of_loss(self, stream: Activations, num_tokens: float, losses: Losses) -> Activations:
         """The gradient at the stream after the last layer, which is freed; of the summed losses over num_tokens."""
         gradient, device = self._allocate(), self._options.device
         logits_of = self._decoder.logits_of(device, self._dtype)
@@ -135,10 +146,38 @@ class Backward:
         self._store.free(stream)
         return gradient
 
+    @abstractmethod
     def through(
-        self, index: int, kinds: Collection[SubLayerKind], inputs: Activations, gradient: Activations
+        self,
+        index: int,
+        kinds: Collection[SubLayerKind],
+        inputs: Activations,
+        gradient: Activations,
+        num_tokens: float,
+    ) -> tuple[Found, Activations]:
+        """What is found in a layer, and the gradient at its inputs; what was at its outputs is freed. gradient: of the
+        losses over num_tokens."""
+
+    def _layer(self, index: int) -> nn.Module:
+        return self._decoder.layer(index, self._options.device).to(self._dtype)
+
+    def _allocate(self) -> Activations:
+        hidden_size = self._decoder.skeleton.config.hidden_size
+        return self._store.allocate(len(self._ids_NL), (self._ids_NL.shape[1], hidden_size), self._dtype)
+
+
+class _Gradients(Backward[LayerGradients]):
+    """The gradients of all parameters."""
+
+    def through(
+        self,
+        index: int,
+        kinds: Collection[SubLayerKind],
+        inputs: Activations,
+        gradient: Activations,
+        num_tokens: float,
     ) -> tuple[LayerGradients, Activations]:
-        """The gradients of a layer's parameters and at its inputs; what was at its outputs is freed."""
+        """The gradients of a layer's parameters, and at its inputs."""
         family, device, group = self._decoder.family, self._options.device, self._options.process_group
         layer = self._layer(index).requires_grad_(True)
         parameters = dict(layer.named_parameters())
@@ -165,13 +204,6 @@ class Backward:
         self._store.free(inputs)
         self._store.free(gradient)
         return LayerGradients(index, layer.requires_grad_(False), sums), before
-
-    def _layer(self, index: int) -> nn.Module:
-        return self._decoder.layer(index, self._options.device).to(self._dtype)
-
-    def _allocate(self) -> Activations:
-        hidden_size = self._decoder.skeleton.config.hidden_size
-        return self._store.allocate(len(self._ids_NL), (self._ids_NL.shape[1], hidden_size), self._dtype)
 
 
 def needed_bytes(num_parameters: int, dtype: torch.dtype, num_tokens: int, hidden_size: int) -> int:

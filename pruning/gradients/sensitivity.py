@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,8 @@ from torch import Tensor, nn
 from pruning.activations.activations import Activations
 from pruning.errors import PruningError
 from pruning.families.forward import KINDS, SubLayerKind, join, output_inputs, output_linear, token_weights
-from pruning.gradients.backward import Backward, predicted_tokens
+from pruning.gradients.backward import Backward, walk_back
 from pruning.statistics.hessian import Hessian, HessianAccumulator
-from pruning.walk.embedding import spans
 from pruning.walk.loss import sampled_losses, token_losses
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 Labels = Literal["text", "sampled"]
 """Of the loss: the tokens of the text (empirical Fisher), or tokens that the model draws (true Fisher)."""
-
-#: what the walk costs, in forwards: one keeps the streams, one is repeated backwards, and the gradients
-FORWARDS = 3
 
 
 @dataclass(frozen=True)
@@ -70,33 +67,25 @@ def walk_sensitivities(
 
     Raises PruningError if one layer with its activations does not fit the device, or a value is not finite.
     """
-    ids_NL = options.process_group.share(input_ids_NL)
-    batches = spans(0, len(ids_NL), options.batch_size)
-    layers = [index for index in range(decoder.num_layers) if present(index)]
-    num_tokens, needed = predicted_tokens(decoder, ids_NL, options)
-    with options.activation_store(needed) as store:
-        walk = _Sensitivities(decoder, options, store, ids_NL, batches)
-        inputs = walk.forwards(layers, present, lambda done: progress(done / (FORWARDS * len(layers))))
-        losses = token_losses if labels == "text" else sampled_losses
-        gradient = walk.of_loss(inputs.pop(), num_tokens, losses)
-        for done, index in enumerate(reversed(layers)):
-            found, gradient = walk.sensitivity(index, present(index), inputs.pop(), gradient, num_tokens, name_of)
-            yield found
-            del found  # before the next layer's Hessians are there
-            progress((len(layers) + 2 * (done + 1)) / (FORWARDS * len(layers)))
+    walk_of = partial(_Sensitivities, name_of)
+    losses = token_losses if labels == "text" else sampled_losses
+    return walk_back(walk_of, decoder, input_ids_NL, options, losses, present, progress)
 
 
-class _Sensitivities(Backward):
-    """The way back with sums over what passes, and without gradients of weights."""
+class _Sensitivities(Backward[LayerSensitivity]):
+    """Sums over what passes, and no gradients of weights."""
 
-    def sensitivity(
+    def __init__(self, name_of: Callable[[int, SubLayerKind], str], *of_walk: Any) -> None:
+        super().__init__(*of_walk)
+        self._name_of = name_of
+
+    def through(
         self,
         index: int,
         kinds: Collection[SubLayerKind],
         inputs: Activations,
         gradient: Activations,
         num_tokens: float,
-        name_of: Callable[[int, SubLayerKind], str],
     ) -> tuple[LayerSensitivity, Activations]:
         """Of one layer, and the gradient at its inputs; what was at its outputs is freed.
 
@@ -125,15 +114,15 @@ class _Sensitivities(Backward):
                 squares[kind] += at_output_BLC.float().square().sum((0, 1))
         self._store.free(inputs)
         self._store.free(gradient)
+        sub_layers = {}
         for kind, square_C in squares.items():
+            name = self._name_of(index, kind)
             group.sum_(square_C)
             square_C *= num_tokens
             if not bool(torch.isfinite(square_C).all()):
                 raise PruningError(
-                    f"the gradient at the output of {name_of(index, kind)} is not finite: the model's outputs contain "
-                    "NaN or infinity; load it in another dtype (float32 or bfloat16) or check its weights"
+                    f"the gradient at the output of {name} is not finite: the model's outputs contain NaN or infinity; "
+                    "load it in another dtype (float32 or bfloat16) or check its weights"
                 )
-        sub_layers = {
-            kind: SubLayerSensitivity(sums[kind].finish(name_of(index, kind), group), squares[kind]) for kind in there
-        }
+            sub_layers[kind] = SubLayerSensitivity(sums[kind].finish(name, group), square_C)
         return LayerSensitivity(index, layer, sub_layers), before

@@ -24,7 +24,7 @@ from pruning.allocation.knapsack import solve_knapsack
 from pruning.errors import PruningError
 from pruning.families import LayerCost, layer_cost, shapes
 from pruning.families.forward import KINDS, SubLayerKind, output_name
-from pruning.gradients.sensitivity import FORWARDS
+from pruning.gradients.backward import FORWARDS
 from pruning.layerwise.kl import final_stream, mean_kl
 from pruning.layerwise.levels import SiteName, TracedSite, Tracing, trace_levels
 from pruning.layerwise.prune import layer_plan, prune_layerwise_, sub_layers_to_prune

@@ -16,7 +16,7 @@ from pruning.distributed import ProcessGroup
 from pruning.errors import PruningError
 
 #: rows of a block; larger ones keep a GPU busy
-_BLOCK, _DEVICE_BLOCK = 256, 2048
+BLOCK, _DEVICE_BLOCK = 256, 2048
 #: inputs in these are multiplied as they are, their products summed in float32, where the device does that
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -56,7 +56,7 @@ class HessianAccumulator:
             X_TI = X_TI.float()
         if weights is not None:
             X_TI = X_TI * weights.reshape(-1, 1).sqrt()
-        num_inputs, block = X_TI.shape[1], _BLOCK if X_TI.device.type == "cpu" else _DEVICE_BLOCK
+        num_inputs, block = X_TI.shape[1], BLOCK if X_TI.device.type == "cpu" else _DEVICE_BLOCK
         for start in range(0, num_inputs, block):
             stop = min(start + block, num_inputs)
             into, left, right = self._sum_II[start:stop, :stop], X_TI[:, start:stop].T, X_TI[:, :stop]
@@ -93,8 +93,8 @@ class HessianAccumulator:
             raise PruningError(f"Hessian of {name} has seen no tokens; raise num_samples")
         mean_II = self._sum_II
         process_group.sum_(mean_II)
-        for start in range(0, len(mean_II), _BLOCK):  # mirrored block by block: no second matrix
-            stop = min(start + _BLOCK, len(mean_II))
+        for start in range(0, len(mean_II), BLOCK):  # mirrored block by block: no second matrix
+            stop = min(start + BLOCK, len(mean_II))
             mean_II[:start, start:stop] = mean_II[start:stop, :start].T
             block = mean_II[start:stop, start:stop]
             block.tril_()
