@@ -7,6 +7,7 @@ from prefect.runtime import flow_run
 from flows.run.stages import Stage
 from flows.spec.run import RunSpec
 from flows.spec.steps import PruneStep
+from pruning.methods import asked_number
 from tasks.requests import PruneRequest, RecoverRequest
 
 #: characters of a name
@@ -30,8 +31,8 @@ def stage_title(stage: Stage) -> str:
     request = stage.request
     if not isinstance(request, PruneRequest | RecoverRequest):
         return stage.name
-    sparsity, layers = request.config.get("sparsity"), request.config.get("layers")
-    amount = f"{100 * sparsity:g}" if isinstance(sparsity, int | float) else f"{layers}-layers" if layers else ""
+    sparsity, number = request.config.get("sparsity"), asked_number(request.config)
+    amount = f"{100 * sparsity:g}" if isinstance(sparsity, int | float) else (number or "").replace(" ", "-")
     if request.plugin in stage.name and amount in stage.name:
         return stage.name
     return _cut(f"{stage.name} ({request.plugin}{f' {_of(amount)}' if amount else ''})")

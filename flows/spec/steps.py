@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from flows.spec.parts import NAME, NAME_OR_DEFAULT, PluginEntry, SpecPart, sentence
+from pruning.methods import asked_number
 from tasks.calibration_data import PRESETS
 
 
@@ -76,8 +77,8 @@ class PruneStep(PluginEntry):
     variants: Variants = Field(default_factory=dict)
     """Further branches by name, each with the options that it changes; they take the place of the step as it is."""
     sparsities: tuple[float, ...]
-    """All values of the option `sparsity`, which may be a list; `config` has the first. Empty where a number of layers
-    is asked for instead."""
+    """All values of the option `sparsity`, which may be a list; `config` has the first. Empty where a number of
+    layers or experts is asked for instead."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -93,7 +94,9 @@ class PruneStep(PluginEntry):
     @property
     def amount(self) -> str:
         """How much goes, as it stands in names: "20" per cent, or "6-layers"."""
-        return percent(self.sparsities[0]) if self.sparsities else f"{self.config.layers}-layers"
+        if self.sparsities:
+            return percent(self.sparsities[0])
+        return str(asked_number(self.config.model_dump())).replace(" ", "-")
 
     @property
     def choices(self) -> tuple[Choice, ...]:

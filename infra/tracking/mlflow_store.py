@@ -53,6 +53,8 @@ def load() -> type[MlflowClient]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
     from mlflow import MlflowClient
 
+    # it tells the terminal of every table that it makes
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     return MlflowClient  # type: ignore[no-any-return]
 
 

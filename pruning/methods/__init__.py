@@ -25,3 +25,16 @@ and `_trained` writes all of them from one function that makes what decides (`pr
 tests/scenarios/test_methods_contract.py tests every file here. Specs are validated by Config, so a method is importable
 without torch: what it computes with it imports in its functions, from `ranking`, `allocation`, `obs` and `layerwise`.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: options that ask for a number of what goes, in the place of a sparsity
+_NUMBERS = ("layers", "experts")
+
+
+def asked_number(options: Mapping[str, Any]) -> str | None:
+    """As "6 layers" of the options of a pruning method that ask for a number of something; None of others."""
+    return next((f"{options[name]} {name}" for name in _NUMBERS if options.get(name) is not None), None)

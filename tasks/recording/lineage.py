@@ -11,6 +11,7 @@ from typing import Any
 from infra.artifacts.manifest import Manifest
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 from infra.tracking.records import DataInput
+from pruning.methods import asked_number
 
 #: what a param says where there is nothing to say: charts need a value of every run
 NONE = "none"
@@ -110,7 +111,7 @@ def _amount(manifest: Manifest) -> str:
     config = _config(manifest)
     if config.get("sparsity") is not None:
         return f"{config['sparsity']:g}"
-    return f"{config['layers']} layers" if config.get("layers") is not None else NONE
+    return asked_number(config) or NONE
 
 
 def _windows(calibration: Manifest) -> str:

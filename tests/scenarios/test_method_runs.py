@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from infra.artifacts.store import ArtifactRef
 from pruning.checkpoints.save_load import load_checkpoint, load_plan
 from pruning.modeling import config_shapes
 from pruning.plan import PruningPlan
 from tests.flows.home import Home
-from tests.flows.run.test_compress import not_cached, statuses
+from tests.flows.run.test_compress import checkpoint_runs, not_cached, statuses
 
 ONLY_PRUNE = ("evals=[]", "profile=null")
 
@@ -49,6 +50,28 @@ def test_depth_then_width_then_a_second_time(smoke_copy: Home, filled: list[str]
     assert len(rows) == 2 * (len(plan.source) - 1)
     again = smoke_copy.run("smoke", [steps, *ONLY_PRUNE])
     assert not_cached(again) == set()
+
+
+def test_whole_experts_then_channels_of_those_that_are_left(
+    smoke_copy: Home, offline_root: Path, tmp_path: Path, filled: list[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(offline_root / "slimline/tiny-random-llama")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=4, **sizes)
+    for part in (MixtralForCausalLM(config), tokenizer):
+        part.save_pretrained(tmp_path / "mixtral")
+    steps = "steps=[{method: experts, experts: 1}, {method: slimgpt, sparsity: 0.2}]"
+    result = smoke_copy.run("smoke", [f"model.id={tmp_path / 'mixtral'}", steps, *ONLY_PRUNE])
+    assert filled == ["import-model", "calibrate", "order:dense", "prune:experts-1-experts", "prune:slimgpt-20"]
+    (folder,) = result.checkpoints.values()
+    shapes = plan_of(folder).shapes
+    assert {shape.num_experts for shape in shapes} == {3}
+    assert all(shape.intermediate_size < 32 for shape in shapes)
+    assert config_shapes(load_checkpoint(Path(str(folder))).config) == shapes
+    rows = {row.checkpoint: row for row in smoke_copy.results.checkpoints(result.run_key)}
+    assert rows["slimgpt-20"].method == "experts+slimgpt"
+    asked = checkpoint_runs(smoke_copy, result)["experts-1-experts"].data.params["sparsity"]
+    assert asked == "1 experts"
 
 
 TRAINED = (

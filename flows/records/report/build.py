@@ -15,9 +15,10 @@ from flows.records.tables import cell
 from infra.registry import did_you_mean
 from infra.results.rows import MetricRow
 from infra.results.store import ResultsStore
+from pruning.methods import asked_number
 
 #: options that have a column of their own, or are the same within a section
-_SHOWN_ELSEWHERE = ("sparsity", "layers", "method", "recovery", "name")
+_SHOWN_ELSEWHERE = ("sparsity", "layers", "experts", "method", "recovery", "name")
 #: as the papers call the models
 _PAPER_NAMES = {
     "llama-7b": "LLaMA-7B",
@@ -153,8 +154,8 @@ def _amount(entry: Entry) -> str:
         return ""
     if entry.row.total_sparsity is not None:
         return f"{100 * entry.row.total_sparsity:g} %"
-    asked = [value for path, value in entry.options.items() if _short(path) == "layers" and value is not None]
-    return " + ".join(f"{value} layers" for value in asked)
+    asked = [asked_number({_short(path): value}) for path, value in entry.options.items()]
+    return " + ".join(filter(None, asked))
 
 
 def _plain(value: object) -> str:
