@@ -120,7 +120,7 @@ def _trace(
     else:
         groups, at_once = _channels(shape, solver), 1
         parameters = [count * cost.per_channel for count in range(shape.intermediate_size + 1)]
-    elimination = search(prepare(system), groups, solver)
+    elimination = search(prepare(system), groups, solver, uses_up=True)
     errors = dict(zip(elimination.rounds, elimination.errors, strict=True)) | {len(groups.columns_ND): _all(system)}
     counts = [0, *(count for count in elimination.rounds if count % at_once == 0)]
     if kind == "attention" and found.layer == 0:
@@ -160,4 +160,4 @@ def _channels(shape: LayerShape, solver: Solver) -> Groups:
 def _all(system: System) -> float:
     """The error of removing the linear as a whole."""
     W_OI = system.counted(system.W_OI)
-    return output_error(W_OI, W_OI.new_zeros(()).expand_as(W_OI), system.H_II)
+    return output_error(W_OI, W_OI.new_zeros(()).expand_as(W_OI), system.dampened())

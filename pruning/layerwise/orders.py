@@ -62,8 +62,9 @@ def trace_orders(
             scale_O=sub_layer.output_scale_O,
         )
         problem = prepare(system)
-        for unit, groups in _groups(sub_layer, widths[sub_layer.layer], head_dim, solver).items():
-            found = search(problem, groups, solver)
+        by_unit = _groups(sub_layer, widths[sub_layer.layer], head_dim, solver)
+        for number, (unit, groups) in enumerate(by_unit.items(), 1):
+            found = search(problem, groups, solver, uses_up=number == len(by_unit))
             order = Order(
                 order=found.order,
                 rounds=found.rounds,

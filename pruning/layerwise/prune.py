@@ -21,7 +21,7 @@ from pruning.families.experts import channel_places
 from pruning.families.forward import SubLayerKind
 from pruning.obs.elimination import System, dampen, output_error, prepare, refit, removal_error
 from pruning.obs.groups import Groups, Solver, channel_groups, head_groups, search
-from pruning.obs.ridge import refit_by_heldout_
+from pruning.obs.ridge import refit_by_heldout
 from pruning.plan import LayerPlan, LayerShape
 from pruning.statistics.hessian import Hessian
 from pruning.walk.state import LayerEntry, SubLayerReport, WalkState
@@ -182,7 +182,7 @@ def _prune_(
     system, order, bounds, found = _choose(sub_layer, groups, solver, orders)
     kept_N = torch.ones(total, dtype=torch.bool)
     kept_N[list(order)] = False
-    kept_K, removed_G = (groups.columns_ND[mask_N].flatten().to(system.H_II.device) for mask_N in (kept_N, ~kept_N))
+    kept_K, removed_G = (groups.columns_ND[mask_N].flatten().to(system.W_OI.device) for mask_N in (kept_N, ~kept_N))
     pruned_OI = torch.zeros_like(system.W_OI)
     pruned_OI[:, kept_K] = refit(system, kept_K)
     if measured:  # trials in float32 are judged by what their weights do, not by predictions
@@ -191,7 +191,7 @@ def _prune_(
         found.setdefault("predicted_error", error)
     if solver.ridge == "heldout" and measured:
         assert sub_layer.heldout is not None
-        pruned_OI[:, kept_K], found["ridge"] = refit_by_heldout_(system, sub_layer.hessian, sub_layer.heldout, kept_K)
+        pruned_OI[:, kept_K], found["ridge"] = refit_by_heldout(system, sub_layer.hessian, sub_layer.heldout, kept_K)
     del system
     pruned_OI = pruned_OI.to(weight_OI)
     if measured:
@@ -231,7 +231,7 @@ def _choose(
         bounds = traced.bounds(groups.count) if traced.condition is not None else (0.0, math.inf)
         return system, traced.order[: groups.count], bounds, {"condition": traced.condition}
     problem = prepare(system)
-    found = search(problem, groups, solver)
+    found = search(problem, groups, solver, uses_up=True)
     predicted = found.errors[-1]
     report: dict[str, float | None] = {"predicted_error": predicted, "condition": 1.0 / problem.rcond}
     return system, found.order, (predicted, predicted), report

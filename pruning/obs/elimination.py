@@ -11,6 +11,10 @@ Down-dates only choose what goes: the final weights are refitted from H, and `re
 rounding has spoilt the predicted errors. Removed columns are dropped from the matrices from time to time, so that later
 rounds are cheaper.
 
+Memory decides what fits beside a 70B's layer (28,672 inputs: a float64 matrix of them is 6.1 GiB), so matrices are
+factored, inverted and made smaller where they are, and H stays as it was captured: in all at most 2.5 of these
+matrices, the captured one and the weights included.
+
 Shapes: O outputs, I inputs, A columns still in the matrices, G columns of one elimination, K kept columns, N groups,
 D columns per group.
 """
@@ -30,20 +34,25 @@ from pruning.statistics.hessian import Hessian
 _MIN_RCOND = 1e-13
 #: share of the columns that must have gone before the matrices are copied without them
 COMPACT_SHARE = 0.125
+#: rows of a matrix that are worked on at once
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class System:
-    """One linear and the dampened Hessian of its inputs, in one dtype (float64, but for trials) on one device.
+    """One linear and the dampened Hessian of its inputs, to be solved in one dtype (float64, but for trials) on one
+    device.
 
-    W_OI: weight with dead inputs zeroed. H_II: dampened Hessian. name: for error messages. scale_O: how much an error
-    of each output counts, None for all the same: scores and errors depend on it, a least-squares refit does not.
-    num_tokens, dampening_frac, own_share: what the Hessian was made of, see `dampen`.
+    W_OI: weight with dead inputs zeroed. captured_II: the Hessian as it was captured, in float32; diagonal_I: what its
+    diagonal is when dampened. name: for error messages. scale_O: how much an error of each output counts, None for all
+    the same: scores and errors depend on it, a least-squares refit does not. num_tokens, dampening_frac, own_share:
+    what the Hessian was made of, see `dampen`.
     """
 
     name: str
     W_OI: Tensor
-    H_II: Tensor
+    captured_II: Tensor
+    diagonal_I: Tensor
     scale_O: Tensor | None = field(default=None, kw_only=True)
     num_tokens: int = field(default=0, kw_only=True)
     dampening_frac: float = field(default=0.0, kw_only=True)
@@ -53,11 +62,24 @@ class System:
         """Rows of outputs times how much they count."""
         return weight_OI if self.scale_O is None else weight_OI * self.scale_O[:, None]
 
+    def dampened(self) -> Tensor:
+        """H_II, a new matrix."""
+        H_II = self.captured_II.to(self.W_OI.dtype, copy=True)
+        H_II.diagonal().copy_(self.diagonal_I)
+        return H_II
+
+    def columns(self, columns_K: Tensor) -> Tensor:
+        """H_IK, a new matrix."""
+        H_IK = self.captured_II[:, columns_K].to(self.W_OI.dtype)
+        H_IK[columns_K, torch.arange(len(columns_K), device=H_IK.device)] = self.diagonal_I[columns_K]
+        return H_IK
+
 
 @dataclass(frozen=True)
 class Problem(System):
-    """A system ready for elimination. inverse_II: of H_II. rcond: reciprocal condition estimate (1-norm) of H_II; with
-    own shares of H_II scaled to a diagonal of ones, since neither it nor what is solved depends on the inputs' units.
+    """A system ready for elimination. inverse_II: of the dampened Hessian. rcond: reciprocal condition estimate
+    (1-norm) of that; with own shares of it scaled to a diagonal of ones, since neither it nor what is solved depends on
+    the inputs' units.
     """
 
     inverse_II: Tensor
@@ -92,9 +114,9 @@ def dampen(
     Dead inputs (H_ii = 0) get H_ii = 1 and a zero weight column, so that they go first and cost nothing. dtype: float32
     halves time and memory and will do for a trial where `single_precision_will_do`.
     """
-    H_II = hessian.matrix_II.to(dtype, copy=True)
-    W_OI = W_OI.to(H_II.device, dtype, copy=True)
-    diagonal_I = H_II.diagonal()
+    captured_II = hessian.matrix_II
+    W_OI = W_OI.to(captured_II.device, dtype, copy=True)
+    diagonal_I = captured_II.diagonal().to(dtype, copy=True)
     dead_I = diagonal_I == 0
     W_OI[:, dead_I] = 0
     diagonal_I += dampening_frac * (diagonal_I if own_share else diagonal_I.mean())
@@ -102,7 +124,8 @@ def dampen(
     return System(
         name,
         W_OI,
-        H_II,
+        captured_II,
+        diagonal_I,
         scale_O=None if scale_O is None else scale_O.to(W_OI),
         num_tokens=hessian.num_tokens,
         dampening_frac=dampening_frac,
@@ -117,16 +140,17 @@ def prepare(system: System) -> Problem:
     """
     hessian = f"Hessian of {system.name} ({system.num_tokens} tokens)"
     way_out = f"raise dampening_frac (now {system.dampening_frac:g}) or num_samples"
-    L_II, info = torch.linalg.cholesky_ex(system.H_II)
-    if int(info) != 0:
+    matrix_II = system.dampened()
+    size_I = system.diagonal_I.sqrt() if system.own_share else None
+    norm = _one_norm(matrix_II, size_I)
+    if not _factor_(matrix_II):
         raise PruningError(f"{hessian} is not positive definite; {way_out}")
-    inverse_II = torch.cholesky_inverse(L_II)
-    size_I = system.H_II.diagonal().sqrt() if system.own_share else None
-    rcond = 1.0 / (_one_norm(system.H_II, size_I) * _one_norm(inverse_II, None if size_I is None else 1 / size_I))
+    torch.cholesky_inverse(matrix_II.mT, out=matrix_II.mT)
+    rcond = 1.0 / (norm * _one_norm(matrix_II, None if size_I is None else 1 / size_I))
     if not rcond > _MIN_RCOND:
         raise PruningError(f"{hessian} is too ill conditioned (1/condition {rcond:.1e}); {way_out}")
     return Problem(
-        **{each.name: getattr(system, each.name) for each in fields(system)}, inverse_II=inverse_II, rcond=rcond
+        **{each.name: getattr(system, each.name) for each in fields(system)}, inverse_II=matrix_II, rcond=rcond
     )
 
 
@@ -142,10 +166,9 @@ def group_scores(W_OI: Tensor, inverse_II: Tensor, columns_ND: Tensor, *, condit
     ‖L⁻¹ W_Gᵀ‖²_F, equal to taking the group's columns one after another. conditional=False is the "-GCD" ablation:
     W² / diag(H⁻¹) summed over the group as if its columns were independent.
     """
-    W_NDO = W_OI.T[columns_ND]
     if not conditional or columns_ND.shape[1] == 1:
-        diagonal_ND = inverse_II.diagonal()[columns_ND]
-        return (W_NDO.square().sum(2) / diagonal_ND).sum(1)
+        return (_squares(W_OI) / inverse_II.diagonal())[columns_ND].sum(1)
+    W_NDO = W_OI.T[columns_ND]
     blocks_NDD = inverse_II[columns_ND.unsqueeze(2), columns_ND.unsqueeze(1)]
     L_NDD = torch.linalg.cholesky(blocks_NDD)
     half_NDO: Tensor = torch.linalg.solve_triangular(L_NDD, W_NDO, upper=False)
@@ -180,14 +203,15 @@ def eliminate_groups(
     *,
     conditional: bool = True,
     eligible: Callable[[Tensor], Tensor] | None = None,
+    uses_up: bool = False,
 ) -> Elimination:
     """Batched greedy pruning (section 3.2): each round removes the groups with the smallest errors.
 
     columns_ND: the columns of every group. group_sizes: how many groups go in each round; its sum is how many go.
-    eligible: from the mask of live groups (N,) to the mask of those that may go now (default: all live ones).
-    Does not change the problem. Raises PruningError when a down-date loses positive definiteness.
+    eligible: from the mask of live groups (N,) to the mask of those that may go now (default: all live ones). uses_up:
+    the problem's inverse is worked on as it is, and is nothing afterwards; else the problem does not change. Raises PruningError when a down-date loses positive definiteness.
     """
-    matrices = _Matrices(problem, columns_ND)
+    matrices = _Matrices(problem, columns_ND, uses_up)
     live_N = torch.ones(len(columns_ND), dtype=torch.bool, device=columns_ND.device)
     order: list[int] = []
     rounds: list[int] = []
@@ -213,9 +237,10 @@ def eliminate_groups(
 class _Matrices:
     """Weight and inverse of the columns that are left, and of some that have gone (zero in both)."""
 
-    def __init__(self, problem: Problem, columns_ND: Tensor) -> None:
+    def __init__(self, problem: Problem, columns_ND: Tensor, uses_up: bool) -> None:
         self._columns_ND = columns_ND
-        self._W_OA, self._inverse_AA = problem.counted(problem.W_OI).clone(), problem.inverse_II.clone()
+        self._W_OA = problem.W_OI.clone() if problem.scale_O is None else problem.counted(problem.W_OI)
+        self._inverse_AA = problem.inverse_II if uses_up else problem.inverse_II.clone()
         self._active_A = torch.arange(problem.W_OI.shape[1], device=columns_ND.device)
         self._place_I = self._active_A.clone()  # where a column of the linear stands in the matrices
         self._gone_I = torch.zeros_like(self._active_A, dtype=torch.bool)
@@ -236,20 +261,27 @@ class _Matrices:
             return eliminate_(self._W_OA, self._inverse_AA, places_G)
         W_OG, inverse_GA = self._W_OA[:, places_G], self._inverse_AA[places_G]
         self._active_A = self._active_A[stay_A]
-        # the copies first, so that nothing is computed for columns that go
-        self._W_OA, self._inverse_AA = self._W_OA[:, stay_A], self._inverse_AA[stay_A][:, stay_A]
+        # made smaller first, so that nothing is computed for columns that go
+        self._W_OA, self._inverse_AA = self._W_OA[:, stay_A], _to_front_(self._inverse_AA, stay_A, stay_A)
         self._place_I[self._active_A] = torch.arange(len(stay_A), device=stay_A.device)
         return _down_date_(self._W_OA, self._inverse_AA, W_OG, inverse_GA[:, places_G], inverse_GA[:, stay_A])
 
 
 def refit(system: System, kept_K: Tensor) -> Tensor:
-    """Least-squares weight on the kept columns, (O, K): W H_:,K (H_KK)⁻¹.
+    """Least-squares weight on the kept columns (ascending), (O, K): W H_:,K (H_KK)⁻¹.
 
     What the down-dates give but for their rounding, which so does not reach the weights.
     """
-    H_IK = system.H_II[:, kept_K]
-    L_KK = torch.linalg.cholesky(H_IK[kept_K])
-    return torch.cholesky_solve((system.W_OI @ H_IK).T, L_KK).T
+    H_IK = system.columns(kept_K)
+    W_OK = system.W_OI @ H_IK
+    H_KK = _to_front_(H_IK, kept_K)
+    if not _factor_(H_KK):
+        way_out = f"raise dampening_frac (now {system.dampening_frac:g}) or num_samples"
+        raise PruningError(f"Hessian of {system.name} ({system.num_tokens} tokens) is not positive definite; {way_out}")
+    L_KK = H_KK.mT
+    torch.linalg.solve_triangular(L_KK, W_OK.mT, upper=False, out=W_OK.mT)
+    torch.linalg.solve_triangular(L_KK.mT, W_OK.mT, upper=True, out=W_OK.mT)
+    return W_OK
 
 
 def removal_error(system: System, pruned_OI: Tensor, removed_G: Tensor) -> float:
@@ -257,7 +289,7 @@ def removal_error(system: System, pruned_OI: Tensor, removed_G: Tensor) -> float
 
     tr((W - W') H (W - W')ᵀ), of which the refit makes everything but (W - W') H_:,G W_Gᵀ vanish.
     """
-    difference_OG = system.counted(system.W_OI - pruned_OI) @ system.H_II[:, removed_G]
+    difference_OG = system.counted(system.W_OI - pruned_OI) @ system.columns(removed_G)
     return float((difference_OG * system.counted(system.W_OI[:, removed_G])).sum())
 
 
@@ -294,8 +326,38 @@ def fixed_group_sizes(count: int, size: int) -> Iterator[int]:
         count -= size
 
 
+def _factor_(matrix_II: Tensor) -> bool:
+    """Put the Cholesky factor L of a symmetric matrix into its place, as Lᵀ: LAPACK counts by columns, and only a
+    matrix that does is not copied. False if the matrix is not positive definite; it is spoilt then."""
+    info = torch.empty((), dtype=torch.int32, device=matrix_II.device)
+    torch.linalg.cholesky_ex(matrix_II.mT, out=(matrix_II.mT, info))
+    return int(info) == 0
+
+
+def _to_front_(matrix_RC: Tensor, rows_S: Tensor, columns_S: Tensor | None = None) -> Tensor:
+    """The square matrix of those rows (ascending) and columns (None: all) of a contiguous one, in the memory of it."""
+    size = len(rows_S)
+    moved_SS = matrix_RC.view(-1)[: size * size].view(size, size)
+    for start in range(0, size, _ROWS):
+        # a row is read before its place is written: it only moves towards the front
+        rows = matrix_RC[rows_S[start : start + _ROWS]]
+        moved_SS[start : start + _ROWS] = rows if columns_S is None else rows[:, columns_S]
+    return moved_SS
+
+
+def _squares(W_OI: Tensor) -> Tensor:
+    """The sum of squares of each column, without a second matrix."""
+    squares_I = W_OI.new_zeros(W_OI.shape[1])
+    for rows_RI in W_OI.split(_ROWS):
+        squares_I += rows_RI.square().sum(0)
+    return squares_I
+
+
 def _one_norm(matrix_II: Tensor, size_I: Tensor | None = None) -> float:
-    """Of the matrix, or of the one whose rows and columns are divided by `size_I`."""
-    sums_I = matrix_II.abs().sum(0) if size_I is None else (1 / size_I) @ matrix_II.abs() / size_I
-    # a linear without inputs (a plan may keep no channel of a layer) is perfectly conditioned
-    return float(sums_I.max()) if matrix_II.numel() else 1.0
+    """Of a symmetric matrix, or of the one whose rows and columns are divided by `size_I`."""
+    norms = []
+    for start in range(0, len(matrix_II), _ROWS):
+        rows_RI = matrix_II[start : start + _ROWS].abs()
+        sums_R = rows_RI.sum(1) if size_I is None else rows_RI @ (1 / size_I) / size_I[start : start + _ROWS]
+        norms.append(float(sums_R.max()))
+    return max(norms, default=1.0)  # a linear without inputs (a plan may keep no channel) is perfectly conditioned

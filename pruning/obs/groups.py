@@ -78,12 +78,13 @@ def channel_groups(shape: LayerShape, count: int, solver: Solver) -> Groups:
     return Groups(columns_ND, tuple(fixed_group_sizes(count, solver.group_size)))
 
 
-def search(problem: Problem, groups: Groups, solver: Solver) -> Elimination:
-    """The greedy order in which `groups` go; changes nothing."""
+def search(problem: Problem, groups: Groups, solver: Solver, *, uses_up: bool = False) -> Elimination:
+    """The greedy order in which `groups` go. uses_up: the problem's inverse is not wanted afterwards."""
     return eliminate_groups(
         problem,
         groups.columns_ND.to(problem.W_OI.device),
         iter(groups.sizes),
         conditional=solver.grouped_cholesky,
         eligible=groups.eligible,
+        uses_up=uses_up,
     )

@@ -10,6 +10,7 @@ Shapes: O outputs, I inputs, K kept columns.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -24,18 +25,18 @@ Ridge = Literal["mean", "diagonal", "heldout"]
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
-def refit_by_heldout_(system: System, hessian: Hessian, heldout: Hessian, kept_K: Tensor) -> tuple[Tensor, float]:
+def refit_by_heldout(system: System, hessian: Hessian, heldout: Hessian, kept_K: Tensor) -> tuple[Tensor, float]:
     """The refitted weight (O, K) that errs least on the held-out tokens, and its share of the diagonal.
 
     The error has one valley over the share: too little fits noise of the calibration tokens, too much leaves the kept
-    weights as they were. Changes the diagonal of system.H_II.
+    weights as they were.
     """
-    diagonal_I, dead_I = hessian.matrix_II.diagonal().to(system.H_II), hessian.matrix_II.diagonal() == 0
+    captured_I = hessian.matrix_II.diagonal().to(system.W_OI)
     error_of = _HeldoutError(system, heldout, kept_K)
     best_OK, best_error, best_share = None, torch.inf, SHARES[0]
     for share in SHARES:
-        system.H_II.diagonal().copy_(((1 + share) * diagonal_I).masked_fill(dead_I.to(diagonal_I.device), 1.0))
-        weight_OK = refit(system, kept_K)
+        diagonal_I = ((1 + share) * captured_I).masked_fill(captured_I == 0, 1.0)
+        weight_OK = refit(replace(system, diagonal_I=diagonal_I), kept_K)
         error = error_of(weight_OK)
         if best_OK is not None and not error < best_error:
             break
@@ -48,7 +49,7 @@ class _HeldoutError:
     """tr((W - W') H (W - W')ᵀ) of the held-out H less what does not depend on W', each output counted as it counts."""
 
     def __init__(self, system: System, heldout: Hessian, kept_K: Tensor) -> None:
-        H_II = heldout.matrix_II.to(system.H_II.device)
+        H_II = heldout.matrix_II.to(system.W_OI.device)
         self._system = system
         W_OI = system.counted(system.W_OI).to(H_II)
         self._wanted_OK = W_OI @ H_II[:, kept_K]

@@ -233,9 +233,8 @@ def test_a_layer_is_read_while_the_one_before_is_computed_with(
         layer = decoder.layer(index, device)
         for name, weight in layer.state_dict().items():
             assert torch.equal(weight.cpu(), model.model.layers[index].state_dict()[name])
-    ahead = decoder._ahead[1]
+    decoder._ahead[1].result()
     decoder.layer(0, CPU.device)
-    ahead.result()
     assert threads == [True, False, False, True, True, False, True]
     assert not decoder._ahead
 
@@ -254,8 +253,8 @@ def test_without_room_to_solve_it_is_solved_on_the_host(
     seen: list[str] = []
 
     def prepare(system: Any) -> Any:
-        seen.append(system.H_II.device.type)
-        if system.H_II.device.type != "cpu":
+        seen.append(system.W_OI.device.type)
+        if system.W_OI.device.type != "cpu":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return plain(system)
 

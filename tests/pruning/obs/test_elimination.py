@@ -89,7 +89,7 @@ def test_down_dated_inverse_is_the_inverse_of_what_remains() -> None:
     for removed in ([4, 5], [0], [9, 10, 11]):
         elimination.eliminate_(W_OI, inverse_II, torch.tensor(removed))
     kept, gone = [1, 2, 3, 6, 7, 8], [0, 4, 5, 9, 10, 11]
-    torch.testing.assert_close(inverse_II[kept][:, kept], case.problem.H_II[kept][:, kept].inverse(), **CLOSE)
+    torch.testing.assert_close(inverse_II[kept][:, kept], case.problem.dampened()[kept][:, kept].inverse(), **CLOSE)
     assert not inverse_II[gone].any()
     assert not inverse_II[:, gone].any()
 
@@ -266,7 +266,7 @@ def test_error_of_a_refit_is_the_explicit_least_squares_cost(removed: list[int])
     case = Case(seed=15)
     pruned_OI, error = refitted(case.problem, removed)
     assert error == pytest.approx(case.solve(removed)[1], rel=1e-8)
-    explicit = elimination.output_error(case.problem.W_OI, pruned_OI, case.problem.H_II)
+    explicit = elimination.output_error(case.problem.W_OI, pruned_OI, case.problem.dampened())
     assert error == pytest.approx(explicit, rel=1e-8)
 
 
@@ -318,7 +318,7 @@ def test_down_dates_are_re_inversions(seed: int, removed: list[set[int]]) -> Non
             error += elimination.eliminate_(W_OI, inverse_II, torch.tensor(fresh))
             gone |= columns
     kept = [column for column in range(12) if column not in gone]
-    torch.testing.assert_close(inverse_II[kept][:, kept], case.problem.H_II[kept][:, kept].inverse(), **CLOSE)
+    torch.testing.assert_close(inverse_II[kept][:, kept], case.problem.dampened()[kept][:, kept].inverse(), **CLOSE)
     torch.testing.assert_close(W_OI, case.solve(sorted(gone))[0], **CLOSE)
     assert error == pytest.approx(case.solve(sorted(gone))[1], rel=1e-8)
 
@@ -374,7 +374,7 @@ def test_heads_by_brute_force(unit: HeadUnit, shape: LayerShape, seed: int) -> N
 def test_dead_inputs_cost_nothing_and_go_first() -> None:
     case = Case(seed=9, dead=(2, 7))
     assert not case.problem.W_OI[:, [2, 7]].any()
-    assert case.problem.H_II.diagonal()[[2, 7]].tolist() == [1.0, 1.0]
+    assert case.problem.dampened().diagonal()[[2, 7]].tolist() == [1.0, 1.0]
     found = elimination.eliminate_groups(case.problem, groups(12, 1), iter(ones(3)))
     assert set(found.order[:2]) == {2, 7}
     assert found.errors[:2] == (0.0, 0.0)
@@ -398,9 +398,9 @@ def test_no_inputs_at_all() -> None:
 def test_prepare_copies_and_dampens() -> None:
     W_OI, H_II = torch.ones(2, 2), torch.tensor([[2.0, 1.0], [1.0, 4.0]])
     problem = prepared("o_proj", W_OI, Hessian(H_II, 5), dampening_frac=0.5)
-    assert problem.H_II.tolist() == [[3.5, 1.0], [1.0, 5.5]]
+    assert problem.dampened().tolist() == [[3.5, 1.0], [1.0, 5.5]]
     assert problem.W_OI.dtype == problem.inverse_II.dtype == torch.float64
-    assert problem.rcond == pytest.approx(1 / float(np.linalg.cond(problem.H_II.numpy(), 1)))
+    assert problem.rcond == pytest.approx(1 / float(np.linalg.cond(problem.dampened().numpy(), 1)))
     assert H_II.tolist() == [[2.0, 1.0], [1.0, 4.0]]
     elimination.eliminate_groups(problem, groups(2, 1), iter([1]))
     assert problem.W_OI.tolist() == [[1.0, 1.0], [1.0, 1.0]]
@@ -426,7 +426,8 @@ def test_ill_conditioned_says_what_to_do() -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_losing_positive_definiteness_on_the_way_says_what_to_do(size: int) -> None:
     inverse_II = torch.diag(torch.tensor([-1.0, -1.0, 2.0, 3.0], dtype=torch.float64))
-    problem = elimination.Problem("o_proj", torch.ones(2, 4, dtype=torch.float64), inverse_II, inverse_II, 1e-12)
+    W_OI, diagonal_I = torch.ones(2, 4, dtype=torch.float64), inverse_II.diagonal()
+    problem = elimination.Problem("o_proj", W_OI, inverse_II, diagonal_I, inverse_II, 1e-12)
     with pytest.raises(PruningError, match=r"o_proj lost positive definiteness after 0 removals.*dampening_frac"):
         elimination.eliminate_groups(problem, groups(4, size), iter([1]))
 
@@ -473,7 +474,7 @@ def test_single_precision_chooses_nearly_the_same(dampening_frac: float) -> None
         prepared("layers.0.mlp.down_proj", W_OI, hessian, dampening_frac=dampening_frac, dtype=dtype)
         for dtype in (torch.float64, torch.float32)
     )
-    assert torch.linalg.cond(double.H_II) <= inputs / dampening_frac + 1, "what single_precision_will_do stands on"
+    assert torch.linalg.cond(double.dampened()) <= inputs / dampening_frac + 1, "what single_precision_will_do stands on"
     columns_ND = groups(inputs, 1)
     exact, quick = (
         elimination.eliminate_groups(problem, columns_ND, elimination.halving_group_sizes(count))
@@ -487,3 +488,31 @@ def test_single_precision_is_not_trusted_beyond_its_digits() -> None:
     assert elimination.single_precision_will_do(1536, 0.01)
     assert not elimination.single_precision_will_do(11008, 0.01)
     assert not elimination.single_precision_will_do(1536, 1e-4)
+
+
+@pytest.mark.parametrize("removed", [1, 80, 399])
+def test_choosing_and_refitting_hold_two_and_a_half_matrices(removed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elimination, "_ROWS", 16)
+    inputs, outputs = 400, 114  # as wide as a down_proj of 28,672 channels and 8,192 outputs
+    X_TI = torch.randn(500, inputs, generator=torch.Generator().manual_seed(0))
+    hessian, W_OI = Hessian(X_TI.T @ X_TI / 500, 500), torch.randn(outputs, inputs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        system = elimination.dampen("down_proj", W_OI, hessian, dampening_frac=0.01)
+        sizes = elimination.fixed_group_sizes(removed, 8)
+        found = elimination.eliminate_groups(
+            elimination.prepare(system), torch.arange(inputs).unsqueeze(1), sizes, uses_up=True
+        )
+        kept_K = torch.tensor(sorted(set(range(inputs)) - set(found.order)))
+        elimination.refit(system, kept_K)
+    results = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    held = hessian.matrix_II.nbytes + torch.tensor(
+        [event.nbytes() for event in sorted(results, key=lambda event: event.start_ns()) if event.name() == "[memory]"]
+    ).cumsum(0)
+    assert float(held.max()) / (8 * inputs**2) < 2.5
+
+
+def test_an_inverse_that_is_used_up_gives_the_same_order() -> None:
+    case = Case(inputs=48, tokens=200)
+    first = elimination.eliminate_groups(case.problem, groups(48, 1), iter([4] * 9))
+    again = elimination.eliminate_groups(case.problem, groups(48, 1), iter([4] * 9), uses_up=True)
+    assert first == again

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pruning.obs.elimination import dampen, output_error, refit
-from pruning.obs.ridge import SHARES, refit_by_heldout_
+from pruning.obs.ridge import SHARES, refit_by_heldout
 from pruning.statistics.hessian import Hessian, HessianAccumulator
 from tests.pruning.captured import prepared
 
@@ -47,7 +47,7 @@ def test_no_share_errs_less_on_the_heldout_tokens(num_tokens: int, scale_O: Tens
         first = system(0.01)
         return output_error(first.counted(first.W_OI), first.counted(pruned_OI), heldout.matrix_II.double())
 
-    weight_OK, share = refit_by_heldout_(system(0.01), hessian, heldout, KEPT)
+    weight_OK, share = refit_by_heldout(system(0.01), hessian, heldout, KEPT)
     torch.testing.assert_close(weight_OK, refit(system(share), KEPT))
     tried = {share: error(refit(system(share), KEPT)) for share in SHARES}
     place = SHARES.index(share)
