@@ -22,7 +22,9 @@ CPU = torch.device("cpu")
 
 class Activations(ABC):
     """Batches of values, each found by the number of its first sample. sample_shape: (L, F). device: where they are
-    computed with."""
+    computed with. resident: whether they lie there, so that reading costs nothing."""
+
+    resident = False
 
     def __init__(self, sample_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> None:
         self.sample_shape, self.dtype, self.device = sample_shape, dtype, device
@@ -54,6 +56,7 @@ class MemoryActivations(Activations):
     ) -> None:
         super().__init__(sample_shape, dtype, device)
         self._place = CPU if on_host else device
+        self.resident = self._place == device
         self._batches: dict[int, Tensor] = {}
 
     def put(self, start: int, values_BLF: Tensor) -> None:

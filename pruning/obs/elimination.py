@@ -209,7 +209,8 @@ def eliminate_groups(
 
     columns_ND: the columns of every group. group_sizes: how many groups go in each round; its sum is how many go.
     eligible: from the mask of live groups (N,) to the mask of those that may go now (default: all live ones). uses_up:
-    the problem's inverse is worked on as it is, and is nothing afterwards; else the problem does not change. Raises PruningError when a down-date loses positive definiteness.
+    the problem's inverse is worked on as it is, and is nothing afterwards; else the problem does not change. Raises
+    PruningError when a down-date loses positive definiteness.
     """
     matrices = _Matrices(problem, columns_ND, uses_up)
     live_N = torch.ones(len(columns_ND), dtype=torch.bool, device=columns_ND.device)
@@ -348,8 +349,8 @@ def _to_front_(matrix_RC: Tensor, rows_S: Tensor, columns_S: Tensor | None = Non
 def _squares(W_OI: Tensor) -> Tensor:
     """The sum of squares of each column, without a second matrix."""
     squares_I = W_OI.new_zeros(W_OI.shape[1])
-    for rows_RI in W_OI.split(_ROWS):
-        squares_I += rows_RI.square().sum(0)
+    for start in range(0, len(W_OI), _ROWS):
+        squares_I += W_OI[start : start + _ROWS].square().sum(0)
     return squares_I
 
 

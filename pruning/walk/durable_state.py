@@ -6,8 +6,13 @@ import json
 import logging
 import os
 import shutil
+import time
 import zlib
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -23,24 +28,37 @@ from pruning.walk.state import LayerEntry, OnEntry, WalkedLayer, WalkState, no_l
 
 log = logging.getLogger("slimline")
 
+#: share of the time that may go into copies of the stream, beyond which a layer goes without
+STREAM_SHARE = 0.05
+#: seconds that a copy may take in any case
+_SHORT = 0.2
+#: last copies that are kept: a group's processes may die one apart
+_STREAMS = 2
+_STREAM = "stream-"
+
 
 class _LayerRecord(BaseModel):
-    """What is written about one finished layer: the entry, and checksums of its files (CRC-32)."""
+    """What is written about one finished layer: the entry, and checksums of its files (CRC-32).
+
+    batches: first sample, end and checksum of each batch of the stream. resumable: whether a walk can go on after this
+    layer; not without a copy of the stream, if there is one.
+    """
 
     entry: LayerEntry
     shard: int | None
     batches: tuple[tuple[int, int, int], ...]
-    """First sample, end, checksum of each batch of the stream."""
     sample_shape: tuple[int, ...]
     dtype: str
+    resumable: bool = True
 
 
 class DurableWalkState(WalkState):
     """Keeps finished layers as safetensors shards, already shrunk, and the residual stream after the last ones.
 
-    A process killed at layer 20 finds 20 layers here and goes on with the stream as it was. Each process of a group
-    has a folder of its own; the leader alone writes shards. If files do not match their checksums, the walk starts
-    again.
+    A process killed at layer 20 finds 20 layers here and goes on with the stream as it was: or 17, if copying the
+    stream after every layer would take more than STREAM_SHARE of the time. Each process of a group has a folder of its
+    own; the leader alone writes shards, those of an accelerator's layers while it computes with the next one. If files
+    do not match their checksums, the walk starts again.
     """
 
     def __init__(
@@ -58,11 +76,14 @@ class DurableWalkState(WalkState):
         self.folder: Path = folder / _folder_name(self._group.rank, self._group.size)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._stream: FileActivations | None = None
+        self._copying, self._copied = 0.0, time.monotonic()  # seconds that the last copy took, and when it ended
+        self._writing: Future[None] | None = None
         self._resume()
 
     @property
     def shards(self) -> list[Path]:
         """The safetensors of the finished layers that stay, in order, each cut to its plan."""
+        self.flush()
         return [self._shard(index) for index, entry in enumerate(self._entries) if entry.plan is not None]
 
     def branch(self, name: str, *, keeps_weights: bool = False) -> DurableWalkState:
@@ -75,6 +96,7 @@ class DurableWalkState(WalkState):
 
     def finish_(self, layer: nn.Module, index: int, family: ModelFamily) -> None:
         """Cut the layer and read its weights, which the leader of the group has written."""
+        self.flush()
         plan = self._entries[index].plan
         assert plan is not None, index
         shrink_layer_(family, layer, plan)
@@ -108,26 +130,53 @@ class DurableWalkState(WalkState):
         # what one of them does not know all must measure again, together
         return None if self._group.largest(value is None) else value
 
+    def flush(self) -> None:
+        """Wait for the layer that is being written. Raises what writing it raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
     def _save_layer(self, walked: WalkedLayer, entry: LayerEntry) -> None:
-        index = walked.index
-        stream = self._save_stream(walked) if walked.spans else None
-        shard = None
-        if walked.module is not None and entry.plan is not None and self._writes_shards and self._group.leads:
-            shrink_layer_(walked.family, walked.module, entry.plan)
-            prefix = _prefix(walked.family, self._place(index))
-            state = {prefix + name: tensor.cpu().contiguous() for name, tensor in walked.module.state_dict().items()}
-            save_file(PublishedExperts(walked.family).apart(state), self._shard(index), metadata={"format": "pt"})
-            shard = _checksum(self._shard(index))
+        self.flush()
+        stream = self._save_stream(walked) if walked.spans and self._keeps_stream(walked) else None
         record = _LayerRecord(
             entry=entry,
-            shard=shard,
+            shard=None,
             batches=tuple((start, stop, stream.checksums[start]) for start, stop in walked.spans) if stream else (),
             sample_shape=stream.sample_shape if stream else (),
             dtype=str(stream.dtype).removeprefix("torch.") if stream else "float32",
+            resumable=stream is not None or not walked.spans,
         )
+        state, on_device = None, False
+        if walked.module is not None and entry.plan is not None and self._writes_shards and self._group.leads:
+            shrink_layer_(walked.family, walked.module, entry.plan)
+            prefix = _prefix(walked.family, self._place(walked.index))
+            tensors = walked.module.state_dict()
+            on_device = any(tensor.device.type != "cpu" for tensor in tensors.values())
+            state = {prefix + name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            state = PublishedExperts(walked.family).apart(state)
+        write = partial(self._write, walked.index, record, state)
+        if on_device:
+            self._writing = _in_thread(write)
+        else:  # the weights are the layer's own: it cannot go before they are written
+            write()
+
+    def _write(self, index: int, record: _LayerRecord, state: dict[str, Tensor] | None) -> None:
+        """The layer's shard, then its record, with which it counts as finished; then older streams go."""
+        if state is not None:
+            save_file(state, self._shard(index), metadata={"format": "pt"})
+            record = record.model_copy(update={"shard": _checksum(self._shard(index))})
         _write_atomically(self._record_file(index), record.model_dump_json())
-        # a group's processes may die one layer apart: the stream before the last one stays too
-        self._stream_file(index - 2).unlink(missing_ok=True)
+        if record.batches:
+            for path in sorted(self.folder.glob(f"{_STREAM}*"))[:-_STREAMS]:
+                path.unlink()
+
+    def _keeps_stream(self, walked: WalkedLayer) -> bool:
+        """Whether the stream after this layer is kept, which all processes of the group decide together: one that lies
+        in a file is, another if the time since the last copy was long enough for one more."""
+        spare = max(_SHORT, STREAM_SHARE * (time.monotonic() - self._copied))
+        free = isinstance(walked.stream, FileActivations) or walked.is_last
+        return bool(self._group.largest(free or self._copying <= spare))
 
     def _save_stream(self, walked: WalkedLayer) -> FileActivations:
         """The stream under its own name: moved there if it is a file, else written."""
@@ -137,10 +186,13 @@ class DurableWalkState(WalkState):
             stream.move(target)
             return stream
         target.unlink(missing_ok=True)
+        began = time.monotonic()
         copy = FileActivations(target, stream.sample_shape, stream.dtype)
         for start, stop in walked.spans:
-            copy.put(start, stream.get(start, stop))
+            copy.put(start, stream.on_host(start, stop))
         copy.close()
+        self._copied = time.monotonic()
+        self._copying = self._copied - began
         return copy
 
     def _resume(self) -> None:
@@ -148,7 +200,8 @@ class DurableWalkState(WalkState):
         for left in self.folder.glob(f"{FOLDER_PREFIX}*"):  # of a killed process
             shutil.rmtree(left)
         records, readable = self._records()
-        done = -int(self._group.largest(-len(records)))
+        able = max((number for number, record in enumerate(records, 1) if record.resumable), default=0)
+        done = -int(self._group.largest(-able))
         sound = readable and (done == 0 or self._sound(records[:done]))
         if self._group.sum_of(not sound) != (0,):
             log.warning(
@@ -202,7 +255,21 @@ class DurableWalkState(WalkState):
         return self.folder / f"layer-{index:05d}.json"
 
     def _stream_file(self, index: int) -> Path:
-        return self.folder / f"stream-{index:05d}"
+        return self.folder / f"{_STREAM}{index:05d}"
+
+
+def _in_thread(work: Callable[[], None]) -> Future[None]:
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    Thread(target=run, name="slimline-write-behind", daemon=True).start()
+    return future
 
 
 def _folder_name(rank: int, size: int) -> str:

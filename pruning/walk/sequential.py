@@ -4,7 +4,8 @@ Every sub-layer is computed once. For attention and then the MLP of each layer t
 output linear (o_proj, down_proj) for all calibration tokens, hands the linear and its Hessian to the caller, who may
 change the weight in place, and lets the linear's output, with whatever weight it now has, join the residual stream. In
 the same pass over the samples the inputs of the next one are captured: the stream is read and written once for each.
-Experts in the place of the MLP are handed out one by one, and computed a second time.
+Where a layer ends and the next begins that takes both in memory, so that a stream that costs nothing to read is read
+once more instead. Experts in the place of the MLP are handed out one by one, and computed a second time.
 
 Shapes: N samples, M held-out samples, B samples of one batch, L tokens per sample, I input features of the linear.
 """
@@ -99,6 +100,9 @@ def walk_layers(
         walk.start(walk_state)
         before: Step | None = None
         for index in range(walk_state.layers_done if walk_state else 0, decoder.num_layers):
+            if before and walk.reads_for_nothing:  # the layer before goes first
+                walk.end_layer(before, walk_state)
+                before = None
             layer = decoder.layer(index, options.device)
             for kind in KINDS:
                 given = wanted(index, kind)
@@ -106,12 +110,13 @@ def walk_layers(
                 walk.advance(before, step)
                 if walk_state and before and kind == "attention":
                     walk_state.layer_done(walk.walked(before))
-                before = step  # the layer before goes
+                before = step
                 yield from walk.offered(step, statistics if given else None)
             del layer, step
-        walk.advance(before, None)
-        if walk_state and before:
-            walk_state.layer_done(walk.walked(before))
+        if before:
+            walk.end_layer(before, walk_state)
+        if walk_state:
+            walk_state.flush()
         if walk.few:
             log.warning(sentence_about(walk.few))
         return walk.heldout_stream()
@@ -133,6 +138,7 @@ class _Walk:
     ) -> None:
         self._accumulator, self._sees_heldout = accumulator, sees_heldout
         self._family, self._model, self._options, self._store = decoder.family, decoder.skeleton, options, activations
+        self._num_layers = decoder.num_layers
         self._ids_NL = torch.cat([calibration_NL, heldout_ML])
         self._num_calibration = len(calibration_NL)
         size, end = options.batch_size, len(self._ids_NL)
@@ -153,6 +159,17 @@ class _Walk:
         for start, stop in self._spans:
             self._stream.put(start, walk_state.resumed(start, stop))
         self._kwargs = moved(embed(model, family, self._ids_NL[:1])[1], device) if self._spans else []
+
+    @property
+    def reads_for_nothing(self) -> bool:
+        """Whether the stream may be read once more without a transfer."""
+        return self._stream.resident
+
+    def end_layer(self, step: Step, walk_state: WalkState | None) -> None:
+        """The last sub-layer of a layer joins the stream, and the layer is finished."""
+        self.advance(step, None)
+        if walk_state:
+            walk_state.layer_done(self.walked(step))
 
     @memory_for("the forward")
     def advance(self, joining: Step | None, following: Step | None) -> None:
@@ -222,7 +239,8 @@ class _Walk:
 
     def walked(self, step: Step) -> WalkedLayer:
         """The layer of a step that has joined the stream."""
-        return WalkedLayer(step.index, step.layer, self._family, self._stream, self._spans)
+        is_last = step.index == self._num_layers - 1
+        return WalkedLayer(step.index, step.layer, self._family, self._stream, self._spans, is_last)
 
     def heldout_stream(self) -> Tensor:
         """The stream of the held-out samples, (M, L, C), on the host."""

@@ -110,7 +110,7 @@ class WalkedLayer:
     """A layer whose output has joined the residual stream.
 
     module: with its masked, compensated weights; None for a layer that is dropped. stream: after the layer, None if
-    nothing was walked. spans: first sample and end of each batch.
+    nothing was walked. spans: first sample and end of each batch. is_last: no layer follows.
     """
 
     index: int
@@ -118,6 +118,7 @@ class WalkedLayer:
     family: ModelFamily
     stream: Activations | None = None
     spans: Sequence[tuple[int, int]] = ()
+    is_last: bool = False
 
 
 #: an output linear; of a layer with experts the weight of all of theirs
@@ -169,6 +170,9 @@ class WalkState(ABC):
         self._entries.append(self._decided)
         self._on_entry(self._decided)
         self._decided = None
+
+    def flush(self) -> None:  # noqa: B027 (what is kept at once is kept)
+        """Wait until every finished layer is kept. Raises what keeping one raised."""
 
     @abstractmethod
     def _save_layer(self, walked: WalkedLayer, entry: LayerEntry) -> None: ...

@@ -10,11 +10,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from evaluation.inference.options import EvalOptions
@@ -31,7 +33,7 @@ from pruning.layerwise import prune as layerwise
 from pruning.methods import slimgpt
 from pruning.statistics import hessian
 from pruning.statistics.hessian import HessianAccumulator
-from pruning.walk import sequential
+from pruning.walk import durable_state, sequential
 from pruning.walk.options import WalkOptions
 from pruning.walk.sequential import walk_layers
 from tests.pretended.counts import counted
@@ -265,6 +267,48 @@ def test_without_room_to_solve_it_is_solved_on_the_host(
     assert pruned.plan == expected.plan
     assert seen == ["pretended", "cpu"] * (len(seen) // 2)
     assert "pretended:0 has no room to solve model.layers.0.mlp.down_proj: it is solved on the host" in caplog.text
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_layer_is_written_while_the_next_one_is_computed_with(
+    place: str, device: torch.device, model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, written = slimgpt.Config(sparsity=0.3, split="equal"), []
+    save = durable_state.save_file
+
+    def noted(state: Any, path: Path, **more: Any) -> None:
+        assert all(tensor.device.type == "cpu" for tensor in state.values())
+        written.append((path.name, threading.current_thread() is threading.main_thread()))
+        save(state, path, **more)
+
+    monkeypatch.setattr(durable_state, "save_file", noted)
+    states = []
+    for name, options in (("here", CPU), ("there", on(device, place))):
+        state = durable_state.DurableWalkState(tmp_path / name)
+        slimgpt.prune(ResidentDecoder(model), windows(model), config, options=options, walk_state=state)
+        states.append(state)
+    names = [f"layer-{index:05d}.safetensors" for index in range(3)]
+    assert written == [*((name, True) for name in names), *((name, False) for name in names)]
+    for mine, theirs in zip(states[0].shards, states[1].shards, strict=True):
+        expected, found = load_file(mine), load_file(theirs)
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
+    assert durable_state.DurableWalkState(tmp_path / "there").layers_done == 3
+
+
+def test_a_layer_that_cannot_be_written_ends_the_walk(
+    device: torch.device, model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(state: Any, path: Path, **more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable_state, "save_file", full)
+    state, config = durable_state.DurableWalkState(tmp_path), slimgpt.Config(sparsity=0.3, split="equal")
+    with pytest.raises(OSError, match="No space left"):
+        slimgpt.prune(ResidentDecoder(model), windows(model), config, options=on(device, "device"), walk_state=state)
+    assert state.layers_done == 1, "the second one met the error of the first"
+    assert durable_state.DurableWalkState(tmp_path).layers_done == 0
 
 
 def test_memory_that_runs_out_is_told_apart(model: PreTrainedModel) -> None:

@@ -92,7 +92,9 @@ def test_the_errors_of_all_levels_are_those_of_the_best_weights(group_size: int 
                 left = [c for c in range(linear.in_features) if c // wide not in order.order[:gone]]
                 best_OI = torch.zeros_like(system.W_OI)
                 best_OI[:, left] = elimination.refit(system, torch.tensor(left))
-                assert elimination.output_error(system.W_OI, best_OI, system.dampened()) == pytest.approx(error, rel=1e-7)
+                assert elimination.output_error(system.W_OI, best_OI, system.dampened()) == pytest.approx(
+                    error, rel=1e-7
+                )
 
 
 def test_the_order_reaches_as_far_as_any_budget(tmp_path: Path) -> None:

@@ -474,7 +474,9 @@ def test_single_precision_chooses_nearly_the_same(dampening_frac: float) -> None
         prepared("layers.0.mlp.down_proj", W_OI, hessian, dampening_frac=dampening_frac, dtype=dtype)
         for dtype in (torch.float64, torch.float32)
     )
-    assert torch.linalg.cond(double.dampened()) <= inputs / dampening_frac + 1, "what single_precision_will_do stands on"
+    assert torch.linalg.cond(double.dampened()) <= inputs / dampening_frac + 1, (
+        "what single_precision_will_do stands on"
+    )
     columns_ND = groups(inputs, 1)
     exact, quick = (
         elimination.eliminate_groups(problem, columns_ND, elimination.halving_group_sizes(count))

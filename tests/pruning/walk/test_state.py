@@ -18,6 +18,7 @@ from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.checkpoints.surgery import shrink_
 from pruning.families import family_of
 from pruning.methods import slimgpt
+from pruning.walk import durable_state
 from pruning.walk.durable_state import DurableWalkState
 from pruning.walk.state import LayerEntry, MemoryWalkState, Pruned, WalkedLayer, WalkState
 from tests.pruning.captured import CPU, prune_copy, same_weights, windows
@@ -176,6 +177,27 @@ def test_only_the_last_streams_are_kept(model: PreTrainedModel, tmp_path: Path) 
     assert len(streams) == 2
     assert sum(path.stat().st_size for path in streams) == 2 * 8 * 24 * 32 * 4
     assert [path.name for path in tmp_path.rglob("activations-*")] == []
+
+
+@pytest.mark.parametrize("stop_after", [2, LAYERS])
+def test_where_copies_of_the_stream_take_long_the_walk_goes_on_from_the_last_one(
+    stop_after: int, model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = DurableWalkState(tmp_path / "whole")
+    expected = prune_into(whole, ResidentDecoder(model))
+    monkeypatch.setattr(durable_state, "STREAM_SHARE", 0.0)
+    monkeypatch.setattr(durable_state, "_SHORT", 0.0)
+    interrupted(tmp_path / "killed", model, stop_after)
+    done = LAYERS if stop_after == LAYERS else 1
+    (folder,) = (tmp_path / "killed").iterdir()
+    last = f"stream-{done - 1:05d}"
+    assert {path.name for path in folder.glob("stream-*")} == {"stream-00000", last}, "the first, and a whole walk's"
+    told: list[LayerEntry] = []
+    again, decoder = DurableWalkState(tmp_path / "killed", on_entry=told.append), Counted(model)
+    assert (again.layers_done, len(told)) == (done, done)
+    assert untimed(prune_into(again, decoder)) == untimed(expected)
+    assert decoder.asked == list(range(done, LAYERS))
+    assert bits(again) == bits(whole)
 
 
 def damaged(folder: Path, what: str) -> None:
