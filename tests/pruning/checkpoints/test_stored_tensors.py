@@ -137,8 +137,9 @@ def assert_same_model(folder: Path) -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_loader_gives_one_model_or_the_same_refusal(name: str, tmp_path: Path) -> None:
-    refused = 0
-    for number, (tied, head, prefix, dtype) in enumerate(CASES):
+    prefixes = PREFIXES if name == "llama" else PREFIXES[:1]  # what differs between families is not how names begin
+    cases, refused = [case for case in CASES if case[2] in prefixes], 0
+    for number, (tied, head, prefix, dtype) in enumerate(cases):
         said = (name, tied, head.__name__, prefix.__name__, dtype.__name__)
         dense = tiny_model(name, tie_word_embeddings=tied, layers=2)
         folder = written(tmp_path / str(number), dense, head, prefix, dtype)
@@ -158,7 +159,7 @@ def test_every_loader_gives_one_model_or_the_same_refusal(name: str, tmp_path: P
         assert_transformers_gives(folder, model, said)
         assert card_of_folder(folder).num_parameters == model.num_parameters(), said
         assert card_of_folder(folder).dtype == str(model.dtype).removeprefix("torch."), said
-    assert refused == 2 * len(PREFIXES), "only an untied model without its head, or without embeddings"
+    assert refused == 2 * len(prefixes), "only an untied model without its head, or without embeddings"
 
 
 def assert_transformers_gives(folder: Path, model: PreTrainedModel, said: object) -> None:

@@ -147,7 +147,7 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "sparsity"), [("llama", 0.35), ("opt", 0.6)])
+@pytest.mark.parametrize(("family", "sparsity"), [("llama", 0.35), pytest.param("opt", 0.6, marks=pytest.mark.long)])
 def test_expected_sparsity_reaches_its_target(
     family: str, sparsity: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

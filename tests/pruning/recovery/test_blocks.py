@@ -28,7 +28,7 @@ from tests.pruning.checkpoints.test_surgery import plan_for
 from tests.pruning.killed import exit_code, kill_this_process
 from tests.pruning.recovery.test_lora import same
 from tests.pruning.test_distributed import together
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[3]
 WINDOWS, HELDOUT, LENGTH = 16, 4, 24
@@ -98,7 +98,7 @@ def values(report: RecoveryReport, metric: str) -> list[float]:
     return [value for _, value in report.curves[metric]]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "granite"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi", "opt", "gemma2", "granite"])
 def test_blocks_and_the_whole_come_nearer_to_the_dense_model(family: str, tmp_path: Path) -> None:
     dense, pruned, plan = pair(family)
     before, kind = copy.deepcopy(pruned), type(pruned)
@@ -199,7 +199,7 @@ def test_the_look_ahead_has_gradients_of_its_own(tmp_path: Path) -> None:
     assert heldout_kl(dense, pruned) < before
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "llama-mha", "gemma", "opt"])
 def test_what_cannot_improve_is_left_bit_equal(family: str, tmp_path: Path) -> None:
     dense = tiny_model(family)
     whole, before = copy.deepcopy(dense), copy.deepcopy(dense)
