@@ -3,8 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# of 26,000 modules most are never imported: each is compiled when it is
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q
 CONSTRAINTS := infra/constraints.txt
 STAMP := $(VENV)/.slimline-installed
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -62,9 +62,10 @@ def complaint(child: subprocess.CompletedProcess[str]) -> str:
 
 
 def only_complaint(child: subprocess.CompletedProcess[str]) -> str:
-    """The same, of a command that fails before any work."""
+    """The same, of a command that fails before any work; the data that all tests share may just be in the making."""
     assert child.stdout == ""
-    assert len(child.stderr.strip().splitlines()) == 1, child.stderr
+    said = [line for line in child.stderr.strip().splitlines() if "/offline/" not in line]
+    assert len(said) == 1, child.stderr
     return complaint(child)
 
 
