@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pruning.errors import PruningError
+from pruning.families import family_of
 from pruning.recovery import RecoveryInputs, RecoveryReport
 from pruning.training.adapters import AdapterConfig, check_finite, merged_adapters, training_state
 from pruning.training.batches import pad_id_of
@@ -20,6 +21,7 @@ from pruning.training.example_sets import Data
 from pruning.training.memory import check_memory
 from pruning.training.objectives import CrossEntropy, Distillation, Objective, fill_cache, forward, in_memory
 from pruning.training.options import TextConfig, TrainingConfig, TrainingRun
+from pruning.training.sharding import in_pieces, put_together_
 from pruning.training.trainer import Outcome, check_device, seeded, train
 
 if TYPE_CHECKING:
@@ -39,8 +41,10 @@ def fit_adapters(
     run: TrainingRun,
 ) -> RecoveryReport:
     """Train adapters and merge them. objective: None for the cross entropy."""
+    check_device(run)
     identity = identity_of(model, data.identity, config.model_dump_json())
     with seeded(config.seed), merged_adapters(model, adapters, run.beside if run.leads else None) as adapted:
+        check_memory(adapted, model.config, config, data.longest, run, _beside(objective))
         outcome = _fit(adapted, model, tokenizer, objective, data, config, run, identity)
     return _report(outcome, data, adapter=run.beside is not None)
 
@@ -55,13 +59,21 @@ def fit_all(
     *,
     trained: Callable[[str], bool] = lambda name: True,
 ) -> RecoveryReport:
-    """Train all parameters whose names `trained` accepts, in float32; the model gets its dtype back."""
+    """Train all parameters whose names `trained` accepts, in float32; the model gets its dtype back. In pieces over the
+    processes where it does not fit otherwise: the model stays where it was meanwhile."""
+    check_device(run)
     identity = identity_of(model, data.identity, config.model_dump_json())
-    dtype = model.dtype
+    dtype, layers = model.dtype, family_of(model).layers(model)
     with training_state(model), seeded(config.seed):
-        model.float()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained(name))
+        if check_memory(model, model.config, config, data.longest, run, _beside(objective), layers=layers):
+            pieces = in_pieces(model, run)
+            outcome = _fit(pieces, model, tokenizer, objective, data, config, run, f"{identity} in pieces")
+            put_together_(model, pieces)
+            check_finite(model)
+            return _report(outcome, data)
+        model.float()
         try:
             outcome = _fit(model, model, tokenizer, objective, data, config, run, identity)
             check_finite(model)
@@ -80,12 +92,9 @@ def _fit(
     run: TrainingRun,
     identity: str,
 ) -> Outcome:
-    check_device(run)
     eos, embeddings = tokenizer.eos_token_id, model.get_input_embeddings().weight.shape[0]
     pad_id = pad_id_of(tokenizer.pad_token_id, eos, embeddings)
-    beside = objective.teacher if isinstance(objective, Distillation) else None
     numbered = data.numbered
-    check_memory(trained, model.config, config, data.longest, run, beside)
     return train(
         trained,
         objective or CrossEntropy(),
@@ -97,6 +106,11 @@ def _fit(
         identity=identity,
         watched=data.watched,
     )
+
+
+def _beside(objective: Objective | None) -> nn.Module | None:
+    """A teacher in memory."""
+    return objective.teacher if isinstance(objective, Distillation) else None
 
 
 def _report(outcome: Outcome, data: Data, *, adapter: bool = False) -> RecoveryReport:

@@ -16,6 +16,7 @@ from torch import nn
 
 from pruning.errors import PruningError
 from pruning.training.options import Curves, TrainingRun
+from pruning.training.sharding import take_, whole
 
 MARKER = "complete.json"
 
@@ -69,12 +70,15 @@ class Best:
 
     def keep(self, step: int) -> None:
         """Write the weights of this step, which are the best."""
-        if not self.enabled or not self._run.leads:
+        if not self.enabled:
+            return
+        weights = whole(self._trained().items(), kept=self._run.leads)
+        if not self._run.leads:
             return
         folder = self._folder(step)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        save_file(self._trained(), folder / "weights.safetensors")
+        save_file(weights, folder / "weights.safetensors")
         mark_complete(folder, self._identity)
 
     def drop_others(self, step: int) -> None:
@@ -96,7 +100,7 @@ class Best:
             )
         tensors = load_file(folder / "weights.safetensors")
         for name, parameter in self._trained().items():
-            parameter.copy_(tensors[name])
+            take_(parameter, tensors[name])
         return step
 
     def _trained(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a training takes in memory, estimated before it starts, and which options would make it fit.
 
-Counted per process: weights, gradients, the optimizer's moments, what the backward pass keeps of a micro batch, logits,
-and a teacher. An estimate from the shapes; what the device's libraries take themselves is left out. Peaks measured on a
+Counted per process: weights, gradients, the optimizer's moments (or its pieces of them), what the backward pass keeps of
+a micro batch, logits, and a teacher. An estimate from the shapes; what the device's libraries take themselves is left out. Peaks measured on a
 CPU (SmolLM2-135M less 20 %, GiB estimated / measured): all weights, float32, 2,048 tokens at a time 5.1 / 5.3; LoRA,
 1,200 tokens, float32 4.3 / 4.2, bfloat16 3.7 / 3.9.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pruning.errors import PruningError
@@ -28,6 +29,9 @@ _MOMENTS: Mapping[Optimizer, float] = {"adamw": 8, "adamw_8bit": 2, "adafactor":
 #: copies of the logits that a loss and its gradient hold, in float32, and those of a divergence beside a teacher's
 _LOGIT_COPIES, _DIVERGENCE_COPIES = 3, 6
 _LORA_SHARE = 0.01
+_FLOAT_BYTES = 4
+#: layers that are whole at once where weights lie in pieces: one computes, the next comes, the last one's gradients go
+_WHOLE_LAYERS = 3
 #: bytes that an adapter keeps of each of its inputs: cast to float32, dropped out, and what was dropped
 _ADAPTER_BYTES = 3 * 4
 
@@ -38,7 +42,8 @@ class Training:
 
     weights: bytes. trained: parameters with gradients. tokens: of one micro batch. width, attention, channels: hidden
     size, q + k + v + output, and MLP channels. adapted: inputs of linears that have adapters. teacher: bytes of a dense
-    model beside it. item: bytes of an activation.
+    model beside it. item: bytes of an activation. processes: over which weights, gradients and moments lie in pieces.
+    together: parameters that are whole at once all the same: what is outside of the layers, and three layers.
     """
 
     weights: int
@@ -54,11 +59,16 @@ class Training:
     checkpointing: bool
     adapted: int = 0
     teacher: int = 0
+    processes: int = 1
+    together: int = 0
 
     @property
     def bytes(self) -> int:
         """Of all together."""
-        states = self.trained * (4 + _MOMENTS[self.optimizer])
+        states = self.trained * (_FLOAT_BYTES + _MOMENTS[self.optimizer])
+        kept = (self.weights + states) / self.processes
+        if self.processes > 1:  # with their gradients
+            kept += 2 * _FLOAT_BYTES * self.together
         # inputs of norms in float32, of the linears, and of gate * up
         per_token = self.num_layers * self.width * (2 * 4 + 2 * self.item)
         per_token += (2 * self.attention + 4 * self.channels) * self.item + self.adapted * _ADAPTER_BYTES
@@ -66,7 +76,7 @@ class Training:
             per_token = self.num_layers * self.width * self.item + per_token // max(1, self.num_layers)
         copies = _DIVERGENCE_COPIES if self.teacher else _LOGIT_COPIES
         logits = self.tokens * self.vocabulary * 4 * copies
-        return int(self.weights + states + self.tokens * per_token + logits + self.teacher)
+        return int(kept + self.tokens * per_token + logits + self.teacher)
 
 
 def check_memory(
@@ -76,24 +86,65 @@ def check_memory(
     longest: int,
     run: TrainingRun,
     teacher: nn.Module | None = None,
-) -> None:
-    """Raise PruningError, naming options that would, if the training does not fit into what is free now.
+    *,
+    layers: nn.Module | None = None,
+) -> bool:
+    """Whether the weights must lie in pieces over the processes, or shall (run.sharded).
 
-    trained: the model as it is trained. longest: tokens of the longest example. teacher: if it lies beside it.
+    trained: the model as it is trained. longest: tokens of the longest example. teacher: if it lies beside it. layers:
+    those of the model, if all its weights are trained, in float32 whatever they are now; None: they stay whole. Raises
+    PruningError, naming options that would, if the training does not fit into what is free now, and for an optimizer
+    that knows no pieces.
     """
     device = torch.device(run.device)
     training = _training(trained, model_config, config, longest, teacher)
+    if layers is not None:
+        training = replace(training, weights=_FLOAT_BYTES * _count(trained))
     # what lies on the device already is not free, and not needed again
     there = _bytes_on(device, trained) + (_bytes_on(device, teacher) if teacher is not None else 0)
-    needed, free = training.bytes - there, _free(device)
+    free = _free(device)
+    if layers is not None and _may_be_sharded(config, run):
+        if run.sharded or not _all_agree(training.bytes - there <= free, device):
+            training = _in_pieces(training, trained, layers, run.num_processes)
+    needed = training.bytes - there
     if needed <= free:
-        return
+        return training.processes > 1
     ways = [words for words, smaller in _smaller(training, config, longest) if smaller.bytes - there <= free]
     way_out = f"this would: {'; or '.join(ways)}" if ways else "take a larger device, or a smaller model"
     raise PruningError(
         f"training takes about {needed / _GIB:.1f} GiB on {device} and {free / _GIB:.1f} GiB are free "
         f"({training.trained / 1e6:.0f} M trained parameters, {training.tokens} tokens at a time): {way_out}"
     )
+
+
+def _may_be_sharded(config: TrainingConfig, run: TrainingRun) -> bool:
+    if run.num_processes == 1 or run.sharded is False:
+        return False
+    if config.optimizer == "adamw":
+        return True
+    if run.sharded:
+        raise PruningError(
+            f"optimizer {config.optimizer} keeps what it knows of whole weights, and SLIMLINE_TRAIN_SHARDED has them in "
+            "pieces: take adamw, or unset it"
+        )
+    return False
+
+
+def _all_agree(fits: bool, device: torch.device) -> bool:
+    """Whether it is so in all processes of the group."""
+    answer = torch.tensor(int(fits), device=device)
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer)
+
+
+def _in_pieces(training: Training, trained: nn.Module, layers: nn.Module, num_processes: int) -> Training:
+    outside = _count(trained) - _count(layers)
+    largest = max(map(_count, layers.children()), default=0)
+    return replace(training, processes=num_processes, together=outside + _WHOLE_LAYERS * largest)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(each.numel() for each in module.parameters())
 
 
 def _training(

@@ -119,7 +119,9 @@ class TrainingRun:
     arguments, and ends with the same weights. device: "cpu" or "cuda" (of this process). progress: called with the
     share done; what it raises ends the training after that step, with a checkpoint, and passes on. curves: called with
     the optimizer step and values by metric as they come. beside: a folder for what is kept beside the model. rank,
-    num_processes: of the group of torch.distributed that this process has joined; rank 0 writes.
+    num_processes: of the group of torch.distributed that this process has joined; rank 0 writes. sharded: whether a
+    training of all weights lies in pieces over the processes (FSDP2) or whole in each (DDP); None: in pieces where it
+    does not fit otherwise.
     """
 
     scratch: Path
@@ -129,6 +131,7 @@ class TrainingRun:
     beside: Path | None = None
     rank: int = 0
     num_processes: int = 1
+    sharded: bool | None = None
 
     @property
     def leads(self) -> bool:

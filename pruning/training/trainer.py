@@ -16,7 +16,7 @@ import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 from pruning.checkpoints.save_load import no_progress_bars
 from pruning.errors import PruningError
@@ -25,6 +25,7 @@ from pruning.training.batches import Batch, Examples, batches, collate, count_pr
 from pruning.training.durable import Best, newest_complete_
 from pruning.training.objectives import CrossEntropy, Objective, precision
 from pruning.training.options import CHECKPOINTS_AT_ONCE, Curves, TrainingConfig, TrainingRun
+from pruning.training.sharding import ShardableTrainer, is_in_pieces, part_
 from pruning.training.watching import (
     Along,
     BeforeSteps,
@@ -91,7 +92,8 @@ def train(
     PruningError if the loss is not finite or keeps rising, a device the Trainer cannot use, or a batch that cannot be
     split over the processes.
     """
-    arguments = training_arguments(config, len(examples), run)
+    sharded = is_in_pieces(model)
+    arguments = training_arguments(config, len(examples), run, saves=not sharded)
     if config.dtype == "bfloat16" and arguments.use_cpu and (slower := emulated_bfloat16()) > _MUCH_SLOWER:
         log.warning(
             "this CPU has no bfloat16 products: they take %.0f times as long as those of float32; set dtype: float32",
@@ -108,8 +110,8 @@ def train(
     )
     trainer.objective, trainer.along = objective, along
     trainer.remove_callback(PrinterCallback)
-    if config.save_steps is None:
-        trainer.add_callback(SavesInTime())
+    if sharded or config.save_steps is None:
+        trainer.add_callback(SavesInTime(config.save_steps))
     every = config.heldout_steps or max(1, arguments.max_steps // 10)
     if watched is not None:
         other_loss = _MeanLoss(model, CrossEntropy(), watched, config, run, pad_id)
@@ -168,9 +170,11 @@ def check_device(run: TrainingRun) -> torch.device:
     return device
 
 
-def training_arguments(config: TrainingConfig, num_examples: int, run: TrainingRun) -> TrainingArguments:
-    """The Trainer's own options. Raises PruningError for a device that it cannot use, or a batch that the processes
-    cannot share."""
+def training_arguments(
+    config: TrainingConfig, num_examples: int, run: TrainingRun, *, saves: bool = True
+) -> TrainingArguments:
+    """The Trainer's own options. saves: whether it saves after config.save_steps by itself. Raises PruningError for a
+    device that it cannot use, or a batch that the processes cannot share."""
     device = check_device(run)
     config.check_optimizer(device.type == "cuda")
     at_once = config.micro_batch_size * run.num_processes
@@ -202,7 +206,7 @@ def training_arguments(config: TrainingConfig, num_examples: int, run: TrainingR
         ddp_find_unused_parameters=False,
         seed=config.seed,
         data_seed=config.seed,
-        save_strategy="steps" if config.save_steps else "no",  # by steps, or in time (watching.py)
+        save_strategy="steps" if config.save_steps and saves else "no",  # or when it is asked (watching.py)
         save_steps=config.save_steps or num_steps,
         save_total_limit=CHECKPOINTS_AT_ONCE - 1,  # the last may be half-written when the run is killed
         logging_steps=1,
@@ -218,7 +222,7 @@ def training_arguments(config: TrainingConfig, num_examples: int, run: TrainingR
     return arguments
 
 
-class _Trainer(Trainer):  # type: ignore[misc]
+class _Trainer(ShardableTrainer):
     """The Trainer with an objective of ours, normalised over the whole accumulated batch of all processes."""
 
     objective: Objective
@@ -284,7 +288,17 @@ class _MeanLoss:
                 here = {name: value.to(device) for name, value in batch.items()}
                 totals[0] += self._objective(self._model, here).double()
                 totals[1] += count_predicted(here)
+            if self._lacks_a_batch(len(mine)):  # the others' pieces come together when all processes compute
+                batch = next(batches(self._examples, [0], 1, self._pad_id))
+                self._objective(self._model, {name: value.to(device) for name, value in batch.items()})
+        part_(self._model)
         self._model.train(training)
         if self._run.num_processes > 1:
             dist.all_reduce(totals)
         return float(totals[0] / totals[1])
+
+    def _lacks_a_batch(self, mine: int) -> bool:
+        """Whether this process has one batch less than the first, of a model in pieces."""
+        first = math.ceil(len(self._examples) / self._run.num_processes)
+        size = self._config.micro_batch_size
+        return is_in_pieces(self._model) and math.ceil(mine / size) < math.ceil(first / size)

@@ -109,10 +109,12 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
 class SavesInTime(TrainerCallback):  # type: ignore[misc]
     """Asks for a checkpoint once a minute, or less often where writing them would take a twentieth of the time.
 
-    Comes after `Checkpoints`, whose work counts. The first process of a group decides for all.
+    Comes after `Checkpoints`, whose work counts. The first process of a group decides for all. every: by steps instead,
+    and at the end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int | None = None) -> None:
+        self._every = every
         self._trains_since = self._asked = time.monotonic()
         self._writing = 0.0
 
@@ -124,6 +126,9 @@ class SavesInTime(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for one, if it is time."""
+        if self._every is not None:
+            control.should_save |= state.global_step % self._every == 0 or state.global_step >= state.max_steps
+            return
         due = time.monotonic() - self._trains_since >= max(_SECONDS, _TIMES * self._writing)
         if args.world_size > 1:
             decided = torch.tensor(int(due), device=args.device)

@@ -62,6 +62,7 @@ class _Job:
     sources: Sources
     scratch: Path
     out: Path
+    sharded: bool | None
 
     def alone(self, device: torch.device, reports: Reports) -> None:
         """In this process."""
@@ -83,7 +84,7 @@ class _Job:
             tokenizer,
             self._inputs(),
             self.request.typed_config,
-            TrainingRun(self.scratch, device, reports.progress, reports.curves, self.out, rank, size),
+            TrainingRun(self.scratch, device, reports.progress, reports.curves, self.out, rank, size, self.sharded),
         )
         if rank == 0:
             save_checkpoint(model.cpu(), None, self.out, load_plan(self.source))
@@ -132,7 +133,8 @@ def fill(request: RecoverRequest, context: StageContext) -> None:
     source = store.path(request.checkpoint)
     teacher, calibration = (store.path(ref) if ref else None for ref in (request.teacher, request.calibration))
     scratch = store.scratch(context.ref)
-    job = _Job(request, source, teacher, calibration, context.run_context.sources, scratch, context.folder)
+    sources = context.run_context.sources
+    job = _Job(request, source, teacher, calibration, sources, scratch, context.folder, settings.train_sharded)
     size, reports = training_processes(settings), Reports(context.progress, context.curves)
     with something_to_save():
         if size == 1:
