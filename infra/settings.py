@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     train_processes: int | None = Field(default=None, ge=1, le=_MOST_PROCESSES)
     """Processes that share the batches of one training (default: one per CUDA device)."""
     train_sharded: bool | None = None
-    """Whether a training of all weights lies in pieces over these processes (FSDP2), or whole in each (DDP). Default: in
+    """Whether a training of all weights lies in pieces over these processes (FSDP2) or whole in each (DDP). Default: in
     pieces where it does not fit otherwise. Adapters are trained on whole models."""
     activation_budget_gib: float | None = Field(default=None, gt=0, le=_LARGEST, allow_inf_nan=False)
     """Host memory for activations of the calibration windows; beyond it they lie in files. Default: half of what is

@@ -1,9 +1,9 @@
 """What a training takes in memory, estimated before it starts, and which options would make it fit.
 
-Counted per process: weights, gradients, the optimizer's moments (or its pieces of them), what the backward pass keeps of
-a micro batch, logits, and a teacher. An estimate from the shapes; what the device's libraries take themselves is left out. Peaks measured on a
-CPU (SmolLM2-135M less 20 %, GiB estimated / measured): all weights, float32, 2,048 tokens at a time 5.1 / 5.3; LoRA,
-1,200 tokens, float32 4.3 / 4.2, bfloat16 3.7 / 3.9.
+Counted per process: weights, gradients, the optimizer's moments (or its pieces of them), what the backward pass keeps
+of a micro batch, logits, and a teacher. An estimate from the shapes; what the device's libraries take themselves is
+left out. Peaks measured on a CPU (SmolLM2-135M less 20 %, GiB estimated / measured): all weights, float32, 2,048 tokens
+at a time 5.1 / 5.3; LoRA, 1,200 tokens, float32 4.3 / 4.2, bfloat16 3.7 / 3.9.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def check_memory(
     # what lies on the device already is not free, and not needed again
     there = _bytes_on(device, trained) + (_bytes_on(device, teacher) if teacher is not None else 0)
     free = _free(device)
-    if layers is not None and _may_be_sharded(config, run):
-        if run.sharded or not _all_agree(training.bytes - there <= free, device):
-            training = _in_pieces(training, trained, layers, run.num_processes)
+    may = layers is not None and _may_be_sharded(config, run)
+    if layers is not None and may and (run.sharded or not _all_agree(training.bytes - there <= free, device)):
+        training = _in_pieces(training, trained, layers, run.num_processes)
     needed = training.bytes - there
     if needed <= free:
         return training.processes > 1
@@ -124,7 +124,7 @@ def _may_be_sharded(config: TrainingConfig, run: TrainingRun) -> bool:
         return True
     if run.sharded:
         raise PruningError(
-            f"optimizer {config.optimizer} keeps what it knows of whole weights, and SLIMLINE_TRAIN_SHARDED has them in "
+            f"optimizer {config.optimizer} knows whole weights only, and with SLIMLINE_TRAIN_SHARDED they lie in "
             "pieces: take adamw, or unset it"
         )
     return False

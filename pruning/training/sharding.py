@@ -1,5 +1,5 @@
-"""A training whose weights, gradients and moments lie in pieces over the processes: PyTorch's fully_shard (FSDP2), which
-does what ZeRO-3 does (arXiv 1910.02054, section 5). A layer is whole while it is computed with, and no longer.
+"""A training whose weights, gradients and moments lie in pieces over the processes: PyTorch's fully_shard (FSDP2) does
+what ZeRO-3 does (arXiv 1910.02054, section 5). A layer is whole while it is computed with, and no longer.
 
 transformers' Trainer trains such a model but keeps no optimizer state of one: what is saved here is whole, in files of
 the one process that writes, and each takes its pieces of them.

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pruning.errors import PruningError
@@ -81,3 +82,36 @@ def test_what_cannot_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPa
     Free.available = 1
     with pytest.raises(PruningError, match="take a larger device, or a smaller model"):
         memory.check_memory(model, model.config, CONFIG, 512, TrainingRun(tmp_path))
+
+
+def test_what_does_not_fit_whole_lies_in_pieces_over_the_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = tiny_model("llama", layers=8, hidden=256, intermediate=1024)
+    layers, config = model.model.layers, Config.model_validate({"micro_batch_size": 1, "dtype": "float32"})
+    run = TrainingRun(tmp_path, num_processes=4)
+    whole = memory._training(model, model.config, config, 8, None).bytes
+
+    class Free:
+        available = whole
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Free)
+    monkeypatch.setattr(dist, "all_reduce", lambda answer, op: None)  # the others are no worse off
+
+    def check(config: Config, run: TrainingRun, layers: nn.Module | None = layers) -> bool:
+        return memory.check_memory(model, model.config, config, 8, run, layers=layers)
+
+    assert not check(config, run)
+    assert check(config, replace(run, sharded=True))
+    Free.available = whole // 2
+    assert check(config, run)
+    for alone in (replace(run, num_processes=1, sharded=True), replace(run, sharded=False)):
+        with pytest.raises(PruningError, match="training takes about"):
+            check(config, alone)
+    with pytest.raises(PruningError, match="training takes about"):
+        check(config, run, None)  # adapters
+    Free.available = whole // 20
+    with pytest.raises(PruningError, match="training takes about"):
+        check(config, run)
+    with pytest.raises(PruningError, match=r"optimizer adafactor knows whole weights only.*: take adamw, or unset it"):
+        check(config.model_copy(update={"optimizer": "adafactor"}), replace(run, sharded=True))
