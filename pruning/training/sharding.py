@@ -137,7 +137,8 @@ class ShardableTrainer(Trainer):  # type: ignore[misc]
 
     def _moments(self) -> torch.optim.Optimizer:
         """The optimizer itself, without accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[no-any-return]
+        optimizer: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer
 
 
 def load_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
