@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -33,7 +34,7 @@ def random_loss(seed: int, sites: int) -> Callable[[Point], float]:
     pairs = [[[0.3 * rng.random() for _ in range(9)] for _ in range(9)] for _ in range(sites)]
 
     def loss(point: Point) -> float:
-        mutual = sum(pairs[site][one][other] for site, (one, other) in enumerate(zip(point, point[1:], strict=False)))
+        mutual = sum(pairs[site][one][other] for site, (one, other) in enumerate(pairwise(point)))
         return sum(costs[level] for costs, level in zip(alone, point, strict=True)) + mutual
 
     return loss
@@ -44,15 +45,12 @@ def judge_of(searched: SearchSpace, loss: Callable[[Point], float], forwards: in
         assert searched.balanced(point)
         return loss(point) * (1.1 if few else 1.0)
 
-    return Judge(
-        searched.start,
-        loss(searched.start),
-        measure,
-        lambda one, other: {str(site): new - old for site, (old, new) in enumerate(zip(one, other, strict=True)) if new != old},
-        windows=windows,
-        spent=2,
-        forwards=forwards,
-    )  # fmt: skip
+    def moves(before: Point, after: Point) -> dict[str, int]:
+        changes = [new - old for old, new in zip(before, after, strict=True)]
+        return {str(site): change for site, change in enumerate(changes) if change}
+
+    start = searched.start
+    return Judge(start, loss(start), measure, moves, windows=windows, spent=2, forwards=forwards)
 
 
 @pytest.mark.parametrize("windows", [Windows(4, 1), Windows(1, None)])
