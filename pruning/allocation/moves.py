@@ -141,14 +141,15 @@ class SearchSpace:
             shape, budget = self.shapes[layer], self.budgets[layer]
             if shape.num_heads:
                 most = num_head_units(shape, allocation.head_unit) - (layer == 0)
-                yield MovableSite(layer, "attention", self._counts(budget.head_units, self.step.head_units, most))
-            if shape.intermediate_size:
-                counts = self._counts(budget.channels, self.step.channels, shape.intermediate_size)
-                yield MovableSite(layer, "mlp", counts)
+                yield MovableSite(layer, "attention", self._counts(budget.head_units, self.step.head_units, 0, most))
+            if width := shape.intermediate_size:
+                least = min(width % allocation.channel_multiple, budget.channels)
+                yield MovableSite(layer, "mlp", self._counts(budget.channels, self.step.channels, least, width))
 
-    def _counts(self, start: int, step: int, most: int) -> tuple[int, ...]:
+    def _counts(self, start: int, step: int, least: int, most: int) -> tuple[int, ...]:
+        """Whole levels, and less of one where a site has nothing more to give or to get back."""
         around = (start + step * level for level in range(-self.levels, self.levels + 1))
-        return tuple(count for count in around if 0 <= count <= most or count == start)
+        return tuple(sorted({min(max(count, least), most) for count in around}))
 
     def _gone(self, kind: SubLayerKind, budget: LayerBudget) -> int:
         return budget.head_units if kind == "attention" else budget.channels

@@ -130,13 +130,14 @@ class _Searched:
         plan = self._main.plan(self._widths, self._decoder.family.head_dim(self._decoder.skeleton))
         total = sum(map(self._cost.parameters, self._widths))
         reports = tuple(report for entry in self._main.entries for report in entry.reports)
+        begun = {"heldout_kl": found.trials[0].heldout_kl}
         return Pruned(
             plan=plan,
             layers=began.removal.with_sensitivities(self._main.entries) if began.removal else reports,
             achieved_sparsity=1 - sum(map(self._cost.parameters, plan.shapes)) / total,
             split=began.split,
             split_kl=began.split_kl,
-            steps=began.steps,
+            steps=(*began.steps[:-1], *(step.model_copy(update=begun) for step in began.steps[-1:])),
             search=found.trials,
             curves=search_curves(found.trials),
         )

@@ -69,11 +69,13 @@ def test_neighbours_are_all_balanced_pairs() -> None:
 
 
 def test_the_last_query_heads_take_their_kv_heads_along_and_two_levels_make_up_for_it() -> None:
-    searched = space((0, 43), (1, 43), head_unit="query_head")
+    searched = space((0, 43), (1, 86), head_unit="query_head")
     attention, channels = 2, 3
     assert searched.sites[attention].counts == (0, 1, 2)
-    point = searched.pair(searched.start, attention, channels)
-    assert point is None, "two head units and a kv head each, for one or two levels of channels: 43 are left"
+    assert searched.sites[channels].counts == (0, 43, 86, 96), "with less than a level where there is no more"
+    assert searched.start == (0, 1, 1, 2)
+    assert searched.pair(searched.start, attention, channels) == (0, 1, 2, 0)
+    assert searched.pair(searched.start, attention, 1) is None, "of the first layer only one level can come back"
     start = parameters_left([LayerBudget(0, 0)] * 2, searched.shapes, COST, "query_head")
     gone = parameters_left([LayerBudget(0, 0), LayerBudget(2, 0)], searched.shapes, COST, "query_head")
     assert start - gone == 8 * 1024 + 4 * 1024

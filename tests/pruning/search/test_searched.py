@@ -23,6 +23,7 @@ from pruning.checkpoints.surgery import shrink_
 from pruning.errors import PruningError
 from pruning.families import decoder_parameters, layer_cost, shapes
 from pruning.families.forward import output_name
+from pruning.layerwise import kl as kl_module
 from pruning.layerwise import streaming
 from pruning.layerwise.kl import final_stream, mean_kl
 from pruning.layerwise.split_search import Candidate, Job
@@ -30,9 +31,11 @@ from pruning.layerwise.streaming import prune_checkpoint
 from pruning.methods import slimgpt
 from pruning.methods.slimgpt import Config
 from pruning.obs.groups import Solver
+from pruning.search import building
 from pruning.search.building import Builder
 from pruning.search.database import CandidateDecoder, LevelDatabase
 from pruning.search.searched import Search, prune_by_search
+from pruning.walk.sequential import walk_layers
 from pruning.walk.state import MemoryWalkState, Pruned
 from tests.pruning.captured import CPU, logits, prune_copy, windows
 from tests.tiny import random_ids, tiny_model
@@ -89,7 +92,7 @@ def test_no_worse_than_its_start_at_the_same_size(name: str, more: dict[str, Any
     assert all(report.measured_error for report in pruned.layers if report.kept < report.total)
 
 
-def test_with_forwards_enough_no_neighbour_is_better() -> None:
+def test_with_forwards_enough_no_neighbour_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
     """Judged anew: every pair of sites from the point that was found, as a model made of the same levels."""
     dense, calibration = tiny_model("llama", layers=2), windows(tiny_model("llama"))
     decoder, widths = ResidentDecoder(dense), shapes(dense)
@@ -109,10 +112,18 @@ def test_with_forwards_enough_no_neighbour_is_better() -> None:
         return mean_kl(decoder, dense_MLC, final_stream(candidate, calibration.heldout_ids_ML, CPU), CPU)
 
     assert kl(space.start) == pytest.approx(mean_kl(decoder, dense_MLC, stream_MLC, CPU), rel=1e-4)
-    candidate = Candidate("equal", allocation, solver)
-    pruned = prune_by_search(
-        job, [candidate], Search("coordinate", 1000, 1, 0.1, 0), MemoryWalkState(), lambda share, message: None
-    )
+    walks: list[int] = []
+
+    def counted(*given: Any, **more: Any) -> Any:
+        walks.append(1)
+        return walk_layers(*given, **more)
+
+    with monkeypatch.context() as patch:
+        for module in (building, kl_module):
+            patch.setattr(module, "walk_layers", counted)
+        search, start = Search("coordinate", 1000, 1, 0.1, 0), Candidate("equal", allocation, solver)
+        pruned = prune_by_search(job, [start], search, MemoryWalkState(), lambda share, message: None)
+    assert len(walks) == pruned.search[-1].forwards < 1000
     best = min((trial for trial in pruned.search if trial.kind != "refit"), key=lambda trial: trial.heldout_kl)
     assert best.accepted
     assert best.heldout_kl < pruned.search[0].heldout_kl
