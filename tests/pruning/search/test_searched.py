@@ -49,8 +49,8 @@ def config(sparsity: float = 0.3, **more: Any) -> Config:
 def heldout_kl(dense: PreTrainedModel, masked: PreTrainedModel) -> float:
     """Of the windows that judge, measured anew."""
     ids_ML = windows(dense).heldout_ids_ML
-    streams = [final_stream(ResidentDecoder(model), ids_ML, CPU) for model in (dense, masked)]
-    return mean_kl(ResidentDecoder(dense), *streams, CPU)
+    dense_MLC, masked_MLC = (final_stream(ResidentDecoder(model), ids_ML, CPU) for model in (dense, masked))
+    return mean_kl(ResidentDecoder(dense), dense_MLC, masked_MLC, CPU)
 
 
 @pytest.mark.parametrize(
