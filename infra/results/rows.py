@@ -173,7 +173,7 @@ class LayerRow(OfRun):
 
 
 class CurveRow(OfRun):
-    """One point of the training that made a checkpoint; `step` counts optimizer steps."""
+    """One point of the training or the search that made a checkpoint; `step` counts optimizer steps or candidates."""
 
     stage_key: str
     metric: str

@@ -84,6 +84,27 @@ def removed_parameters(
     )
 
 
+def shape_left(shape: LayerShape, budget: LayerBudget, head_unit: HeadUnit) -> LayerShape:
+    """The widths of a layer without experts that has lost so much; the last query heads take their kv heads along."""
+    if head_unit == "kv_group":
+        kv_heads = shape.num_kv_heads - budget.head_units
+        heads = kv_heads * shape.num_groups
+    else:
+        heads = shape.num_heads - budget.head_units * shape.num_kv_heads
+        kv_heads = shape.num_kv_heads if heads else 0
+    channels = shape.intermediate_size - budget.channels
+    return LayerShape(num_heads=heads, num_kv_heads=kv_heads, intermediate_size=channels)
+
+
+def parameters_left(
+    budgets: Sequence[LayerBudget], shapes: Sequence[LayerShape], cost: LayerCost, head_unit: HeadUnit
+) -> int:
+    """Decoder-layer parameters that stay of layers without experts; one that keeps no head and no channel goes as a
+    whole, with its norms."""
+    left = (shape_left(shape, budget, head_unit) for shape, budget in zip(shapes, budgets, strict=True))
+    return sum(cost.parameters(shape) for shape in left if shape.num_heads or shape.intermediate_size)
+
+
 def check_head_unit(head_unit: HeadUnit, shapes: Sequence[LayerShape]) -> None:
     """Raise PruningError if query heads are to go one by one from groups of one."""
     if head_unit == "query_head" and any(shape.num_groups == 1 for shape in shapes if shape.num_heads):

@@ -10,5 +10,5 @@
 * `drop`          whole layers left out; `stand_ins` lets the layer before them do their work as well
 * `streaming`     from one checkpoint folder to another, durably; the whole of a pruning stage
 
-Imports `allocation`, `checkpoints`, `obs` and `walk`; used by `methods` and by the tasks.
+Imports `allocation`, `checkpoints`, `obs` and `walk`; used by `search`, `methods` and the tasks.
 """

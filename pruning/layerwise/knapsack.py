@@ -9,7 +9,7 @@ it give: the weights after a step depend on what went, not on the way there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -18,21 +18,22 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from pruning.allocation.budget import Allocation, HeadUnit, LayerBudget
+from pruning.allocation.budget import Allocation, HeadUnit, LayerBudget, parameters_left
 from pruning.allocation.grid import check_widths, on_grid
 from pruning.allocation.knapsack import solve_knapsack
+from pruning.allocation.trace import AllocationStep
 from pruning.errors import PruningError
 from pruning.families import LayerCost, layer_cost, shapes
 from pruning.families.forward import KINDS, SubLayerKind, output_name
 from pruning.gradients.backward import FORWARDS
 from pruning.layerwise.kl import final_stream, mean_kl
 from pruning.layerwise.levels import SiteName, TracedSite, Tracing, trace_levels
-from pruning.layerwise.prune import layer_plan, prune_layerwise_, sub_layers_to_prune
-from pruning.orders import Order, Unit
+from pruning.layerwise.prune import prune_layerwise_, sub_layers_to_prune
+from pruning.orders import Order, Unit, given_order
 from pruning.plan import LayerPlan, LayerShape
 from pruning.walk.finished import FinishedDecoder
 from pruning.walk.sequential import walk_layers
-from pruning.walk.state import AllocationStep, Pruned
+from pruning.walk.state import LayerEntry, Pruned, SubLayerReport
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,8 +74,12 @@ class Removal(BaseModel):
 
     def load(self, name: str, unit: Unit) -> Order:
         """As `Orders.load`: what goes from a linear, and no more. Its errors say nothing."""
-        gone = self.gone[name]
-        return Order.of_scores([0.0] * (max(gone, default=0) + 1), gone)
+        return given_order(self.gone[name])
+
+    def with_sensitivities(self, entries: Iterable[LayerEntry]) -> tuple[SubLayerReport, ...]:
+        """The reports of all layers, with the sensitivities that decided."""
+        reports = (report for entry in entries for report in entry.reports)
+        return tuple(each.model_copy(update={"sensitivity": self.sensitivities.get(each.name)}) for each in reports)
 
 
 def prune_by_knapsack(job: Job, knapsack: Knapsack, walk_state: WalkState, progress: Progress) -> Pruned:
@@ -83,7 +88,7 @@ def prune_by_knapsack(job: Job, knapsack: Knapsack, walk_state: WalkState, progr
     A walk state with a folder keeps what each step decided and the layers of the last one: a killed pruning goes on
     with the step where it was. Raises PruningError as `check_knapsack`, or when a Hessian cannot be inverted.
     """
-    return _Steps(job, knapsack, walk_state, progress).run()
+    return KnapsackSteps(job, knapsack, walk_state, progress).run()
 
 
 def check_knapsack(allocation: Allocation, widths: Sequence[LayerShape], cost: LayerCost) -> None:
@@ -112,8 +117,8 @@ def _free(allocation: Allocation, num_layers: int) -> range:
     return range(allocation.protect_first, num_layers - allocation.protect_last)
 
 
-class _Steps:
-    """One pruning by knapsack."""
+class KnapsackSteps:
+    """One pruning by knapsack. walk_state: keeps what each step decided and, after `run`, the weights."""
 
     def __init__(self, job: Job, knapsack: Knapsack, walk_state: WalkState, progress: Progress) -> None:
         self._job, self._knapsack, self._main, self._progress = job, knapsack, walk_state, progress
@@ -125,7 +130,21 @@ class _Steps:
         self._dense_MLC: Tensor | None = None
 
     def run(self) -> Pruned:
-        """All steps, from the first one that is not known."""
+        """Choose in steps and refit without all that goes."""
+        removals, steps = self.choose(), self._knapsack.steps
+        self._refit(steps, removals[-1], self._main)
+        removals[-1] = self._with_kl(steps, removals[-1])
+        plan = self._main.plan(self._widths, self._family.head_dim(self._decoder.skeleton))
+        return Pruned(
+            plan=plan,
+            layers=removals[-1].with_sensitivities(self._main.entries),
+            achieved_sparsity=1 - self._left(plan.layers) / self._total,
+            steps=tuple(removal.step for removal in removals),
+        )
+
+    def choose(self) -> list[Removal]:
+        """What each of the steps removes, from the first one that is not known; nothing is refitted after the last
+        one. Raises PruningError as `prune_by_knapsack`."""
         steps, removals, state = self._knapsack.steps, list[Removal](), self._main
         for number in range(1, steps + 1):
             removal = self._recall(number)
@@ -134,24 +153,15 @@ class _Steps:
                 self._main.note_text(f"step-{number}", removal.model_dump_json())
                 self._group.sum_of(1)  # all have noted it before anyone lets go what it came from
             self._main.discard(f"step-{number - 1}")
-            if number == steps or self._recall(number + 1) is None:
-                last = number == steps
-                state = self._main if last else self._main.branch(f"step-{number}", keeps_weights=True)
+            if number < steps and self._recall(number + 1) is None:
+                state = self._main.branch(f"step-{number}", keeps_weights=True)
                 self._refit(number, removal, state)
-            kl = self._main.recall(f"kl-{number}")
-            removals.append(removal.model_copy(update={"step": removal.step.model_copy(update={"heldout_kl": kl})}))
-        return self._outcome(removals)
+            removals.append(self._with_kl(number, removal))
+        return removals
 
-    def _outcome(self, removals: Sequence[Removal]) -> Pruned:
-        plan = self._main.plan(self._widths, self._family.head_dim(self._decoder.skeleton))
-        reports = (report for entry in self._main.entries for report in entry.reports)
-        sensitivities = removals[-1].sensitivities
-        return Pruned(
-            plan=plan,
-            layers=tuple(each.model_copy(update={"sensitivity": sensitivities.get(each.name)}) for each in reports),
-            achieved_sparsity=1 - self._left(plan.layers) / self._total,
-            steps=tuple(removal.step for removal in removals),
-        )
+    def _with_kl(self, number: int, removal: Removal) -> Removal:
+        kl = self._main.recall(f"kl-{number}")
+        return removal.model_copy(update={"step": removal.step.model_copy(update={"heldout_kl": kl})})
 
     def _recall(self, number: int) -> Removal | None:
         text = self._main.recall_text(f"step-{number}")
@@ -206,13 +216,14 @@ class _Steps:
             orders[name] = tuple(numbers[group] for group in site.order)
             gone[name] += orders[name][: site.groups(taken[layer, kind])]
         if number == self._knapsack.steps and allocation.channel_multiple > 1:
-            budgets = on_grid(self._budgets(gone), self._widths, self._cost, allocation)
+            budgets = on_grid(self.budgets(gone), self._widths, self._cost, allocation)
             for (_, name), budget in zip(self._names, budgets, strict=True):
                 others = [channel for channel in orders.get(name, ()) if channel not in gone[name]]
                 gone[name] = (*gone[name], *others)[: budget.channels]
-        budgets = self._budgets(gone)
+        budgets = self.budgets(gone)
+        left = parameters_left(budgets, self._widths, self._cost, allocation.head_unit)
         step = AllocationStep(
-            sparsity=1 - self._left([self._plan(layer, gone) for layer in range(len(self._widths))]) / self._total,
+            sparsity=1 - left / self._total,
             predicted_loss=sum(site.levels.loss_at(taken[name]) for name, site in traced.items()),
             head_units=tuple(budget.head_units for budget in budgets),
             channels=tuple(budget.channels for budget in budgets),
@@ -226,7 +237,7 @@ class _Steps:
     def _refit(self, number: int, removal: Removal, state: WalkState) -> None:
         """Walk the dense model in order, each linear without what has gone; the finished layers are in the state."""
         job, last = self._job, number == self._knapsack.steps
-        budgets = self._budgets(removal.gone)
+        budgets = self.budgets(removal.gone)
         ids_NL, heldout_ML = job.calibration.input_ids_NL, job.calibration.heldout_ids_ML
         if not last:
             ids_NL = ids_NL[: self._knapsack.step_samples]
@@ -260,22 +271,13 @@ class _Steps:
                 self._dense_MLC = final_stream(self._decoder, heldout_ML, job.options)
             self._main.note(f"kl-{number}", mean_kl(self._decoder, self._dense_MLC, pruned_MLC, job.options))
 
-    def _budgets(self, gone: Mapping[str, tuple[int, ...]]) -> tuple[LayerBudget, ...]:
+    def budgets(self, gone: Mapping[str, tuple[int, ...]]) -> tuple[LayerBudget, ...]:
+        """Of each layer, in the units that budgets count."""
         query_heads = self._knapsack.allocation.head_unit == "query_head"
         return tuple(
             LayerBudget(len(gone[o_proj]) // (max(1, shape.num_kv_heads) if query_heads else 1), len(gone[down_proj]))
             for (o_proj, down_proj), shape in zip(self._names, self._widths, strict=True)
         )
-
-    def _plan(self, layer: int, gone: Mapping[str, tuple[int, ...]]) -> LayerPlan | None:
-        """What is left of a layer."""
-        shape, unit = self._widths[layer], self._knapsack.allocation.head_unit
-        heads = range(shape.num_heads if unit == "query_head" else shape.num_kv_heads)
-        kept = [
-            tuple(sorted(set(units) - set(gone[name])))
-            for units, name in zip((heads, range(shape.intermediate_size)), self._names[layer], strict=True)
-        ]
-        return layer_plan(layer, shape, kept[0], kept[1], unit) if any(kept) else None
 
     def _left(self, plans: Sequence[LayerPlan | None]) -> int:
         kept = [plan.shape for plan in plans if plan is not None]

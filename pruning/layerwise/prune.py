@@ -10,7 +10,8 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,10 @@ log = logging.getLogger("slimline")
 #: agree to 1e-10, in the worst case that `prepare` lets pass (condition 1e13) to 1e-5.
 _TOLERANCE = 1e-2
 
+#: chooses, refits and writes a linear back, in every process of a group: the units that stay (sorted), and the report
+Solve = Callable[[SubLayer, Groups], tuple[tuple[int, ...], SubLayerReport]]
+Solved = TypeVar("Solved")
+
 
 def prune_layerwise_(
     walk: Generator[SubLayer, None, Tensor],
@@ -49,6 +54,7 @@ def prune_layerwise_(
     orders: OrderSource | None = None,
     measured: bool = True,
     process_group: ProcessGroup | None = None,
+    solve: Solve | None = None,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> Tensor:
     """Remove what `budgets` say from each linear the walk offers; its weight is changed in place, in masked form.
@@ -58,10 +64,13 @@ def prune_layerwise_(
     writes to. orders: what goes first, found earlier from the same Hessians. measured:
     False is for a trial: all errors but those of the search are left out of the reports, and where the held-out windows
     are to choose the ridge, that of the search is taken. process_group: the processes that walk together;
-    the leader solves for all. on_layer: called with each finished layer. Returns what the walk returns: the held-out
-    stream after the last layer.
+    the leader solves for all. solve: does for each linear what is otherwise done with solver, orders, measured and
+    process_group; also for those that lose nothing. on_layer: called with each finished layer. Returns what the walk
+    returns: the held-out stream after the last layer.
     """
-    process_group = process_group or ProcessGroup()
+    solve = solve or partial(
+        _solve_, solver=solver, orders=orders, measured=measured, process_group=process_group or ProcessGroup()
+    )
     reports: list[SubLayerReport] = []
     units: tuple[int, ...] = ()
     channels: tuple[int, ...] = ()
@@ -78,11 +87,8 @@ def prune_layerwise_(
             if sub_layer.layer:
                 on_layer(sub_layer.layer - 1)
             reports, channels = [], ()
-            groups = head_groups(shape, head_dim, budget.head_units, solver.head_unit)
-        else:
-            groups = channel_groups(shape, budget.channels, solver)
-        kept_units, report = process_group.decide(lambda: _solve_(sub_layer, groups, solver, orders, measured))  # noqa: B023 (called at once)
-        process_group.copy_from_leader_(sub_layer.linear.weight.data)
+        groups = groups_to_remove(sub_layer.kind, shape, head_dim, budget, solver)
+        kept_units, report = solve(sub_layer, groups)
         if groups.count and not kept_units:
             _silence_(sub_layer.linear)
         reports.append(report)
@@ -102,6 +108,15 @@ def prune_layerwise_(
 def sub_layers_to_prune(budgets: Sequence[LayerBudget]) -> Callable[[int, SubLayerKind], bool]:
     """Whether a sub-layer loses anything: the others need no Hessian."""
     return lambda layer, kind: (budgets[layer].head_units if kind == "attention" else budgets[layer].channels) > 0
+
+
+def groups_to_remove(
+    kind: SubLayerKind, shape: LayerShape, head_dim: int, budget: LayerBudget, solver: Solver
+) -> Groups:
+    """What may go from a sub-layer of a layer of that shape, in which rounds, until the budget is met."""
+    if kind == "attention":
+        return head_groups(shape, head_dim, budget.head_units, solver.head_unit)
+    return channel_groups(shape, budget.channels, solver)
 
 
 def layer_plan(
@@ -130,13 +145,29 @@ def _silence_(linear: nn.Linear) -> None:
 
 
 def _solve_(
-    sub_layer: SubLayer, groups: Groups, solver: Solver, orders: OrderSource | None, measured: bool
+    sub_layer: SubLayer,
+    groups: Groups,
+    *,
+    solver: Solver,
+    orders: OrderSource | None,
+    measured: bool,
+    process_group: ProcessGroup,
 ) -> tuple[tuple[int, ...], SubLayerReport]:
-    """`_prune_` where the linear is, or on the host where that has no room for the matrices."""
+    """`prune_linear_` by the leader of the group, for all."""
+    solved = process_group.decide(
+        lambda: where_it_fits(sub_layer, lambda each: prune_linear_(each, groups, solver, orders, measured))
+    )
+    process_group.copy_from_leader_(sub_layer.linear.weight.data)
+    return solved
+
+
+def where_it_fits(sub_layer: SubLayer, work: Callable[[SubLayer], Solved]) -> Solved:
+    """What `work` makes of a sub-layer where its linear is, or on the host where the device has no room for the
+    matrices; the linear has the weight that it was given."""
     weight_OI = sub_layer.linear.weight
     try:
         with memory_for("solving"):
-            return _prune_(sub_layer, groups, solver, orders, measured)
+            return work(sub_layer)
     except RuntimeError as error:
         if weight_OI.device.type == "cpu" or memory_part(error) != "solving":
             raise
@@ -148,9 +179,9 @@ def _solve_(
         *(weight_OI.device, sub_layer.name),
     )
     on_host = _on_host(sub_layer)
-    kept, report = _prune_(on_host, groups, solver, orders, measured)
+    found = work(on_host)
     weight_OI.data.copy_(on_host.linear.weight)
-    return kept, report
+    return found
 
 
 def _on_host(sub_layer: SubLayer) -> SubLayer:
@@ -166,10 +197,10 @@ def _on_host(sub_layer: SubLayer) -> SubLayer:
     return replace(sub_layer, linear=linear, statistic=seen, heldout=held, output_scale_O=scale_O)
 
 
-def _prune_(
+def prune_linear_(
     sub_layer: SubLayer, groups: Groups, solver: Solver, orders: OrderSource | None, measured: bool
 ) -> tuple[tuple[int, ...], SubLayerReport]:
-    """Choose, refit and write back; returns the kept groups (sorted) and the report."""
+    """Choose, refit and write back in this process; returns the kept groups (sorted) and the report."""
     start = time.perf_counter()
     total = len(groups.columns_ND)
     report = SubLayerReport(

@@ -74,7 +74,21 @@ def prune_split(job: Job, candidate: Candidate, walk_state: WalkState, progress:
 
 
 def prune_best_split(job: Job, candidates: Sequence[Candidate], walk_state: WalkState, progress: Progress) -> Pruned:
-    """Prune by the candidate that the held-out KL speaks for.
+    """Prune by the candidate that the held-out KL speaks for; see `choose_split`, also for what it raises."""
+    rounds = len(candidates) + 1
+    choosing = (rounds - 1) / rounds
+    best, tried = choose_split(job, candidates, walk_state, lambda share, message: progress(choosing * share, message))
+    if not tried:
+        return prune_split(job, best, walk_state, progress)
+    pruned = prune_split(job, best, walk_state, _part(progress, rounds - 1, rounds, f"{best.name} won"))
+    return pruned.model_copy(update={"split_kl": tried})
+
+
+def choose_split(
+    job: Job, candidates: Sequence[Candidate], walk_state: WalkState, progress: Progress
+) -> tuple[Candidate, dict[str, float]]:
+    """The candidate that the held-out KL speaks for, and the KL (nats per token) of each that was tried: of none if
+    only one is worth it.
 
     candidates: by rising share of attention. They are tried in this order as long as the KL falls by a tenth; the last
     one for which it did is taken: the KL over that share has one valley. They compete on a part of the calibration
@@ -88,17 +102,16 @@ def prune_best_split(job: Job, candidates: Sequence[Candidate], walk_state: Walk
             f"or more, or choose a split: {', '.join(candidate.name for candidate in candidates)}"
         )
     candidates = _worth_trying(job.decoder, candidates)
-    if len(candidates) == 1:
-        return prune_split(job, candidates[0], walk_state, progress)
-    trial = replace(job, calibration=_scouting_set(job))
-    rounds = len(candidates) + 1
     best, dense_MLC = candidates[0], None
     tried: dict[str, float] = {}
+    if len(candidates) == 1:
+        return best, tried
+    trial = replace(job, calibration=_scouting_set(job))
     for number, candidate in enumerate(candidates):
         branch = walk_state.branch(candidate.name)
         kl = branch.recall("kl")
         if kl is None:
-            report = _part(progress, number, rounds, candidate.name)
+            report = _part(progress, number, len(candidates), candidate.name)
             _, pruned_MLC = _prune(trial, _quick(candidate, trial), branch, report, measured=False)
             if dense_MLC is None:
                 dense_MLC = final_stream(job.decoder, trial.calibration.heldout_ids_ML, job.options)
@@ -108,8 +121,7 @@ def prune_best_split(job: Job, candidates: Sequence[Candidate], walk_state: Walk
         if candidate is not best and kl > (1 - _WORTHWHILE_GAIN) * tried[best.name]:
             break
         best = candidate
-    pruned = prune_split(job, best, walk_state, _part(progress, rounds - 1, rounds, f"{best.name} won"))
-    return pruned.model_copy(update={"split_kl": tried})
+    return best, tried
 
 
 def _prune(

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
+from pruning.allocation.options import AllocationOptions
 from pruning.bounds import Amount, Count, Real
 from pruning.errors import PruningError
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pruning.layerwise.knapsack import Knapsack
     from pruning.layerwise.split_search import Candidate
     from pruning.plan import LayerShape
+    from pruning.search.searched import Search
     from pruning.walk.options import WalkOptions
     from pruning.walk.state import Pruned, WalkState
 
@@ -34,7 +36,7 @@ ORDERS_FROM = "statistics"
 _AUTO_SPLITS = ("ffn", "third", "half", "equal")
 
 
-class Config(BaseModel):
+class Config(AllocationOptions):
     """The options of SlimGPT; all of them enter the cache key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,18 +57,6 @@ class Config(BaseModel):
     head_unit: Literal["kv_group", "query_head"] | None = None
     """With grouped kv heads (not in the paper): whole kv groups, or the same number of query heads from every group.
     Default: query_head where the split is auto, kv_group elsewhere (without groups these are single heads)."""
-    allocation: Literal["curve", "knapsack"] = Field(default="curve", exclude_if=lambda name: name == "curve")
-    """curve: each layer's ratio as `curve` says (the paper). knapsack: one budget for all heads and channels, up to
-    whole sub-layers and layers, spent where the loss rises least (OBS errors weighted by squared gradients of the loss,
-    not in the paper); it chooses the split by itself."""
-    steps: Count = Field(default=5, le=1000, exclude_if=lambda steps: steps == 5)
-    """Of the knapsack: how often Hessians and gradients are measured anew on what is left; each takes 4 forwards."""
-    labels: Literal["text", "sampled"] = Field(default="text", exclude_if=lambda labels: labels == "text")
-    """Of the knapsack's gradients: the tokens of the text (empirical Fisher information), or tokens that the model
-    draws (true Fisher information)."""
-    step_samples: Count | None = Field(default=None, exclude_if=lambda samples: samples is None)
-    """Of the knapsack: the first so many calibration windows are all that the steps look at, before the last refit from
-    all; default: all. Three tokens per FFN channel will do to choose by."""
     propagate_error: bool = True
     """Hessians from the outputs of already pruned layers (the paper), or all from the dense model (one capture for
     every sparsity)."""
@@ -92,23 +82,6 @@ class Config(BaseModel):
     """Every layer keeps the same heads and channels, in numbers that transformers' own class builds: vLLM, SGLang, TGI
     and llama.cpp load what comes out. No curve then plays a part."""
 
-    @model_validator(mode="after")
-    def _one_allocation(self) -> Self:
-        fields = _OF_CURVES if self.allocation == "knapsack" else _OF_THE_KNAPSACK
-        for name in fields:
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"{name} {value!r} plays no part with allocation {self.allocation}: leave it out, or set "
-                    f"allocation to {'curve' if self.allocation == 'knapsack' else 'knapsack'}"
-                )
-        return self
-
-
-#: options that mean nothing to the other allocation: the knapsack measures anew what goes, and where
-_OF_CURVES = ("curve", "start_over_end", "end_points", "split", "propagate_error", "uniform")
-_OF_THE_KNAPSACK = ("steps", "labels", "step_samples")
-
 
 def check_calibration(config: Config, num_heldout: int) -> None:
     """Raise PruningError if calibration lacks what the config judges by."""
@@ -117,16 +90,23 @@ def check_calibration(config: Config, num_heldout: int) -> None:
             "ridge 'heldout' is chosen by held-out calibration windows and there are none; set calibration.num_heldout "
             "to 1 or more, or ridge to mean or diagonal"
         )
+    if config.allocation == "searched" and not num_heldout:
+        raise PruningError(
+            "allocation 'searched' judges by held-out calibration windows and there are none; set "
+            "calibration.num_heldout to 1 or more, or allocation to knapsack or curve"
+        )
 
 
 def between_steps(config: Config, num_layers: int, num_samples: int, seq_len: int) -> tuple[int, int]:
     """What a pruning that measures anew keeps while it does: values of the residual stream (tokens x streams) of a walk
     backwards, and models."""
-    if config.allocation != "knapsack":
-        return 0, 0
+    # a search keeps output linears, half of a layer's weights at most, at each level and refitted
+    models = config.levels + 1 if config.allocation == "searched" else 0
+    if not config.steps_first:
+        return 0, models
     # the streams before each layer and after the last, and the gradients at both ends of a layer
     tokens = min(config.step_samples or num_samples, num_samples) * seq_len
-    return (num_layers + 3) * tokens, int(config.steps > 1)
+    return (num_layers + 3) * tokens, int(config.steps > 1) + models
 
 
 def needs_statistics(config: Config) -> bool:
@@ -198,7 +178,7 @@ def prune(
 
     statistics: folder of a capture if `needs_statistics(config)`, else None. orders: folder that `order` filled from
     the same statistics, to save the search. Raises PruningError when statistics and config disagree, the sparsity
-    cannot be reached, a Hessian cannot be inverted, or auto has no held-out windows to judge by.
+    cannot be reached, a Hessian cannot be inverted, or auto or a search has no held-out windows to judge by.
     """
     from pruning.families import layer_cost, shapes
     from pruning.layerwise.split_search import Job, prune_best_split, prune_split
@@ -211,6 +191,11 @@ def prune(
     check_model(config, widths, layer_cost(decoder.skeleton), decoder.family)
     captured = Statistics(statistics) if statistics else None
     job = Job(decoder, calibration, captured, Orders(orders) if orders else None, options)
+    if config.allocation == "searched":
+        from pruning.search.searched import prune_by_search
+
+        start = _knapsack(widths, config) if config.steps_first else _candidates(widths, config)
+        return prune_by_search(job, start, _search(config), walk_state, progress)
     if config.allocation == "knapsack":
         from pruning.layerwise.knapsack import prune_by_knapsack
 
@@ -225,7 +210,7 @@ def work(config: Config, size: DecoderSize, windows: Windows) -> dict[str, Work]
     """What `prune` costs, by part; nothing where that is not counted. Raises PruningError."""
     from pruning.costs.walk import split_work
 
-    if config.allocation == "knapsack" or not config.propagate_error:
+    if config.allocation != "curve" or not config.propagate_error:
         return {}
     return split_work(size, _candidates(size.shapes, config), windows)
 
@@ -246,7 +231,16 @@ def check_model(config: Config, layers: Sequence[LayerShape], cost: LayerCost, f
 
     if config.head_unit is not None:
         check_head_unit(config.head_unit, layers)
-    if config.allocation == "knapsack":
+    if config.allocation != "curve" and any(shape.num_experts for shape in layers):
+        raise PruningError(
+            f"allocation '{config.allocation}' knows no experts, which this model has; set allocation to curve"
+        )
+    if config.allocation == "searched":
+        from pruning.search.forwards import check_forwards
+
+        steps = config.steps if config.steps_first else None
+        check_forwards(config.forwards, steps, 0 if config.steps_first else len(_candidates(layers, config)))
+    if config.steps_first:
         from pruning.layerwise.knapsack import check_knapsack
 
         check_knapsack(_knapsack(layers, config).allocation, layers, cost)
@@ -283,10 +277,14 @@ def _grouped(layers: Sequence[LayerShape]) -> bool:
 def _knapsack(layers: Sequence[LayerShape], config: Config) -> Knapsack:
     from pruning.layerwise.knapsack import Knapsack
 
-    if any(shape.num_experts for shape in layers):
-        raise PruningError("allocation 'knapsack' knows no experts, which this model has; set allocation to curve")
     candidate = _candidate(config, "equal", config.head_unit or ("query_head" if _grouped(layers) else "kv_group"))
     return Knapsack(candidate.allocation, candidate.solver, config.steps, config.labels, config.step_samples)
+
+
+def _search(config: Config) -> Search:
+    from pruning.search.searched import Search
+
+    return Search(config.search, config.forwards, config.levels, config.level_size, config.search_seed)
 
 
 def _candidate(config: Config, split: str, head_unit: HeadUnit) -> Candidate:

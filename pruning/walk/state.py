@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from pruning.activations.activations import Activations
+from pruning.allocation.trace import AllocationStep, Curves, SearchTrial
 from pruning.checkpoints.surgery import shrink_layer_
 from pruning.families import ModelFamily, family_of
 from pruning.families.experts import experts_of, mask_router_
@@ -69,30 +70,13 @@ class LayerEntry(BaseModel):
     reports: tuple[SubLayerReport, ...]
 
 
-class AllocationStep(BaseModel):
-    """One step of an allocation that measures anew between steps.
-
-    sparsity: share removed after it. predicted_loss: by how much the loss (nats per token) was predicted to rise in
-    this step. heldout_kl: to the dense logits after it, nats per token, if there are held-out windows. head_units,
-    channels: what is gone of every layer after it. forwards: passes over the calibration tokens that it took.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sparsity: float
-    predicted_loss: float
-    heldout_kl: float | None = None
-    head_units: tuple[int, ...]
-    channels: tuple[int, ...]
-    forwards: int
-
-
 class Pruned(BaseModel):
     """What every pruning method returns; the compensated weights are in the WalkState it was given.
 
     achieved_sparsity: share of decoder-layer parameters that the plan removes. split: the one between attention and FFN
     that was carried out. split_kl: held-out KL (nats per token) of each split that was tried, if there was a choice.
-    steps: of an allocation that measures anew between steps.
+    steps: of an allocation that measures anew between steps. search: the candidates of one that searches, and curves
+    what they say, for the record.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -103,6 +87,8 @@ class Pruned(BaseModel):
     split: str | None = None
     split_kl: dict[str, float] = {}
     steps: tuple[AllocationStep, ...] = Field(default=(), exclude_if=lambda steps: not steps)
+    search: tuple[SearchTrial, ...] = Field(default=(), exclude_if=lambda trials: not trials)
+    curves: Curves = Field(default={}, exclude_if=lambda curves: not curves)
 
 
 @dataclass(frozen=True)

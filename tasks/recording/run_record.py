@@ -88,6 +88,11 @@ def metric_name(row: MetricRow) -> str:
     return "/".join(filter(None, ("profile", point, row.metric)))
 
 
+def curve_name(metric: str) -> str:
+    """Of a curve in MLflow: one that names no section of its own (`search/heldout_kl`) belongs to a training."""
+    return metric if "/" in metric else f"{TRAINING}/{metric}"
+
+
 def _checkpoint(
     name: str, outcome: RunOutcome, rows: Rows, store: ArtifactStore, lineage: Lineage, params: dict[str, str]
 ) -> CheckpointRecord:
@@ -123,7 +128,7 @@ def _points(ref: ArtifactRef, metrics: Iterable[MetricRow], rows: Rows) -> Itera
                 yield MetricPoint(f"{LAYERS}/{name}", value, layer.layer)
     for point in rows.curves:
         if point.stage_key == ref.key:
-            yield MetricPoint(f"{TRAINING}/{point.metric}", point.value, point.step)
+            yield MetricPoint(curve_name(point.metric), point.value, point.step)
 
 
 def _run_texts(outcome: RunOutcome, rows: Rows, store: ArtifactStore) -> dict[str, str]:

@@ -47,7 +47,7 @@ _PARTS: dict[str, tuple[Any, str]] = {
     "read": (StreamedDecoder, "layer"),
     "forward": (_Walk, "advance"),
     "hessian": (HessianAccumulator, "add"),
-    "solve": (layerwise, "_prune_"),
+    "solve": (layerwise, "prune_linear_"),
     "write": (DurableWalkState, "_save_layer"),
 }
 

@@ -213,6 +213,7 @@ def _everything(process_group: ProcessGroup, folder: Path) -> None:
 CONFIGS: dict[str, dict[str, Any]] = {
     "equal": {},
     "auto": {"split": "auto"},
+    "searched": {"allocation": "searched", "start": "curve", "forwards": 9},
     "query": {"split": "half", "head_unit": "query_head", "protect_first": 1, "protect_last": 1, "sparsity": 0.1},
 }
 

@@ -365,9 +365,13 @@ def arm(where: str) -> None:
     if where == "when it is read":
         Watched.layer = when(lambda self, index, device: index == 2, Watched.layer, die)  # type: ignore[method-assign]
     elif where == "before its attention is pruned":
-        layerwise._prune_ = when(lambda sub, *_: (sub.layer, sub.kind) == (2, "attention"), layerwise._prune_, die)
+        layerwise.prune_linear_ = when(
+            lambda sub, *_: (sub.layer, sub.kind) == (2, "attention"), layerwise.prune_linear_, die
+        )
     elif where == "before its mlp is pruned":
-        layerwise._prune_ = when(lambda sub, *_: (sub.layer, sub.kind) == (2, "mlp"), layerwise._prune_, die)
+        layerwise.prune_linear_ = when(
+            lambda sub, *_: (sub.layer, sub.kind) == (2, "mlp"), layerwise.prune_linear_, die
+        )
     elif where == "when its stream is written":
         walk_state._original_save_stream = walk_state._save_stream  # type: ignore[attr-defined]
         walk_state._save_stream = when(lambda self, walked: walked.index == 2, walk_state._save_stream, kept_stream)  # type: ignore[method-assign]

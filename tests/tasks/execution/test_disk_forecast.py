@@ -129,11 +129,13 @@ def test_an_allocation_that_measures_anew_keeps_streams_and_the_model_between(
             checkpoint=asked["import"].ref, calibration=asked["calibrate"].ref,
         )  # fmt: skip
         copies = int("steps" not in config and "allocation" in config)
+        copies += 3 * (config.get("allocation") == "searched")  # five levels and a refit of half of the weights
         return forecast.need(request).scratch - copies * imported.artifact
 
     curve = scratch()
     assert scratch(allocation="knapsack") - curve == (3 + 3) * 6 * 10 * 32 * 4  # three layers, six samples of ten
     assert scratch(allocation="knapsack", steps=1, step_samples=2) - curve == (3 + 3) * 2 * 10 * 32 * 4
+    assert scratch(allocation="searched", steps=1) == scratch(allocation="knapsack", steps=1)
 
 
 def test_a_ranking_keeps_activations_in_files_beyond_the_budget_only(run_context: RunContext, model: Path) -> None:

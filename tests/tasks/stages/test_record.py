@@ -98,20 +98,25 @@ def test_curves_of_trainings_are_recorded(run_context: RunContext) -> None:
     learned = checkpoint(
         run_context, "prune-learned-v1-0", {"pruning.json": {"layers": [], "curves": {"train_loss": [[1, 0.5]]}}}
     )
+    trials = {"search/heldout_kl": [[0, 0.75], [1, 0.5]]}
+    searched = checkpoint(run_context, "prune-searched-v1-0", {"pruning.json": {"layers": [], "curves": trials}})
     null = checkpoint(run_context, "prune-null-v1-0", {"pruning.json": {"layers": [], "curves": None}})
     plain = checkpoint(run_context, "prune-plain-v1-0", {"pruning.json": {"layers": []}})
-    names = {"lora": lora, "again": lora, "learned": learned, "null": null, "plain": plain}
+    names = {"lora": lora, "again": lora, "learned": learned, "searched": searched, "null": null, "plain": plain}
     for _ in range(2):
         _record(outcome(names), run_context)
     results = ResultsStore.of(run_context.settings)
     assert [(row.run_key, row.stage_key, row.metric, row.step, row.value) for row in results.curves(KEY)] == [
         *((KEY, lora.key, metric, step, value) for metric, points in CURVES.items() for step, value in points),
         (KEY, learned.key, "train_loss", 1, 0.5),
+        (KEY, searched.key, "search/heldout_kl", 0, 0.75),
+        (KEY, searched.key, "search/heldout_kl", 1, 0.5),
     ]
     expected = {
         f"{name}/training/{metric}": pairs(points) for name in ("lora", "again") for metric, points in CURVES.items()
     }
-    assert histories(run_context) == expected | {"learned/training/train_loss": [(1, 0.5)]}
+    expected |= {"learned/training/train_loss": [(1, 0.5)], "searched/search/heldout_kl": [(0, 0.75), (1, 0.5)]}
+    assert histories(run_context) == expected
     with duckdb.connect(str(results.path), read_only=True) as connection:
         question = "SELECT step FROM curves WHERE metric = 'heldout_loss' ORDER BY value LIMIT 1"
         assert connection.execute(question).fetchall() == [(3,)]
