@@ -17,8 +17,9 @@ from pruning.allocation.budget import num_head_units, unit_parameters
 from pruning.allocation.knapsack import SiteLevels
 from pruning.families.forward import SubLayerKind, output_linear, output_name, output_scale
 from pruning.gradients.sensitivity import LayerSensitivity, walk_sensitivities
-from pruning.obs.elimination import System, dampen, nested_group_sizes, output_error, prepare
+from pruning.obs.elimination import System, dampen, output_error, prepare
 from pruning.obs.groups import Groups, Solver, channel_groups, head_groups, search
+from pruning.obs.rounds import nested_group_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,8 +18,9 @@ from pruning.allocation.budget import HeadUnit, num_head_units
 from pruning.allocation.curves import MAX_RATIO
 from pruning.distributed import ProcessGroup
 from pruning.families import shapes
-from pruning.obs.elimination import dampen, nested_group_sizes, prepare
+from pruning.obs.elimination import dampen, prepare
 from pruning.obs.groups import Groups, channel_groups, head_groups, search
+from pruning.obs.rounds import nested_group_sizes
 from pruning.orders import Order, Orders, Unit
 from pruning.walk.options import WalkOptions
 from pruning.walk.sequential import walk_layers

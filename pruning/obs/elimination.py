@@ -28,14 +28,13 @@ import torch
 from torch import Tensor
 
 from pruning.errors import PruningError
+from pruning.obs.in_place import factor_, one_norm, squares, to_front_
 from pruning.statistics.hessian import Hessian
 
 #: rcond below which float64 solutions lose the digits that float32 weights keep
 _MIN_RCOND = 1e-13
 #: share of the columns that must have gone before the matrices are copied without them
 COMPACT_SHARE = 0.125
-#: rows of a matrix that are worked on at once
-_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -142,11 +141,11 @@ def prepare(system: System) -> Problem:
     way_out = f"raise dampening_frac (now {system.dampening_frac:g}) or num_samples"
     matrix_II = system.dampened()
     size_I = system.diagonal_I.sqrt() if system.own_share else None
-    norm = _one_norm(matrix_II, size_I)
-    if not _factor_(matrix_II):
+    norm = one_norm(matrix_II, size_I)
+    if not factor_(matrix_II):
         raise PruningError(f"{hessian} is not positive definite; {way_out}")
     torch.cholesky_inverse(matrix_II.mT, out=matrix_II.mT)
-    rcond = 1.0 / (norm * _one_norm(matrix_II, None if size_I is None else 1 / size_I))
+    rcond = 1.0 / (norm * one_norm(matrix_II, None if size_I is None else 1 / size_I))
     if not rcond > _MIN_RCOND:
         raise PruningError(f"{hessian} is too ill conditioned (1/condition {rcond:.1e}); {way_out}")
     return Problem(
@@ -167,7 +166,7 @@ def group_scores(W_OI: Tensor, inverse_II: Tensor, columns_ND: Tensor, *, condit
     W² / diag(H⁻¹) summed over the group as if its columns were independent.
     """
     if not conditional or columns_ND.shape[1] == 1:
-        return (_squares(W_OI) / inverse_II.diagonal())[columns_ND].sum(1)
+        return (squares(W_OI) / inverse_II.diagonal())[columns_ND].sum(1)
     W_NDO = W_OI.T[columns_ND]
     blocks_NDD = inverse_II[columns_ND.unsqueeze(2), columns_ND.unsqueeze(1)]
     L_NDD = torch.linalg.cholesky(blocks_NDD)
@@ -263,7 +262,7 @@ class _Matrices:
         W_OG, inverse_GA = self._W_OA[:, places_G], self._inverse_AA[places_G]
         self._active_A = self._active_A[stay_A]
         # made smaller first, so that nothing is computed for columns that go
-        self._W_OA, self._inverse_AA = self._W_OA[:, stay_A], _to_front_(self._inverse_AA, stay_A, stay_A)
+        self._W_OA, self._inverse_AA = self._W_OA[:, stay_A], to_front_(self._inverse_AA, stay_A, stay_A)
         self._place_I[self._active_A] = torch.arange(len(stay_A), device=stay_A.device)
         return _down_date_(self._W_OA, self._inverse_AA, W_OG, inverse_GA[:, places_G], inverse_GA[:, stay_A])
 
@@ -275,8 +274,8 @@ def refit(system: System, kept_K: Tensor) -> Tensor:
     """
     H_IK = system.columns(kept_K)
     W_OK = system.W_OI @ H_IK
-    H_KK = _to_front_(H_IK, kept_K)
-    if not _factor_(H_KK):
+    H_KK = to_front_(H_IK, kept_K)
+    if not factor_(H_KK):
         way_out = f"raise dampening_frac (now {system.dampening_frac:g}) or num_samples"
         raise PruningError(f"Hessian of {system.name} ({system.num_tokens} tokens) is not positive definite; {way_out}")
     L_KK = H_KK.mT
@@ -298,67 +297,3 @@ def output_error(W_OI: Tensor, pruned_OI: Tensor, H_II: Tensor) -> float:
     """Mean squared output error per token, tr((W - W') H (W - W')ᵀ), of using W' for W."""
     difference_OI = (W_OI - pruned_OI).to(H_II.dtype)
     return float(((difference_OI @ H_II) * difference_OI).sum())
-
-
-def halving_group_sizes(count: int, *, largest: int = 1024, smallest: int = 8) -> Iterator[int]:
-    """Dynamic group size (DGS, section 3.2): half of what is still to go, between `smallest` and `largest`."""
-    while count > 0:
-        size = min(count, max(smallest, min(largest, count // 2)))
-        yield size
-        count -= size
-
-
-def nested_group_sizes(count: int, total: int, *, largest: int = 1024, smallest: int = 8) -> Iterator[int]:
-    """Dynamic group size without a target: a sixteenth of what is left of `total`, until `count` have gone.
-
-    The order that comes of it holds for every number of removals: one pass serves all sparsities.
-    """
-    gone = 0
-    while gone < count:
-        size = min(count - gone, max(smallest, min(largest, (total - gone) // 16)))
-        yield size
-        gone += size
-
-
-def fixed_group_sizes(count: int, size: int) -> Iterator[int]:
-    """Groups of `size` (the last one smaller) until `count` have gone: one head a round, or the "-DGS" ablation."""
-    while count > 0:
-        yield min(count, size)
-        count -= size
-
-
-def _factor_(matrix_II: Tensor) -> bool:
-    """Put the Cholesky factor L of a symmetric matrix into its place, as Lᵀ: LAPACK counts by columns, and only a
-    matrix that does is not copied. False if the matrix is not positive definite; it is spoilt then."""
-    info = torch.empty((), dtype=torch.int32, device=matrix_II.device)
-    torch.linalg.cholesky_ex(matrix_II.mT, out=(matrix_II.mT, info))
-    return int(info) == 0
-
-
-def _to_front_(matrix_RC: Tensor, rows_S: Tensor, columns_S: Tensor | None = None) -> Tensor:
-    """The square matrix of those rows (ascending) and columns (None: all) of a contiguous one, in the memory of it."""
-    size = len(rows_S)
-    moved_SS = matrix_RC.view(-1)[: size * size].view(size, size)
-    for start in range(0, size, _ROWS):
-        # a row is read before its place is written: it only moves towards the front
-        rows = matrix_RC[rows_S[start : start + _ROWS]]
-        moved_SS[start : start + _ROWS] = rows if columns_S is None else rows[:, columns_S]
-    return moved_SS
-
-
-def _squares(W_OI: Tensor) -> Tensor:
-    """The sum of squares of each column, without a second matrix."""
-    squares_I = W_OI.new_zeros(W_OI.shape[1])
-    for start in range(0, len(W_OI), _ROWS):
-        squares_I += W_OI[start : start + _ROWS].square().sum(0)
-    return squares_I
-
-
-def _one_norm(matrix_II: Tensor, size_I: Tensor | None = None) -> float:
-    """Of a symmetric matrix, or of the one whose rows and columns are divided by `size_I`."""
-    norms = []
-    for start in range(0, len(matrix_II), _ROWS):
-        rows_RI = matrix_II[start : start + _ROWS].abs()
-        sums_R = rows_RI.sum(1) if size_I is None else rows_RI @ (1 / size_I) / size_I[start : start + _ROWS]
-        norms.append(float(sums_R.max()))
-    return max(norms, default=1.0)  # a linear without inputs (a plan may keep no channel) is perfectly conditioned

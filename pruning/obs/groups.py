@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pruning.families.sites import channel_columns, head_columns
-from pruning.obs.elimination import Elimination, Problem, eliminate_groups, fixed_group_sizes, halving_group_sizes
+from pruning.obs.elimination import Elimination, Problem, eliminate_groups
 from pruning.obs.ridge import Ridge
+from pruning.obs.rounds import fixed_group_sizes, halving_group_sizes
 from pruning.plan import LayerShape
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ from pruning.allocation.budget import LayerBudget, shape_left
 from pruning.families import shapes
 from pruning.families.sites import channel_columns, head_columns
 from pruning.layerwise.prune import groups_to_remove, prune_layerwise_, prune_linear_, where_it_fits
-from pruning.obs.elimination import System, dampen, nested_group_sizes, prepare, refit
+from pruning.obs.elimination import System, dampen, prepare, refit
 from pruning.obs.groups import Groups, search
+from pruning.obs.rounds import nested_group_sizes
 from pruning.orders import Order, Unit, given_order
 from pruning.search.database import Level, LevelRecord, columns_of
 from pruning.walk.sequential import walk_layers

@@ -41,7 +41,7 @@ from pruning.families.head_norms import mask_head_norms_
 from pruning.statistics.accumulator import MakeAccumulator
 from pruning.statistics.hessian import HessianAccumulator
 from pruning.walk.embedding import embed, enter, moved, spans
-from pruning.walk.experts import ExpertStatistics, Few, sentence_about
+from pruning.walk.experts import ExpertStatistics, Few, offered_experts, sentence_about
 from pruning.walk.options import WalkOptions
 from pruning.walk.state import WalkedLayer, WalkState
 from pruning.walk.step import Step, linear_as_pruned
@@ -200,7 +200,7 @@ class _Walk:
     def offered(self, step: Step, statistics: Statistics | None) -> Iterator[SubLayer]:
         """The sub-layer with what was captured of it, now or earlier, or with nothing; of experts one after another."""
         if self._mixes(step):
-            yield from self._offered_experts(step, statistics)
+            yield from offered_experts(self._family, step, statistics, self._options, self.few)
             return
         family, process_group = self._family, self._options.process_group
         linear, name = output_linear(family, step.layer, step.kind), output_name(family, step.index, step.kind)
@@ -217,25 +217,6 @@ class _Walk:
         offered = replace(offered, keep_heads=keep_heads) if self._inputs_change(step) else offered
         del statistic, heldout
         yield offered
-
-    def _offered_experts(self, step: Step, statistics: Statistics | None) -> Iterator[SubLayer]:
-        family, group = self._family, self._options.process_group
-        count, name_of = experts_module(family, step.layer).num_experts, partial(output_name, family, step.index, "mlp")
-        found, heldout = [None] * count, [None] * count
-        if step.experts_seen is not None:
-            found, few = step.experts_seen.finish(name_of, group)
-            self.few += few
-            if step.experts_held is not None:
-                heldout = step.experts_held.finish(name_of, group, complete=False)[0]
-            step.experts_seen = step.experts_held = None
-        for expert in range(count):
-            linear = output_linear(family, step.layer, "mlp", expert)
-            given: tuple[Any, Any] = found.pop(0), heldout.pop(0)
-            if statistics is not None:
-                given = statistics.load(name_of(expert), self._options.device)
-            offered = SubLayer(step.index, "mlp", name_of(expert), linear, *given, expert=expert, num_experts=count)
-            del given
-            yield offered
 
     def walked(self, step: Step) -> WalkedLayer:
         """The layer of a step that has joined the stream."""

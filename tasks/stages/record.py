@@ -154,7 +154,7 @@ def _layer_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[LayerR
                 sub_layer=layer["sub_layer"],
                 kept=layer["kept"],
                 total=layer["total"],
-                sparsity=1 - layer["kept"] / layer["total"],
+                sparsity=1 - layer["kept"] / layer["total"] if layer["total"] else 0.0,  # it had gone before
                 predicted_error=relative(layer["predicted_error"], energy),
                 measured_error=relative(layer["measured_error"], energy),
                 heldout_error=relative(layer["heldout_error"], energy),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning.families import ModelFamily, family_of
-from pruning.obs import elimination
+from pruning.obs import rounds
 
 Kind = Literal["attention", "mlp"]
 Batch = tuple[Tensor, dict[str, Any]]
@@ -87,11 +87,11 @@ def _halves(family: ModelFamily, layer: nn.Module, removal: Removal) -> list[_Ha
     kv_heads, query_heads = _num_heads(family, layer)
     units = query_heads if removal.query_heads else kv_heads
     groups_ND = torch.arange(o_proj.in_features).reshape(units, -1)
-    rounds = tuple(elimination.fixed_group_sizes(removal.query_heads or removal.kv_groups, 1))
+    each = tuple(rounds.fixed_group_sizes(removal.query_heads or removal.kv_groups, 1))
     channels_ND = torch.arange(down_proj.in_features).unsqueeze(1)
     return [
-        _Half("attention", o_proj, groups_ND, rounds, units // kv_heads),
-        _Half("mlp", down_proj, channels_ND, tuple(elimination.halving_group_sizes(removal.channels))),
+        _Half("attention", o_proj, groups_ND, each, units // kv_heads),
+        _Half("mlp", down_proj, channels_ND, tuple(rounds.halving_group_sizes(removal.channels))),
     ]
 
 

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pruning.costs.work import DecoderSize, Rates, Windows, Work, as_float32, forward_work, moments_work, solver_work
 from pruning.families import family_of, layer_cost, shapes
 from pruning.methods import slimgpt
-from pruning.obs.elimination import dampen, halving_group_sizes, prepare, refit
+from pruning.obs.elimination import dampen, prepare, refit
 from pruning.obs.groups import Groups, Solver, search
+from pruning.obs.rounds import halving_group_sizes
 from pruning.statistics.hessian import Hessian, HessianAccumulator
 from tests.tiny import random_ids, tiny_model
 

@@ -11,7 +11,7 @@ import torch
 from pruning.checkpoints.decoder import ResidentDecoder
 from pruning.layerwise.capture import capture_statistics
 from pruning.methods import slimgpt
-from pruning.obs import elimination
+from pruning.obs import elimination, rounds
 from pruning.orders import Orders
 from pruning.statistics.hessian import Statistics
 from pruning.walk.state import MemoryWalkState, Pruned
@@ -104,10 +104,10 @@ def test_the_order_reaches_as_far_as_any_budget(tmp_path: Path) -> None:
 
 
 def test_nested_sizes_never_look_at_the_target() -> None:
-    sizes = list(elimination.nested_group_sizes(1400, 1536))
+    sizes = list(rounds.nested_group_sizes(1400, 1536))
     assert sum(sizes) == 1400
     assert sizes[0] == 96
-    shorter = list(elimination.nested_group_sizes(700, 1536))
+    shorter = list(rounds.nested_group_sizes(700, 1536))
     assert shorter[:-1] == sizes[: len(shorter) - 1]
 
 

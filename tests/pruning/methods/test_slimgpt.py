@@ -22,7 +22,7 @@ from pruning.families import decoder_parameters, family_of, layer_cost, shapes
 from pruning.layerwise.capture import capture_statistics
 from pruning.methods import slimgpt
 from pruning.methods.slimgpt import Config
-from pruning.obs import elimination
+from pruning.obs import elimination, rounds
 from pruning.obs.ridge import SHARES
 from pruning.statistics.hessian import Hessian
 from pruning.walk.state import Pruned
@@ -216,10 +216,10 @@ def test_without_propagation_each_linear_is_pruned_on_the_dense_models_inputs(na
         problem = prepared(linear_name, linear.weight.detach(), Hessian(moments[linear_name], 144), dampening_frac=0.01)
         if number % 2 == 0:
             columns_ND = torch.arange(linear.in_features).reshape(shapes(dense)[0].num_kv_heads, -1)
-            sizes, expected = elimination.fixed_group_sizes(budget.head_units, 1), kept.kept_kv_heads
+            sizes, expected = rounds.fixed_group_sizes(budget.head_units, 1), kept.kept_kv_heads
         else:
             columns_ND = torch.arange(48).unsqueeze(1)
-            sizes, expected = elimination.halving_group_sizes(budget.channels), kept.kept_channels
+            sizes, expected = rounds.halving_group_sizes(budget.channels), kept.kept_channels
         gone = elimination.eliminate_groups(problem, columns_ND, sizes).order
         assert tuple(unit for unit in range(len(columns_ND)) if unit not in gone) == expected
         kept_K = columns_ND[list(expected)].flatten()

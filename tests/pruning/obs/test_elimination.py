@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pruning.allocation.budget import HeadUnit
 from pruning.errors import PruningError
-from pruning.obs import elimination
+from pruning.obs import elimination, rounds
 from pruning.obs.groups import head_groups
 from pruning.plan import LayerShape
 from pruning.statistics.hessian import Hessian
@@ -119,9 +119,9 @@ def test_refit_equals_down_dates_and_lstsq(size: int, sizes: list[int]) -> None:
     found = elimination.eliminate_groups(case.problem, columns_ND, iter(sizes))
     W_OI, inverse_II = case.problem.W_OI.clone(), case.problem.inverse_II.clone()
     done = 0
-    for rounds in found.rounds:
-        elimination.eliminate_(W_OI, inverse_II, columns_ND[list(found.order[done:rounds])].flatten())
-        done = rounds
+    for gone in found.rounds:
+        elimination.eliminate_(W_OI, inverse_II, columns_ND[list(found.order[done:gone])].flatten())
+        done = gone
     removed = columns_ND[list(found.order)].flatten().tolist()
     kept_K = torch.tensor([column for column in range(12) if column not in removed])
     explicit_OI, minimum = case.solve(removed)
@@ -176,8 +176,7 @@ def test_a_round_takes_the_smallest_scores_together() -> None:
 def test_fixed_size_one_is_nested_and_its_error_grows() -> None:
     case = Case(seed=7)
     runs = [
-        elimination.eliminate_groups(case.problem, groups(12, 1), elimination.fixed_group_sizes(n, 1))
-        for n in range(12)
+        elimination.eliminate_groups(case.problem, groups(12, 1), rounds.fixed_group_sizes(n, 1)) for n in range(12)
     ]
     for fewer, more in pairwise(runs):
         assert more.order[:-1] == fewer.order
@@ -442,21 +441,21 @@ def test_output_error_is_the_mean_over_tokens() -> None:
 
 @given(count=st.integers(0, 20_000), smallest=st.integers(1, 64))
 def test_halving_sizes_halve_within_their_bounds(count: int, smallest: int) -> None:
-    sizes = list(elimination.halving_group_sizes(count, largest=1024, smallest=smallest))
+    sizes = list(rounds.halving_group_sizes(count, largest=1024, smallest=smallest))
     assert sum(sizes) == count
     assert all(a >= b for a, b in pairwise(sizes))
     assert all(smallest <= size <= 1024 for size in sizes[:-1])
 
 
 def test_halving_sizes_of_the_paper() -> None:
-    assert list(elimination.halving_group_sizes(100)) == [50, 25, 12, 8, 5]
-    assert list(elimination.halving_group_sizes(5000))[:3] == [1024, 1024, 1024]
-    assert list(elimination.halving_group_sizes(0)) == []
+    assert list(rounds.halving_group_sizes(100)) == [50, 25, 12, 8, 5]
+    assert list(rounds.halving_group_sizes(5000))[:3] == [1024, 1024, 1024]
+    assert list(rounds.halving_group_sizes(0)) == []
 
 
 @given(count=st.integers(0, 5000), size=st.integers(1, 300))
 def test_fixed_sizes(count: int, size: int) -> None:
-    sizes = list(elimination.fixed_group_sizes(count, size))
+    sizes = list(rounds.fixed_group_sizes(count, size))
     assert sum(sizes) == count
     assert all(value == size for value in sizes[:-1])
 
@@ -479,7 +478,7 @@ def test_single_precision_chooses_nearly_the_same(dampening_frac: float) -> None
     )
     columns_ND = groups(inputs, 1)
     exact, quick = (
-        elimination.eliminate_groups(problem, columns_ND, elimination.halving_group_sizes(count))
+        elimination.eliminate_groups(problem, columns_ND, rounds.halving_group_sizes(count))
         for problem in (double, single)
     )
     assert len(set(exact.order) & set(quick.order)) >= count - 2
@@ -500,7 +499,7 @@ def test_choosing_and_refitting_hold_two_and_a_half_matrices(removed: int, monke
     hessian, W_OI = Hessian(X_TI.T @ X_TI / 500, 500), torch.randn(outputs, inputs)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         system = elimination.dampen("down_proj", W_OI, hessian, dampening_frac=0.01)
-        sizes = elimination.fixed_group_sizes(removed, 8)
+        sizes = rounds.fixed_group_sizes(removed, 8)
         found = elimination.eliminate_groups(
             elimination.prepare(system), torch.arange(inputs).unsqueeze(1), sizes, uses_up=True
         )
