@@ -11,26 +11,18 @@ Shapes: B samples, L tokens per sample, C residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pruning.distributed import ProcessGroup
-from pruning.families.experts import experts_module
-from pruning.families.forward import output_linear, output_name
-from pruning.walk.sub_layer import SubLayer
 
 if TYPE_CHECKING:
-    from pruning.families import ModelFamily
     from pruning.families.experts import Experts
     from pruning.statistics.accumulator import MakeAccumulator
-    from pruning.statistics.hessian import Statistics
-    from pruning.walk.options import WalkOptions
-    from pruning.walk.step import Step
 
 
 @dataclass(frozen=True)
@@ -77,29 +69,6 @@ class ExpertStatistics:
             found.append(accumulator.finish(name_of(expert), process_group))
             self._accumulators[expert] = None  # type: ignore[call-overload]  # used up: its memory is the statistic's
         return found, few
-
-
-def offered_experts(
-    family: ModelFamily, step: Step, statistics: Statistics | None, options: WalkOptions, few: list[Few]
-) -> Iterator[SubLayer]:
-    """The output linears of a layer's experts, one after the other, with what was captured of each, now or earlier, or
-    with nothing. few: takes those that saw few tokens."""
-    count, name_of = experts_module(family, step.layer).num_experts, partial(output_name, family, step.index, "mlp")
-    found, heldout = [None] * count, [None] * count
-    if step.experts_seen is not None:
-        found, with_few = step.experts_seen.finish(name_of, options.process_group)
-        few += with_few
-        if step.experts_held is not None:
-            heldout = step.experts_held.finish(name_of, options.process_group, complete=False)[0]
-        step.experts_seen = step.experts_held = None
-    for expert in range(count):
-        linear = output_linear(family, step.layer, "mlp", expert)
-        given: tuple[Any, Any] = found.pop(0), heldout.pop(0)
-        if statistics is not None:
-            given = statistics.load(name_of(expert), options.device)
-        offered = SubLayer(step.index, "mlp", name_of(expert), linear, *given, expert=expert, num_experts=count)
-        del given
-        yield offered
 
 
 def sentence_about(few: list[Few]) -> str:

@@ -41,10 +41,10 @@ from pruning.families.head_norms import mask_head_norms_
 from pruning.statistics.accumulator import MakeAccumulator
 from pruning.statistics.hessian import HessianAccumulator
 from pruning.walk.embedding import embed, enter, moved, spans
-from pruning.walk.experts import ExpertStatistics, Few, offered_experts, sentence_about
+from pruning.walk.experts import ExpertStatistics, Few, sentence_about
 from pruning.walk.options import WalkOptions
 from pruning.walk.state import WalkedLayer, WalkState
-from pruning.walk.step import Step, linear_as_pruned
+from pruning.walk.step import Step, linear_as_pruned, offered_experts
 from pruning.walk.sub_layer import SubLayer
 
 if TYPE_CHECKING:

@@ -150,9 +150,7 @@ def test_layers_are_shown_live_as_they_are_recorded(run_context: RunContext) -> 
         SubLayerReport(layer=0, sub_layer="attention", measured_error=0.3, output_energy=0.7, score=0.25, **common),
         SubLayerReport(layer=0, sub_layer="mlp", measured_error=0.0, **common),
         SubLayerReport(layer=1, sub_layer="mlp", measured_error=0.1, output_energy=0.9, **common),
-        SubLayerReport(
-            layer=2, sub_layer="attention", **common | {"kept": 0, "total": 0}
-        ),  # an earlier pruning took it
+        SubLayerReport(layer=2, sub_layer="attention", **common | {"kept": 0, "total": 0}),  # it had gone
         SubLayerReport(layer=2, sub_layer="mlp", measured_error=None, score=math.inf, **common),
     ]
     entries = [LayerEntry(plan=None, reports=tuple(r for r in reports if r.layer == layer)) for layer in range(3)]
