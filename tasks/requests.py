@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from infra import registry
 from infra.artifacts.store import ArtifactRef, Kind
+from infra.exporting.gguf_file import Type
 from infra.keys import stage_key
 from tasks.calibration_data import CalibrationData, Template
 
@@ -22,6 +23,7 @@ CALIBRATE_VERSION = 1
 CAPTURE_VERSION = 1
 PROFILE_VERSION = 2
 EXPORT_VERSION = 1
+FILE_PROFILE_VERSION = 1
 
 
 class Request(BaseModel):
@@ -219,7 +221,7 @@ class RecoverRequest(_PluginRequest):
 
 
 class EvaluateRequest(_PluginRequest):
-    """One suite on one checkpoint."""
+    """One suite on one checkpoint, or on a file that was exported from it."""
 
     kind: ClassVar[Kind] = "report"
     package: ClassVar[str] = "evaluation.suites"
@@ -229,6 +231,8 @@ class EvaluateRequest(_PluginRequest):
     checkpoint: ArtifactRef
     reference: ArtifactRef | None = Field(default=None, exclude_if=lambda reference: reference is None)
     """The dense model, for a suite that compares with it."""
+    export: ArtifactRef | None = Field(default=None, exclude_if=lambda export: export is None)
+    """The file whose weights are measured in the place of the checkpoint's."""
     sources: tuple[dict[str, str], ...]
     """Identities of the data sets it reads, in the order in which the suite names them; of one that could not be found
     when the run began, {"missing": its id}: the stage fails, and is another one when the data set is there."""
@@ -237,6 +241,11 @@ class EvaluateRequest(_PluginRequest):
     def origins(self) -> tuple[dict[str, str], ...]:
         """Its data sets."""
         return self.sources
+
+    @property
+    def measured(self) -> ArtifactRef:
+        """The artifact whose weights they are."""
+        return self.export or self.checkpoint
 
 
 class ProfileRequest(Request):
@@ -252,6 +261,11 @@ class ProfileRequest(Request):
     device_name: str
     """The device is the answer here, so it is part of the key."""
 
+    @property
+    def measured(self) -> ArtifactRef:
+        """As of EvaluateRequest."""
+        return self.checkpoint
+
 
 class ExportRequest(Request):
     """A checkpoint in a form that other programs read."""
@@ -262,4 +276,22 @@ class ExportRequest(Request):
 
     checkpoint: ArtifactRef
     format: Literal["gguf"]
-    type: Literal["f16", "bf16", "q8_0", "f32"]
+    type: Type
+
+
+class FileProfileRequest(Request):
+    """Size of an exported file, and llama.cpp's speed with it."""
+
+    kind: ClassVar[Kind] = "report"
+    LABEL: ClassVar[str] = "profile-file"
+    VERSION: ClassVar[int] = FILE_PROFILE_VERSION
+
+    export: ArtifactRef
+    settings: dict[str, JsonValue]
+    runtime: str
+    """Which llama.cpp on which processor, which is the answer here; "" if there is none."""
+
+    @property
+    def measured(self) -> ArtifactRef:
+        """As of EvaluateRequest."""
+        return self.export

@@ -38,6 +38,7 @@ ONLY_IMPORTER = {
     "peft": "pruning/training/adapters.py",
     "datasets": "infra/sources/datasets.py",
     "gguf": "infra/exporting/gguf_file.py",
+    "xllamacpp": "evaluation/profile/llama_cpp.py",
     "matplotlib": "infra/figures/draw.py",
     "plotly": "flows/records/page/document.py",
 }

@@ -116,9 +116,32 @@ class ProfileConfig(BaseModel, frozen=True, extra="forbid"):
 
     def check_lengths(self, max_position_embeddings: int | None) -> None:
         """Raise EvaluationError if the model has too few positions for prompt and new tokens; None: not known."""
-        prompt, new = max(self.prompt_len), max(self.new_tokens)
-        if max_position_embeddings is not None and prompt + new > max_position_embeddings:
-            raise EvaluationError(
-                f"prompt_len {prompt} + new_tokens {new} is more than the model's max_position_embeddings of "
-                f"{max_position_embeddings}; shorten one of them"
-            )
+        _check_lengths(max(self.prompt_len), max(self.new_tokens), max_position_embeddings)
+
+
+class FileProfileConfig(BaseModel, frozen=True, extra="forbid"):
+    """How llama.cpp is timed with a GGUF file: a prompt, then greedy decoding, repeated."""
+
+    prompt_len: Count = 128
+    """Tokens of the prompt."""
+
+    new_tokens: Count = 64
+    """Tokens generated."""
+
+    warmup: Amount = 1
+    """Runs before the timed ones."""
+
+    runs: Count = 5
+    """Timed runs."""
+
+    def check_lengths(self, max_position_embeddings: int | None) -> None:
+        """As that of ProfileConfig."""
+        _check_lengths(self.prompt_len, self.new_tokens, max_position_embeddings)
+
+
+def _check_lengths(prompt: int, new: int, longest: int | None) -> None:
+    if longest is not None and prompt + new > longest:
+        raise EvaluationError(
+            f"prompt_len {prompt} + new_tokens {new} is more than the model's max_position_embeddings of {longest}; "
+            "shorten one of them"
+        )

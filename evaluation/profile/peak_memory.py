@@ -13,12 +13,8 @@ import argparse
 import importlib
 import logging
 import math
-import os
 import resource
-import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +23,7 @@ from pydantic import BaseModel
 
 from evaluation.errors import EvaluationError
 from evaluation.inference.options import Progress, silent
+from evaluation.profile.child import end_with_parent, last_line_of
 from evaluation.profile.config import GridPoint, ProfileConfig
 from evaluation.profile.report import ProfileReport
 from evaluation.report import GIB
@@ -112,20 +109,9 @@ def peak_resident_gib(folder: Path, config: ProfileConfig, model_class: str) -> 
     run.
     Raises EvaluationError if the process fails, with its last words.
     """
-    module = "evaluation.profile.peak_memory"
-    command = [sys.executable, "-m", module, str(folder.resolve()), config.model_dump_json(), model_class]
-    root = Path(__file__).resolve().parents[2]
-    # our end of the pipe is closed when this process ends, however it does, and the child reads that
-    theirs, ours = os.pipe()
-    try:
-        done = subprocess.run(command, stdin=theirs, cwd=root, capture_output=True, text=True, check=False)
-    finally:
-        os.close(theirs)
-        os.close(ours)
-    if done.returncode:
-        words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise EvaluationError(f"peak memory of {folder} could not be measured: {words[-1]}")
-    return PeakMemory.model_validate_json(done.stdout.splitlines()[-1])
+    arguments = [str(folder.resolve()), config.model_dump_json(), model_class]
+    told = last_line_of("evaluation.profile.peak_memory", arguments, f"peak memory of {folder}")
+    return PeakMemory.model_validate_json(told)
 
 
 def with_resident_peaks(
@@ -167,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("config", type=ProfileConfig.model_validate_json)
     parser.add_argument("model_class")
     given = parser.parse_args(arguments)
-    _end_with_parent()
+    end_with_parent()
 
     import torch
 
@@ -188,17 +174,6 @@ def main(arguments: list[str] | None = None) -> None:
     timed_run(runner, random_prompt(model, point, given.config.seed), point.new_tokens)
     measured = PeakMemory(libraries_gib=libraries, peak_gib=_high_water_gib())
     sys.stdout.write(measured.model_dump_json() + "\n")
-
-
-def _end_with_parent() -> None:
-    """Ctrl-C is the parent's affair; when it is gone, however it went, standard input ends and this process too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        os.read(sys.stdin.fileno(), 1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _high_water_gib() -> float:

@@ -249,22 +249,17 @@ class _GridProfiler:
 
 
 def _speed(runs: Sequence[TimedRun], point: GridPoint) -> Speed:
-    latency = _timing([run.latency_ms for run in runs])
+    latency = Timing.of([run.latency_ms for run in runs])
     decode_ms = [run.decode_ms_per_token for run in runs if run.decode_ms_per_token is not None]
-    decode = _timing(decode_ms) if decode_ms else None
+    decode = Timing.of(decode_ms) if decode_ms else None
     return Speed(
-        prefill_ms=_timing([run.prefill_ms for run in runs]),
-        ttft_ms=_timing([run.ttft_ms for run in runs]),
+        prefill_ms=Timing.of([run.prefill_ms for run in runs]),
+        ttft_ms=Timing.of([run.ttft_ms for run in runs]),
         decode_ms_per_token=decode,
         latency_ms=latency,
         tokens_per_s=1000 * point.batch_size * point.new_tokens / latency.p50,
         decode_tokens_per_s=1000 * point.batch_size / decode.p50 if decode else None,
     )
-
-
-def _timing(values_ms: list[float]) -> Timing:
-    values = torch.tensor(values_ms, dtype=torch.float64)
-    return Timing(p50=float(values.quantile(0.5)), p90=float(values.quantile(0.9)))
 
 
 def _turn_clock(model: PreTrainedModel) -> str:

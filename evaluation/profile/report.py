@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Self
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 
 from evaluation.report import Metric, Report
 
 _HIGHER_IS_BETTER = ("tokens_per_s", "decode_tokens_per_s", "utilization_percent")
 
+NO_RUNTIME = "llama.cpp's wheel is not installed (pip install slimline[llamacpp])"
 RATIO_PROTOCOL = "interleaved turns in one process, interquartile mean of log ratios"
 
 
@@ -18,6 +20,14 @@ class Timing(Report):
 
     p50: float
     p90: float
+
+    @classmethod
+    def of(cls, values_ms: Sequence[float]) -> Self:
+        """Of at least one run."""
+        import numpy as np
+
+        p50, p90 = np.quantile(np.asarray(values_ms, dtype=np.float64), (0.5, 0.9)).tolist()
+        return cls(p50=p50, p90=p90)
 
 
 class Ratio(Report):
@@ -67,6 +77,16 @@ class Speed(Report):
     tokens_per_s: float
     decode_tokens_per_s: float | None
 
+    @property
+    def values(self) -> dict[str, float | None]:
+        """By the names of metrics."""
+        values: dict[str, float | None] = {}
+        for name in ("prefill_ms", "ttft_ms", "decode_ms_per_token", "latency_ms"):
+            timing = getattr(self, name)
+            if timing is not None:
+                values |= {f"{name}_p50": timing.p50, f"{name}_p90": timing.p90}
+        return values | {"tokens_per_s": self.tokens_per_s, "decode_tokens_per_s": self.decode_tokens_per_s}
+
 
 class PointReport(Report):
     """A grid point: sizes, and what was measured there. No `speed` means that the model did not fit into memory.
@@ -95,7 +115,7 @@ class PointReport(Report):
         if self.speed is None:
             values["out_of_memory"] = 1
         else:
-            values |= _speed_values(self.speed)
+            values |= self.speed.values
         values |= {
             "peak_memory_gib": self.peak_memory_gib,
             "power_w": self.power_w,
@@ -182,6 +202,40 @@ class ProfileReport(Report):
         return taken
 
 
+class FileProfile(Report):
+    """Size of a GGUF file and llama.cpp's speed with it on the CPU, one sequence at a time.
+
+    runtime: which llama.cpp on which processor; "" and no speed where its wheel is not installed. threads: that it had.
+    """
+
+    file_bytes: int
+    prompt_len: int
+    new_tokens: int
+    warmup: int
+    runs: int
+    runtime: str
+    threads: int | None = None
+    speed: Speed | None = None
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """The size under task "profile", the speed under "profile llama.cpp"."""
+        speed = self.speed.values if self.speed else {}
+        size = rows("profile", {"file_bytes": self.file_bytes}, None)
+        return (*size, *rows("profile llama.cpp", speed, self.runs))
+
+    def conditions(self) -> dict[str, JsonValue]:
+        """What must be printed beside the figures: how the speed was taken, or why there is none."""
+        if self.speed is None:
+            return {"runtime": f"none, so no tokens/s: {NO_RUNTIME}"}
+        return self.model_dump(mode="json", exclude={"file_bytes", "speed"})
+
+
+def read_profile(text: str) -> ProfileReport | FileProfile:
+    """A report of one kind or the other from its JSON."""
+    found: ProfileReport | FileProfile = TypeAdapter(ProfileReport | FileProfile).validate_json(text)
+    return found
+
+
 def rows(task: str, values: dict[str, float | None], runs: int | None) -> Iterator[Metric]:
     """Metrics of a task, without those that are None."""
     for name, value in values.items():
@@ -189,12 +243,3 @@ def rows(task: str, values: dict[str, float | None], runs: int | None) -> Iterat
             yield Metric(
                 task=task, metric=name, value=value, num_examples=runs, higher_is_better=name in _HIGHER_IS_BETTER
             )
-
-
-def _speed_values(speed: Speed) -> dict[str, float | None]:
-    values: dict[str, float | None] = {}
-    for name in ("prefill_ms", "ttft_ms", "decode_ms_per_token", "latency_ms"):
-        timing = getattr(speed, name)
-        if timing is not None:
-            values |= {f"{name}_p50": timing.p50, f"{name}_p90": timing.p90}
-    return values | {"tokens_per_s": speed.tokens_per_s, "decode_tokens_per_s": speed.decode_tokens_per_s}

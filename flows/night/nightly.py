@@ -28,9 +28,10 @@ from flows.records.figures.inputs import Recorded
 from flows.records.lookup import mlflow_pages
 from flows.run.compress import compress, open_run_context, recorded_result, unknown_stage
 from flows.run.follow import followed, stages_of
+from flows.run.graph import Stage
 from flows.run.leaks import refuse_leaks, trains
 from flows.run.outcome import RunResult, StagesFailed
-from flows.run.stages import Stage, plan_stages
+from flows.run.stages import plan_stages
 from flows.runtime.task_runners import RunnerName, create_runner, final_state, interruptible
 from flows.runtime.user_errors import user_message
 from flows.spec.load import load_night, parse_night

@@ -26,6 +26,7 @@ _PROFILE_COLUMNS = {
     "peak_memory_gib": ("peak memory GiB", 1.0),
     "power_w": ("power W", 1.0),
     "out_of_memory": ("out of memory", 1.0),
+    "file_bytes": ("file MiB", 2.0**20),
 }
 #: the first of them stand at the head of the table, and are known of checkpoints that were not profiled
 _SIZES = ("num_parameters", "num_decoder_parameters")
@@ -171,7 +172,8 @@ def protocol_lines(metrics: Iterable[MetricRow], spec: Mapping[str, Any]) -> lis
         for step in spec.get("steps", ())
         for name, changes in step.get("variants", {}).items()
     }
-    suites = {row.suite: _protocol(row) for row in metrics}
+    taken = [(row.suite, _protocol(row)) for row in metrics]
+    suites = {f"{suite} of files" if "runtime" in protocol else suite: protocol for suite, protocol in taken}
     shared = [(protocol.pop("data_identity", []), protocol.pop("versions", {})) for protocol in suites.values()]
     topics = inputs | variants | suites
     lines = [f"{topic}: {in_one_line(options) or 'changes nothing'}" for topic, options in topics.items()]

@@ -2,7 +2,7 @@
 
 * compress.py: the Prefect flow `compress`, which plans, checks, submits, records.
 * locate.py: finds the model and the data sets, once; what they are called in cache keys.
-* stages.py: from a spec and these identities to stages with their keys; pure.
+* stages.py: from a spec and these identities to stages with their keys; pure. graph.py: what a stage is.
 * preflight.py: what would fail after hours is refused in seconds.
 * lineage.py: how checkpoints are made, for the record.
 * leaks.py: training on what is measured: a warning in a run, refused in a night.

@@ -18,12 +18,13 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from flows.errors import SpecError
 from flows.records.tables import table_rows
 from flows.run.follow import followed_run
+from flows.run.graph import Stage, StageGraph
 from flows.run.leaks import Leak, find_leaks
 from flows.run.lineage import lineage
 from flows.run.names import stage_title, title_of_running
 from flows.run.outcome import RunResult, StageOutcome, StagesFailed
 from flows.run.preflight import check
-from flows.run.stages import Stage, StageGraph, plan_stages
+from flows.run.stages import plan_stages
 from flows.runtime.task_runners import THREADS, final_state, interruptible
 from flows.runtime.user_errors import user_message
 from flows.spec.branches import ends
@@ -45,7 +46,7 @@ from tasks.execution.progress import settle_bars
 from tasks.execution.retries import retry_options
 from tasks.execution.stage import log_cached, log_when_cached
 from tasks.recording.outcome import Measured, RunOutcome
-from tasks.requests import EvaluateRequest, ProfileRequest
+from tasks.requests import EvaluateRequest, FileProfileRequest, ProfileRequest
 from tasks.stages.record import record
 
 #: what the results store keeps of a stage's outcome, beside its key
@@ -187,6 +188,7 @@ def _finish(
 ) -> RunResult:
     """Record the run, show its table in Prefect, and raise StagesFailed if a stage failed."""
     done, leaks = _done(outcomes), find_leaks(graph.spec, run_context.sources, look=False)
+    measured = [_measured(stage, leaks) for stage in graph.reports if stage.ref.key in done]
     problems = [f"{stage.name}: {stage.message}" for stage in outcomes if stage.status == "failed"]
     message = "; ".join(problems) or None
     metrics = record(
@@ -201,7 +203,8 @@ def _finish(
             ),
             checkpoints={name: ref for name, ref in graph.checkpoints.items() if ref.key in done},
             lineage=lineage(graph.spec),
-            measured=tuple(_measured(stage, leaks) for stage in graph.reports if stage.ref.key in done),
+            files={each.checkpoint_name: each.checkpoint for each in measured if each.checkpoint.kind == "export"},
+            measured=tuple(measured),
             failed=bool(problems),
             message=message,
         ),
@@ -254,14 +257,14 @@ def _outcome(stage: Stage, future: PrefectFuture[StageResult]) -> StageOutcome:
 
 def _measured(stage: Stage, leaks: Sequence[Leak]) -> Measured:
     request = stage.request
-    assert isinstance(request, EvaluateRequest | ProfileRequest)
+    assert isinstance(request, EvaluateRequest | ProfileRequest | FileProfileRequest)
     suite = request.plugin if isinstance(request, EvaluateRequest) else stage.action
     return Measured(
         report=stage.ref,
         suite=suite,
         label=stage.label or suite,
         checkpoint_name=stage.checkpoint,
-        checkpoint=request.checkpoint,
+        checkpoint=request.measured,
         leaks=tuple(leak.sentence for leak in leaks if leak.touches(stage)),
     )
 

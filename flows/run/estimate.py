@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from flows.run.graph import StageGraph
 from flows.run.preflight import decoder_layer
-from flows.run.stages import StageGraph
 from infra.models.import_model import ModelCard, describe
 from infra.results.rows import DENSE
 from pruning.costs.work import DecoderSize, Rates, Windows

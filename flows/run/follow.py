@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from prefect.runtime import flow_run
 
+from flows.run.graph import StageGraph
 from flows.run.outcome import StageOutcome
-from flows.run.stages import StageGraph
 from flows.runtime.user_errors import exit_code
 from infra.running.files import FollowedRun, RunningFiles, StageOfRun, ended
 from infra.secrets import redacted

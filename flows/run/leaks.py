@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from evaluation.suite import TextNeed
 from flows.errors import SpecError
-from flows.run.stages import Stage, StageGraph
+from flows.run.graph import Stage, StageGraph
 from flows.spec.branches import Derivation
 from flows.spec.run import EvalSpec, RunSpec
 from flows.spec.steps import PruneStep
@@ -35,7 +35,7 @@ log = logging.getLogger("slimline")
 
 class Leak(BaseModel):
     """A step that trains on what an evaluation measures afterwards. step: the method or recovery. checkpoints: those
-    that were trained so and that the evaluation measures."""
+    that were trained so, and files of them, that the evaluation measures."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -98,7 +98,9 @@ def find_leaks(spec: RunSpec, sources: Sources, *, look: bool = True) -> tuple[L
         if trained.data.dataset in spec.meant_overlaps:
             continue
         for entry in spec.evals:
-            measured = tuple(name for name in spec.measured_by(entry) if name in checkpoints)
+            named = {name: name for name in spec.measured_by(entry)}
+            named |= {file.name: file.checkpoint for file in spec.files if entry in file.evals}
+            measured = tuple(name for name, checkpoint in named.items() if checkpoint in checkpoints)
             for readings in _measured(entry) if measured else ():
                 if overlap := _between(comparison, trained, readings, look):
                     leaks.append(

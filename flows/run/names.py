@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect.runtime import flow_run
 
-from flows.run.stages import Stage
+from flows.run.graph import Stage
 from flows.spec.run import RunSpec
 from flows.spec.steps import PruneStep
 from pruning.methods import asked_number

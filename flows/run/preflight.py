@@ -6,13 +6,14 @@ import logging
 from collections.abc import Sequence
 
 from evaluation.errors import EvaluationError
-from evaluation.profile.config import ProfileConfig
+from evaluation.profile.config import FileProfileConfig, ProfileConfig
+from evaluation.profile.report import NO_RUNTIME
 from evaluation.suite import ModelFacts, TextNeed
 from flows.errors import SpecError
+from flows.run.graph import Stage, StageGraph
 from flows.run.leaks import check_leaks
 from flows.run.locate import Identities
 from flows.run.recoveries import check_recovery, check_trained_pruning
-from flows.run.stages import Stage, StageGraph
 from flows.spec.run import RunSpec
 from infra.artifacts.store import ArtifactRef
 from infra.errors import ResultsUnusable, SettingsInvalid, SourceMissing, SourceUnreadable
@@ -35,6 +36,7 @@ from tasks.requests import (
     CalibrateRequest,
     EvaluateRequest,
     ExportRequest,
+    FileProfileRequest,
     ProfileRequest,
     PruneRequest,
     RecoverRequest,
@@ -202,6 +204,11 @@ def _check_profile(stages: Sequence[Stage], card: ModelCard, settings: Settings)
             from evaluation.profile.compilation import check_compiler  # imports torch
 
             check_compiler(device_names(settings.device)[0])
+    files = [stage.request for stage in stages if isinstance(stage.request, FileProfileRequest)]
+    for file in files:
+        FileProfileConfig.model_validate(file.settings).check_lengths(card.max_position_embeddings)
+    if any(not file.runtime for file in files):
+        log.warning("exported files are measured without tokens/s: %s", NO_RUNTIME)
 
 
 class _DataCheck:

@@ -23,8 +23,9 @@ def check_recovery(request: RecoverRequest, card: ModelCard, model: ModelSpec, r
     for data in data_read(request.module, config):
         _check_data(data, sources)
     request.module.check_model(config, card.hidden_size, card.max_position_embeddings)
-    if isinstance(config, AdapterConfig):
-        check_targets(config, family_named(card.model_type))
+    adapters = config if isinstance(config, AdapterConfig) else getattr(config, "adapters", None)
+    if adapters is not None:
+        check_targets(adapters, family_named(card.model_type))
     processes = training_processes(run_context.settings)
     config.check_optimizer(device_names(run_context.settings.device)[0].startswith("cuda"))
     if config.batch_size % (at_once := config.micro_batch_size * processes):

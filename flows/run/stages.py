@@ -5,32 +5,30 @@ Nothing runs here. Requests hold references to artifacts that need not exist yet
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from evaluation.profile.llama_cpp import installed_runtime
+from flows.run.graph import Stage, StageGraph
 from flows.run.locate import Identities, locate
 from flows.spec.branches import Derivation
-from flows.spec.run import EvalSpec, RunSpec
+from flows.spec.run import EvalSpec, ExportedFile, RunSpec
 from flows.spec.steps import PruneStep
 from infra.artifacts.store import ArtifactRef
-from infra.keys import slug, stage_key
 from infra.results.rows import DENSE
 from pruning.training.data import data_read
 from tasks.devices.placement import device_label
-from tasks.exporting.in_run import export
+from tasks.exporting.in_run import export, profile_file
 from tasks.requests import (
     CalibrateRequest,
     CaptureRequest,
     EvaluateRequest,
     ExportRequest,
+    FileProfileRequest,
     ImportRequest,
     OrderRequest,
     ProfileRequest,
     PruneRequest,
     RecoverRequest,
-    Request,
 )
 from tasks.stages.calibrate import calibrate
 from tasks.stages.capture import capture
@@ -42,101 +40,19 @@ from tasks.stages.prune import prune
 from tasks.stages.recover import recover
 
 if TYPE_CHECKING:
-    from prefect import Task
-
-    from tasks.execution.context import RunContext, StageResult
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of one run, with all that its name says; what a stage does not have is "".
-
-    action: the name of its task. label: of an evaluation, as in the spec. checkpoint: the name in the run of what it
-    makes, measures or takes statistics of. variant: whose calibration or options it takes, if not those of the run.
-    """
-
-    task: Task[..., StageResult]
-    request: Request
-    label: str = ""
-    checkpoint: str = ""
-    variant: str = ""
-
-    @property
-    def action(self) -> str:
-        """E.g. "prune": the first part of its name."""
-        return str(self.task.name)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What a user may call it, from all that do the same to itself: "evaluate", "evaluate:mmlu", ..."""
-        parts = filter(None, (self.action, self.label, self.checkpoint, self.variant))
-        return tuple(accumulate(parts, "{}:{}".format))
-
-    @property
-    def name(self) -> str:
-        """E.g. "evaluate:perplexity:slimgpt-20", "capture:dense"; the key says the rest."""
-        return self.names[-1]
-
-    @property
-    def ref(self) -> ArtifactRef:
-        """The artifact it makes."""
-        return self.request.ref
-
-
-@dataclass(frozen=True)
-class StageGraph:
-    """All cached stages of a run in an order in which each comes after its inputs.
-
-    checkpoints: by name; two names that ask for the same stand for one artifact. reports: what is measured, under every
-    name, also where that is one stage.
-    """
-
-    spec: RunSpec
-    identities: Identities
-    stages: tuple[Stage, ...]
-    checkpoints: dict[str, ArtifactRef]
-    reports: tuple[Stage, ...]
-
-    @property
-    def aliases(self) -> dict[str, str]:
-        """Names of checkpoints that are the same as an earlier one, with that one's name."""
-        first: dict[str, str] = {}
-        for name, ref in self.checkpoints.items():
-            first.setdefault(ref.key, name)
-        return {name: first[ref.key] for name, ref in self.checkpoints.items() if first[ref.key] != name}
-
-    @property
-    def run_key(self) -> str:
-        """Identity of the run: its name and the keys of its stages. The same spec on the same data is the same run."""
-        name = self.spec.name
-        return stage_key(f"run-{slug(name)}", 1, {"name": name, "stages": [stage.ref.key for stage in self.stages]})
-
-    @property
-    def outline(self) -> tuple[tuple[int, Stage], ...]:
-        """Every stage once with its depth, as a tree is read: under each checkpoint what is taken from it, what
-        measures it, and last what it becomes."""
-        below: dict[str | None, list[Stage]] = {}
-        for stage in self.stages:
-            reads = getattr(stage.request, "checkpoint", None)
-            below.setdefault(reads.key if reads else None, []).append(stage)
-
-        def walk(parent: str | None, depth: int) -> Iterator[tuple[int, Stage]]:
-            for stage in sorted(below.get(parent, ()), key=lambda stage: stage.ref.kind == "checkpoint"):
-                yield depth, stage
-                yield from walk(stage.ref.key, depth + 1)
-
-        return tuple(walk(None, 0))
+    from tasks.execution.context import RunContext
 
 
 def plan_stages(spec: RunSpec, run_context: RunContext) -> StageGraph:
     """The stages of a spec on this machine. Raises what `locate` raises."""
     # torch, which knows the device, takes seconds to import
     device = device_label(run_context.settings.device) if spec.profile else ""
-    return build_stages(spec, locate(spec, run_context.sources), device)
+    return build_stages(spec, locate(spec, run_context.sources), device, installed_runtime())
 
 
-def build_stages(spec: RunSpec, identities: Identities, device: str) -> StageGraph:
-    """The stages of a spec; asks neither disk nor network. device: what is profiled, part of profiles' keys."""
+def build_stages(spec: RunSpec, identities: Identities, device: str, runtime: str = "") -> StageGraph:
+    """The stages of a spec; asks neither disk nor network. device, runtime: what is profiled, with which llama.cpp if
+    any, parts of profiles' keys."""
     dense = _import(spec, identities)
     stages, checkpoints = [dense], {DENSE: dense.ref}
     for derivation in spec.derivations:
@@ -155,12 +71,9 @@ def build_stages(spec: RunSpec, identities: Identities, device: str) -> StageGra
     if spec.profile:
         settings = _plain(spec.profile.settings)
         reports += [_profile(settings, name, checkpoints, device) for name in spec.measured(spec.profile.on)]
-    files = [
-        Stage(export, request, label=f"{entry.format}-{entry.type}", checkpoint=name)
-        for entry in spec.exports
-        for name in spec.exported(entry)
-        for request in [ExportRequest(checkpoint=checkpoints[name], format=entry.format, type=entry.type)]
-    ]
+    files = [_export(file, checkpoints) for file in spec.files]
+    for file, written in zip(spec.files, files, strict=True):
+        reports += _measure_file(file, written.ref, checkpoints, identities, runtime)
     # each key once: what several branches ask for has the name of the first
     everything = stages + files + reports
     first = {stage.ref.key: stage for stage in reversed(everything)}
@@ -280,15 +193,25 @@ def _recover(
     return [*needed, Stage(recover, request, checkpoint=derivation.name)]
 
 
-def _evaluate(entry: EvalSpec, name: str, checkpoints: dict[str, ArtifactRef], identities: Identities) -> Stage:
+def _evaluate(
+    entry: EvalSpec,
+    name: str,
+    checkpoints: dict[str, ArtifactRef],
+    identities: Identities,
+    *,
+    export: ArtifactRef | None = None,
+    called: str = "",
+) -> Stage:
+    """export: a file of the checkpoint that is measured in its place, `called` so."""
     request = EvaluateRequest(
         plugin=entry.suite,
         config=_plain(entry.config),
         checkpoint=checkpoints[name],
         reference=checkpoints[DENSE] if entry.compares else None,
+        export=export,
         sources=identities.evaluations[entry.label],
     )
-    return Stage(evaluate, request, label=entry.label, checkpoint=name)
+    return Stage(evaluate, request, label=entry.label, checkpoint=called or name)
 
 
 def _profile(settings: dict[str, Any], name: str, checkpoints: dict[str, ArtifactRef], device: str) -> Stage:
@@ -299,6 +222,30 @@ def _profile(settings: dict[str, Any], name: str, checkpoints: dict[str, Artifac
         device_name=device,
     )
     return Stage(profile, request, checkpoint=name)
+
+
+def _export(file: ExportedFile, checkpoints: dict[str, ArtifactRef]) -> Stage:
+    request = ExportRequest(checkpoint=checkpoints[file.checkpoint], format=file.entry.format, type=file.type)
+    return Stage(export, request, label=f"{file.entry.format}-{file.type}", checkpoint=file.checkpoint)
+
+
+def _measure_file(
+    file: ExportedFile,
+    export: ArtifactRef,
+    checkpoints: dict[str, ArtifactRef],
+    identities: Identities,
+    runtime: str,
+) -> list[Stage]:
+    """The evaluations of its weights, its size and its speed, if any is asked for."""
+    if file.entry.measure is None:
+        return []
+    timing = _plain(file.entry.measure.timing)
+    request = FileProfileRequest(export=export, settings=timing, runtime=runtime)
+    measured = [
+        _evaluate(entry, file.checkpoint, checkpoints, identities, export=export, called=file.name)
+        for entry in file.evals
+    ]
+    return [*measured, Stage(profile_file, request, checkpoint=file.name)]
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from evaluation.profile.config import ProfileConfig
+from evaluation.profile.config import FileProfileConfig, ProfileConfig
 from flows.spec.branches import Derivation, derive, ends
 from flows.spec.parts import NAME, NAME_OR_DEFAULT, PluginEntry, SpecPart
 from flows.spec.start_folder import StartFolder
 from flows.spec.steps import PruneStep, Step
 from flows.spec.validation import first_problem, refuse_unsafe
 from infra import registry
+from infra.exporting.gguf_file import Type
 from infra.results.rows import DENSE
 from pruning.bounds import Amount, Count, Seed
 from tasks.calibration_data import CalibrationData, expanded
@@ -107,16 +109,51 @@ class ProfileSpec(SpecPart):
         return {key: value for key, value in data.items() if key not in beside} | {"settings": settings | beside}
 
 
+class MeasureSpec(FileProfileConfig):
+    """What is measured of an exported file: size, evaluations, and where llama.cpp is installed its speed with it."""
+
+    evals: tuple[str, ...] | None = None
+    """Names of evaluations of this run that are made of the file's weights as well; without it those of the suite
+    perplexity."""
+
+    @property
+    def timing(self) -> FileProfileConfig:
+        """How llama.cpp is timed."""
+        return FileProfileConfig(**self.model_dump(include=set(FileProfileConfig.model_fields)))
+
+
 class ExportSpec(SpecPart):
     """Write checkpoints for other programs, each as an artifact of its own."""
 
     format: Literal["gguf"]
     """gguf: one file for llama.cpp. A folder for transformers is in the store already: `slimline export --format hf`
     writes it with its model card."""
-    type: Literal["f16", "bf16", "q8_0", "f32"] = "f16"
-    """Of the matrices of a GGUF file."""
+    type: Type | Annotated[tuple[Type, ...], Field(min_length=1)] = "f16"
+    """Of the matrices of a GGUF file; of a list each makes a file."""
+    measure: MeasureSpec | None = Field(default=None, exclude_if=lambda measure: measure is None)
+    """Measure the files (`{}`: by default); in results each is called <checkpoint>+<type>, beside the checkpoints."""
     on: Literal["ends"] | OnCheckpoints = "ends"
     """"ends", the last checkpoint of every branch; "all", or one or more names of checkpoints."""
+
+    @property
+    def types(self) -> tuple[Type, ...]:
+        """One or more."""
+        return (self.type,) if isinstance(self.type, str) else self.type
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """One file that a run writes of one of its checkpoints. evals: those that are made of it."""
+
+    checkpoint: str
+    entry: ExportSpec
+    type: Type
+    evals: tuple[EvalSpec, ...]
+
+    @property
+    def name(self) -> str:
+        """In results, beside the names of checkpoints."""
+        return f"{self.checkpoint}+{self.type}"
 
 
 class RunSpec(SpecPart):
@@ -152,9 +189,29 @@ class RunSpec(SpecPart):
         """The checkpoints that an `on:` means."""
         return self.checkpoints if on == "all" else on
 
-    def exported(self, entry: ExportSpec) -> tuple[str, ...]:
-        """The checkpoints that an export means."""
-        return ends(self.derivations) if entry.on == "ends" else self.measured(entry.on)
+    @property
+    def files(self) -> tuple[ExportedFile, ...]:
+        """What `exports` asks for, file by file."""
+        return tuple(
+            ExportedFile(name, entry, kind, self._evaluations_of(entry))
+            for entry in self.exports
+            for name in (ends(self.derivations) if entry.on == "ends" else self.measured(entry.on))
+            for kind in entry.types
+        )
+
+    def _evaluations_of(self, entry: ExportSpec) -> tuple[EvalSpec, ...]:
+        if entry.measure is None:
+            return ()
+        known = {each.label: each for each in self.evals}
+        if entry.measure.evals is None:
+            return tuple(each for each in self.evals if each.suite == "perplexity")
+        for name in entry.measure.evals:
+            if name not in known:
+                there = f"there are: {', '.join(known)}" if known else "this run has no evals"
+                raise ValueError(
+                    f"exports: measure: unknown evaluation {name!r}{registry.did_you_mean(name, known)}; {there}"
+                )
+        return tuple(known[name] for name in entry.measure.evals)
 
     def measured_by(self, entry: EvalSpec) -> tuple[str, ...]:
         """The checkpoints that an evaluation measures: the dense one is not compared with itself."""
@@ -194,6 +251,9 @@ class RunSpec(SpecPart):
                         f"on: unknown checkpoint {name!r}{registry.did_you_mean(name, self.checkpoints)}; "
                         f"this run has: {', '.join(self.checkpoints)}"
                     )
+        measured = [file.name for file in self.files if file.entry.measure is not None]
+        way_out = "measure each file once, and give a step of that name another one"
+        _refuse_duplicates("measured checkpoint or file", [*self.checkpoints, *measured], way_out)
         _refuse_duplicates("variant", [v for step in self.steps for v in getattr(step, "variants", ())], "rename one")
         for derivation in self.derivations:
             self._check_calibration(derivation)

@@ -1,8 +1,8 @@
-"""A GGUF file (github.com/ggml-org/ggml, docs/gguf.md), written one tensor at a time."""
+"""A GGUF file (github.com/ggml-org/ggml, docs/gguf.md), written and read one tensor at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Type = Literal["f32", "f16", "bf16", "q8_0"]
-TYPES: tuple[Type, ...] = ("f16", "bf16", "q8_0", "f32")
+#: what matrices are stored as: all that gguf itself quantises to and llama.cpp computes with
+Type = Literal["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "f32"]
 #: general.file_type, as llama.cpp counts them
-_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
-#: values that share a scale
+_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
+#: values that share a scale, in all types that have one
 _BLOCK = 32
+#: types in which the head is stored as q8_0, as near to what llama.cpp's own tool keeps of it as any width allows
+_COARSE: tuple[Type, ...] = ("q5_1", "q5_0", "q4_1", "q4_0")
 _SUFFIXES = (".weight", ".bias")
 
 
@@ -61,12 +63,15 @@ def write_gguf(
     kind: Type,
     progress: Callable[[int], None] = lambda size: None,
 ) -> list[str]:
-    """Write the file; returns the names of the matrices that are not of the asked type.
+    """Write the file; returns the names of the matrices that no block of the asked type fits, which are f16.
 
-    Matrices are of the asked type, vectors float32. q8_0 shares a scale between 32 values of a row: where a row is no
-    multiple of that, f16 is taken. metadata: further keys with their values (text, numbers, lists of text). progress:
-    told the bytes of every tensor that is written. Raises SourceInvalid for a tensor that llama.cpp has no name for, or
-    values that float16 cannot hold.
+    Matrices are of the asked type, vectors float32. Quantised types share a scale between 32 values of a row: where a
+    row is no multiple of that, f16 is taken. With less than 8 bits the head (the embeddings, where they are the head)
+    is q8_0: every token's probability hangs on it.
+
+    metadata: further keys with their values (text, numbers, lists of text). progress: told the bytes of every tensor
+    that is written. Raises SourceInvalid for a tensor that llama.cpp has no name for, or values that float16 cannot
+    hold.
     """
     import gguf
 
@@ -76,19 +81,18 @@ def write_gguf(
     for key, value in {"general.file_type": _FILE_TYPES[kind], **metadata}.items():
         _add(writer, key, value)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    names = gguf.get_tensor_name_map(_architecture(model.architecture), len(model.channels))
+    names = _names(model.architecture, len(model.channels), [tensor.name for tensor in tensors])
+    head = "output.weight" if "output.weight" in names.values() else "token_embd.weight"
     others: list[str] = []
     kinds: list[Any] = []
     for tensor in tensors:
-        name = names.get_name(tensor.name, try_suffixes=_SUFFIXES)
-        if name is None:
-            raise SourceInvalid(f"llama.cpp's {model.architecture} has no name for the tensor {tensor.name}")
-        chosen = _kind_of(tensor, kind)
-        if len(tensor.shape) > 1 and chosen != kind:
+        wanted: Type = "q8_0" if kind in _COARSE and names[tensor.name] == head else kind
+        chosen = _fitting(tensor, wanted)
+        if len(tensor.shape) > 1 and chosen != wanted:
             others.append(tensor.name)
         quantised = gguf.GGMLQuantizationType[chosen.upper()]
         kinds.append(quantised)
-        _announce(writer, name, tensor.shape, quantised)
+        _announce(writer, names[tensor.name], tensor.shape, quantised)
     if model.rope_factors is not None:
         _announce(writer, "rope_freqs.weight", (len(model.rope_factors),), gguf.GGMLQuantizationType.F32)
     writer.write_header_to_file()
@@ -106,16 +110,45 @@ def write_gguf(
     return others
 
 
-def _architecture(word: str) -> Any:
+def read_gguf(file: Path, names: Iterable[str]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Tensors of a file by the names that transformers has for them, dequantised one after another.
+
+    Raises SourceInvalid for a name that the file has no tensor of.
+    """
     import gguf
 
-    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == word)
+    reader, wanted = gguf.GGUFReader(file), list(names)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    architecture = str(_value(reader, "general.architecture"))
+    found = _names(architecture, int(_value(reader, f"{architecture}.block_count")), wanted)
+    for name in wanted:
+        if found[name] not in stored:
+            raise SourceInvalid(f"{file} has no tensor {found[name]}, which is {name}: write it again")
+        tensor = stored[found[name]]
+        yield name, gguf.dequantize(tensor.data, tensor.tensor_type)
 
 
-def _kind_of(tensor: Tensor, kind: Type) -> Type:
+def _value(reader: Any, key: str) -> Any:
+    return reader.get_field(key).contents()
+
+
+def _names(architecture: str, num_blocks: int, names: Iterable[str]) -> dict[str, str]:
+    """llama.cpp's names by transformers'."""
+    import gguf
+
+    word = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known, found = gguf.get_tensor_name_map(word, num_blocks), {}
+    for name in names:
+        found[name] = known.get_name(name, try_suffixes=_SUFFIXES)
+        if found[name] is None:
+            raise SourceInvalid(f"llama.cpp's {architecture} has no name for the tensor {name}")
+    return found
+
+
+def _fitting(tensor: Tensor, kind: Type) -> Type:
     if len(tensor.shape) == 1:
         return "f32"
-    return "f16" if kind == "q8_0" and tensor.shape[-1] % _BLOCK else kind
+    return "f16" if kind.startswith("q") and tensor.shape[-1] % _BLOCK else kind
 
 
 def _announce(writer: Any, name: str, shape: tuple[int, ...], quantised: Any) -> None:

@@ -107,7 +107,8 @@ class CheckpointRow(OfRun):
 
 
 class MetricRow(OfRun):
-    """One number about one checkpoint of a run. `protocol` (JSON) says how it was measured."""
+    """One number about one checkpoint of a run, or about a file exported from one: then `checkpoint` is
+    <checkpoint>+<type> and `checkpoint_key` the file's. `protocol` (JSON) says how it was measured."""
 
     checkpoint: str
     checkpoint_key: str

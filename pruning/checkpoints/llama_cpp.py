@@ -29,14 +29,22 @@ _NEIGHBOURS = ("llama", DECI)
 _ACTIVATIONS = {"gemma": ("gelu_pytorch_tanh", "gelu")}
 _NO_CHANNELS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
+Turn = Callable[[Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor under the name that it has in the model, its layer renumbered. read: the values."""
+    """One tensor under the name that it has in the model, its layer renumbered. read: the values.
+
+    source: its name in the checkpoint, None of what is only there for llama.cpp. back: from its values to those of the
+    checkpoint, the other way round from `read`.
+    """
 
     name: str
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    source: str | None
+    back: Turn
 
 
 @dataclass(frozen=True)
@@ -214,24 +222,29 @@ def _skipped(inner: str, shape: LayerShape, stored: StoredTensors, name: str) ->
 
 def _part(stored: StoredTensors, name: str, target: str, architecture: str, head_dim: int, shape: LayerShape) -> Part:
     place = stored.places[name]
-    return Part(target, tuple(place.shape), partial(_read, stored, name, architecture, shape))
+    there, back = _both_ways(name, architecture, shape)
+    return Part(target, tuple(place.shape), lambda: there(stored.read([name])[name]), name, back)
 
 
-def _read(stored: StoredTensors, name: str, architecture: str, shape: LayerShape) -> Tensor:
-    tensor = stored.read([name])[name]
-    if architecture in _NEIGHBOURS and ".q_proj." in name:
-        return neighbouring(tensor, shape.num_heads)
-    if architecture in _NEIGHBOURS and ".k_proj." in name:
-        return neighbouring(tensor, shape.num_kv_heads)
+def _both_ways(name: str, architecture: str, shape: LayerShape) -> tuple[Turn, Turn]:
+    """From the values in the checkpoint to llama.cpp's, and back."""
+    heads = {".q_proj.": shape.num_heads, ".k_proj.": shape.num_kv_heads}
+    for linear, count in heads.items():
+        if architecture in _NEIGHBOURS and linear in name:
+            return partial(neighbouring, heads=count), partial(half_apart, heads=count)
     if architecture == "gemma" and name.endswith("norm.weight"):
-        return tensor + 1  # which transformers adds when it computes
-    return tensor
+        return lambda values: values + 1, lambda values: values - 1  # transformers adds it when it computes
+    return _as_it_is, _as_it_is
+
+
+def _as_it_is(values: Tensor) -> Tensor:
+    return values
 
 
 def _one_channel(stored: StoredTensors, name: str, target: str) -> Part:
     rows, columns = stored.places[name].shape
     shape = (rows, 1) if columns == 0 else (1, columns)
-    return Part(target, shape, partial(torch.zeros, shape, dtype=stored.dtype))
+    return Part(target, shape, partial(torch.zeros, shape, dtype=stored.dtype), None, _as_it_is)
 
 
 def neighbouring(rows_Fx: Tensor, heads: int) -> Tensor:
@@ -239,3 +252,10 @@ def neighbouring(rows_Fx: Tensor, heads: int) -> Tensor:
     width = rows_Fx.shape[0] // heads
     halves = rows_Fx.reshape(heads, 2, width // 2, *rows_Fx.shape[1:])
     return halves.transpose(1, 2).reshape(rows_Fx.shape).contiguous()
+
+
+def half_apart(rows_Fx: Tensor, heads: int) -> Tensor:
+    """What `neighbouring` was given."""
+    width = rows_Fx.shape[0] // heads
+    pairs = rows_Fx.reshape(heads, width // 2, 2, *rows_Fx.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows_Fx.shape).contiguous()

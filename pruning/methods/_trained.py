@@ -60,7 +60,7 @@ class Trained:
         self, config: TrainedOptions, num_all: int, num_layers: int, hidden_size: int, intermediate: int
     ) -> int:
         """What checkpoints of a training in progress and packed tokens take on the disk at most."""
-        trained = num_parameters(config, num_layers, hidden_size, intermediate)
+        trained = num_parameters(config, num_all, num_layers, hidden_size, intermediate)
         # moving averages, or gates with their moments: at most three numbers of eight bytes per head and channel
         along = num_layers * (hidden_size + intermediate)
         packed = config.packed_bytes if isinstance(config.data, PlainText) else 0

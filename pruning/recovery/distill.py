@@ -80,7 +80,7 @@ def scratch_bytes(config: Config, num_parameters: int, num_layers: int, hidden_s
     """What checkpoints, packed tokens and cached logits take on the disk at most; records are counted as text."""
     trained = num_parameters
     if config.adapters:
-        trained = adapter_parameters(config.adapters, num_layers, hidden_size, intermediate)
+        trained = adapter_parameters(config.adapters, num_parameters, num_layers, hidden_size, intermediate)
     cached = 6 * config.top_k * config.num_tokens if config.teacher_logits == "cache" else 0
     return config.checkpoint_bytes(trained) + config.packed_bytes + cached
 

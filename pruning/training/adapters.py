@@ -1,5 +1,5 @@
-"""Low-rank adapters on a model's linears, merged into them afterwards (LoRA: arXiv 2106.09685; rsLoRA: 2312.03732;
-DoRA: 2402.09353). The only importer of peft."""
+"""Low-rank adapters on a model's linears and experts, merged into them afterwards (LoRA: arXiv 2106.09685; rsLoRA:
+2312.03732; DoRA: 2402.09353). The only importer of peft."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pruning.bounds import Count, Real
 from pruning.errors import PruningError
@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("slimline")
 
-Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Target = Literal["q", "k", "v", "o", "gate", "up", "down", "experts"]
 ADAPTER_FOLDER = "adapter"
 
 
 class AdapterConfig(BaseModel):
     """What is adapted. alpha: the adapters' output is scaled by alpha / rank, or with rslora by alpha / sqrt(rank).
-    dora: magnitude and direction of each weight are learned apart."""
+    dora: magnitude and direction of each weight are learned apart.
+
+    The target experts is gate, up and down of all experts, an adapter of this rank each; gate, up and down are those of
+    MLPs alone.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,6 +44,17 @@ class AdapterConfig(BaseModel):
     dropout: Real = Field(0.05, ge=0, lt=1)
     rslora: bool = False
     dora: bool = False
+
+    @model_validator(mode="after")
+    def _experts_are_plain(self) -> Self:
+        # the adapted weight itself is computed, not the adapter's output: there is nothing to drop out
+        asked = [name for name in ("dropout", "dora") if getattr(self, name)]
+        if "experts" in self.targets and asked:
+            raise ValueError(
+                f"{asked[0]} = {getattr(self, asked[0])}: adapters on experts know none; set {asked[0]} to "
+                f"{0 if asked[0] == 'dropout' else 'false'}, or leave experts out of targets"
+            )
+        return self
 
 
 def check_rank(config: AdapterConfig, hidden_size: int) -> None:
@@ -51,11 +66,17 @@ def check_rank(config: AdapterConfig, hidden_size: int) -> None:
         )
 
 
-def num_parameters(config: AdapterConfig, num_layers: int, hidden_size: int, intermediate_size: int) -> int:
-    """Of all adapters of a model of these widths, at most."""
-    sides = {"q": 2 * hidden_size, "k": 2 * hidden_size, "v": 2 * hidden_size, "o": 2 * hidden_size}
-    widths = (sides.get(target, hidden_size + intermediate_size) for target in config.targets)
-    return num_layers * config.rank * sum(widths)
+def num_parameters(
+    config: AdapterConfig, num_all: int, num_layers: int, hidden_size: int, intermediate_size: int
+) -> int:
+    """Of all adapters of a model of these widths (of experts, of one), at most. num_all: its parameters."""
+    sides = dict.fromkeys(("q", "k", "v", "o"), 2 * hidden_size)
+    linears = [target for target in config.targets if target != "experts"]
+    widths = (sides.get(target, hidden_size + intermediate_size) for target in linears)
+    found = num_layers * config.rank * sum(widths)
+    if "experts" in config.targets:  # of a matrix (a, b) its adapter has rank * (1 / a + 1 / b) of the parameters
+        found += config.rank * (num_all // hidden_size + num_all // max(1, intermediate_size))
+    return found
 
 
 @contextmanager
@@ -74,7 +95,8 @@ def merged_adapters(model: PreTrainedModel, config: AdapterConfig, beside: Path 
             lora_dropout=config.dropout,
             use_rslora=config.rslora,
             use_dora=config.dora,
-            target_modules=target_names(model, config),
+            target_modules=target_names(model, config) or None,
+            target_parameters=expert_names(model, config) or None,
             bias="none",
             task_type="CAUSAL_LM",
         )
@@ -117,7 +139,8 @@ def _save(adapted: Any, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
     config = folder / "adapter_config.json"
     values = json.loads(config.read_text(encoding="utf-8"))
-    values["target_modules"] = sorted(values["target_modules"])  # a set
+    for kind in ("target_modules", "target_parameters"):  # sets
+        values[kind] = values.get(kind) and sorted(values[kind])
     config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
@@ -147,7 +170,10 @@ def check_finite(model: nn.Module) -> None:
 
 
 def check_targets(config: AdapterConfig, family: ModelFamily) -> None:
-    """Raise PruningError for targets that are some of the parts of one linear: it is adapted as a whole."""
+    """Raise PruningError for targets that are some of the parts of one linear, which is adapted as a whole, and for
+    experts where there are none."""
+    if "experts" in config.targets and family.experts is None:
+        raise PruningError(f"a {family.name} model has no experts to adapt: leave experts out of targets")
     for roles in family.fused_roles():
         asked = [role for role in roles if role in config.targets]
         if asked and len(asked) < len(roles):
@@ -160,7 +186,7 @@ def check_targets(config: AdapterConfig, family: ModelFamily) -> None:
 
 def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
     """Dotted names of the linears to adapt; a family may have no gate, a pruned MLP no channels. Experts, whose weights
-    are no linears, are left as they are, with a warning.
+    are no linears, have `expert_names`; where they are left as they are, a warning says so.
 
     Raises PruningError for a part of a fused linear, which is adapted as a whole, or if no target has weights left.
     """
@@ -175,11 +201,34 @@ def target_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
         for name, module in family.layers(model).named_modules()
         if name.rpartition(".")[2] in wanted and next(module.parameters()).numel()
     ]
+    if "experts" in config.targets:
+        return found
     if not found:
         raise PruningError(
             f"the targets {config.targets} have no weights left in this model"
             f"{', whose experts are not adapted' if family.experts else ''}: name others"
         )
     if family.experts is not None and {"gate", "up", "down"} & set(config.targets):
-        log.warning("adapters leave the experts of a %s model as they are: they sit on its linears alone", family.name)
+        log.warning(
+            "adapters leave the experts of a %s model as they are: they sit on its linears alone; add experts to "
+            "targets, with dropout: 0, to train those too",
+            family.name,
+        )
     return found
+
+
+def expert_names(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
+    """Dotted names of the weights of all experts of a layer, if they are to be adapted."""
+    from pruning.families import family_of
+    from pruning.families.experts import experts_of
+
+    family = family_of(model)
+    if "experts" not in config.targets:
+        return []
+    adapted = [found.module for layer in family.layers(model) if (found := experts_of(family, layer)) is not None]
+    return [
+        f"{name}.{weight}"
+        for name, module in model.named_modules()
+        if any(module is each for each in adapted)
+        for weight in ("gate_up_proj", "down_proj")
+    ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from evaluation.inference.oom import free_memory
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 from infra.child_process import end_with_parent
+from tasks.devices.exported import FILE, load_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Cached:
-    """What one place keeps: models by the keys of their checkpoints, and processes with copies of one of them.
+    """What one place keeps: models by the keys of their checkpoints or files, and processes with copies of one of them.
 
     replicas_of: key of their checkpoint, and how each process loads it.
     """
@@ -49,13 +50,11 @@ _cache: dict[Placement, _Cached] = {}
 
 
 def load_cached(refs: Sequence[ArtifactRef], store: ArtifactStore, place: Placement) -> tuple[PreTrainedModel, ...]:
-    """The models of these checkpoints in eval mode on the place, which must be the caller's; what else is cached goes,
-    and so do processes that have copies of another checkpoint than the first.
+    """The models of these checkpoints (or of files exported from some) in eval mode on the place, which must be the
+    caller's; what else is cached goes, and so do processes that have copies of another checkpoint than the first.
 
     They must be left as they are.
     """
-    from pruning.checkpoints.save_load import load_checkpoint
-
     cached = _cached_on(place)
     if cached.replicas_of is not None and cached.replicas_of[0] != refs[0].key:
         cached.end_replicas()
@@ -66,8 +65,17 @@ def load_cached(refs: Sequence[ArtifactRef], store: ArtifactStore, place: Placem
         free_memory()
     for ref in refs:
         if ref.key not in cached.models:
-            cached.models[ref.key] = load_checkpoint(store.path(ref), **place.load).eval()
+            cached.models[ref.key] = _loaded(ref, store, place).eval()
     return tuple(cached.models[ref.key] for ref in refs)
+
+
+def _loaded(ref: ArtifactRef, store: ArtifactStore, place: Placement) -> PreTrainedModel:
+    from pruning.checkpoints.save_load import load_checkpoint
+
+    if ref.kind != "export":
+        return load_checkpoint(store.path(ref), **place.load)
+    checkpoint = ArtifactRef.model_validate(store.manifest(ref).request["checkpoint"])
+    return load_gguf(store.path(checkpoint), store.path(ref) / FILE, **place.load)
 
 
 @contextmanager

@@ -185,7 +185,7 @@ def _placed(settings: Settings, devices: Devices, request: Request) -> AbstractC
     processes = {"one": 1, "walk": settings.walk_processes, "evaluation": settings.eval_processes}
     places = pool(settings.device, settings.device_lease)
     # only evaluations go on with the model that the one before them loaded; all others get their places empty
-    needs = request.checkpoint.key if isinstance(request, EvaluateRequest) else None
+    needs = request.measured.key if isinstance(request, EvaluateRequest) else None
     return places.one(needs) if processes.get(devices) == 1 else places.all(needs)
 
 

@@ -3,7 +3,7 @@
 * hf_folder.py   a plain Hugging Face folder
 * gguf.py        one file for llama.cpp
 * talk.py        loaded, to be talked to
-* in_run.py      the stage of a run that writes such a file as an artifact
+* in_run.py      the stages of a run that write such a file as an artifact, and measure size and speed of it
 * publishing.py  a folder beside its place until it is whole
 
 May import pruning, evaluation, infra and the rest of tasks.

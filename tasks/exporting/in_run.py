@@ -1,15 +1,16 @@
-"""Stage: a checkpoint as a file for other programs, an artifact of its own."""
+"""Stages: a checkpoint as a file for other programs, an artifact of its own; size and speed of such a file."""
 
 from __future__ import annotations
 
 import logging
 
+from evaluation.profile.config import FileProfileConfig
+from evaluation.profile.llama_cpp import profile_file as measure
 from infra.sources.safe_names import is_repository_id
+from tasks.devices.exported import FILE
 from tasks.execution.context import StageContext
 from tasks.execution.stage import stage
-from tasks.requests import ExportRequest
-
-FILE = "model.gguf"
+from tasks.requests import ExportRequest, FileProfileRequest
 
 log = logging.getLogger("slimline")
 
@@ -47,3 +48,20 @@ export = stage(
         "transformers.models.auto.tokenization_auto",
     ),
 )
+
+
+def fill_profile(request: FileProfileRequest, context: StageContext) -> None:
+    """Write report.json."""
+    import torch
+
+    report = measure(
+        context.store.path(request.export) / FILE,
+        FileProfileConfig.model_validate(request.settings),
+        runtime=request.runtime,
+        threads=torch.get_num_threads(),
+    )
+    (context.folder / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
+
+
+#: the device is not used but had, so that nothing else computes meanwhile
+profile_file = stage("profile", fill_profile, devices="one", imports=("torch",))

@@ -13,8 +13,8 @@ from infra.results.rows import StageRow
 
 
 class Measured(BaseModel):
-    """A finished report stage: what it measured (`suite`) about which checkpoint. leaks: a sentence for each training
-    of the checkpoint on what is measured."""
+    """A finished report stage: what it measured (`suite`) about which checkpoint or exported file. leaks: a sentence
+    for each training of the checkpoint on what is measured."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,7 +28,7 @@ class Measured(BaseModel):
 
 class RunOutcome(BaseModel):
     """All that there is to record about a run. `checkpoints`: the finished ones by name; `lineage`: how they
-    are made."""
+    are made; `files`: exported from them, those that were measured."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,6 +38,7 @@ class RunOutcome(BaseModel):
     started_at: datetime
     stages: tuple[StageRow, ...]
     checkpoints: dict[str, ArtifactRef]
+    files: dict[str, ArtifactRef] = {}
     lineage: tuple[Made, ...] = ()
     measured: tuple[Measured, ...]
     failed: bool

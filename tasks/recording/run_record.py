@@ -41,10 +41,11 @@ class Rows:
 def run_record(outcome: RunOutcome, rows: Rows, store: ArtifactStore) -> RunRecord:
     """What MLflow is to hold of a run. Its metrics are those of its checkpoints, which have runs of their own."""
     model = str((outcome.spec.get("model") or {}).get("id", ""))
-    lineages = {name: lineage_of(ref, store) for name, ref in outcome.checkpoints.items()}
+    refs = outcome.checkpoints | outcome.files
+    lineages = {name: lineage_of(ref, store) for name, ref in refs.items()}
     params = {name: lineage.params(model) for name, lineage in lineages.items()}
     checkpoints = [
-        _checkpoint(name, outcome, rows, store, lineages[name], params[name]) for name in outcome.checkpoints
+        _checkpoint(name, ref, outcome, rows, store, lineages[name], params[name]) for name, ref in refs.items()
     ]
     content = RunContent(
         name=outcome.name,
@@ -62,7 +63,8 @@ def run_record(outcome: RunOutcome, rows: Rows, store: ArtifactStore) -> RunReco
     )
     named = {(row.suite, row.task, row.metric): metric_name(row) for row in rows.metrics}
     columns = [named[figure] for figure in chosen_figures(rows.metrics)]
-    best = aliases(lineages, rows.metrics, outcome.failed)
+    versioned = {name: lineage for name, lineage in lineages.items() if name in outcome.checkpoints}
+    best = aliases(versioned, rows.metrics, outcome.failed)
     return RunRecord(outcome.run_key, content, checkpoints, best, columns=columns)
 
 
@@ -94,9 +96,15 @@ def curve_name(metric: str) -> str:
 
 
 def _checkpoint(
-    name: str, outcome: RunOutcome, rows: Rows, store: ArtifactStore, lineage: Lineage, params: dict[str, str]
+    name: str,
+    ref: ArtifactRef,
+    outcome: RunOutcome,
+    rows: Rows,
+    store: ArtifactStore,
+    lineage: Lineage,
+    params: dict[str, str],
 ) -> CheckpointRecord:
-    ref = outcome.checkpoints[name]
+    """Of a checkpoint, or of a file that was exported from one, which is no version of the registered model."""
     measured = [each for each in outcome.measured if each.checkpoint_name == name]
     metrics = [row for row in rows.metrics if row.checkpoint == name]
     began, ended = _span(ref, measured, outcome, store)
@@ -116,7 +124,7 @@ def _checkpoint(
         began_ms=_ms(began),
         ended_ms=_ms(ended),
     )
-    return CheckpointRecord(name, ref.key, content, store.path(ref))
+    return CheckpointRecord(name, ref.key, content, store.path(ref) if ref.kind == "checkpoint" else None)
 
 
 def _points(ref: ArtifactRef, metrics: Iterable[MetricRow], rows: Rows) -> Iterator[MetricPoint]:

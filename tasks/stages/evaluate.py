@@ -1,4 +1,4 @@
-"""Stage: one suite on one checkpoint, so that a failed suite is run again alone."""
+"""Stage: one suite on one checkpoint or exported file, so that a failed suite is run again alone."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def fill(request: EvaluateRequest, context: StageContext) -> None:
     from infra.models.import_model import load_tokenizer
 
     _require(request, context.run_context.sources)
-    refs = [ref for ref in (request.checkpoint, request.reference) if ref is not None]
+    refs = [ref for ref in (request.measured, request.reference) if ref is not None]
     tokenizer = load_tokenizer(context.store.path(request.checkpoint))
     model, *reference = load_cached(refs, context.store, context.place)
     settings = context.run_context.settings
@@ -105,7 +105,7 @@ def _require(request: EvaluateRequest, sources: Sources) -> None:
 def _replicas(request: EvaluateRequest, context: StageContext) -> AbstractContextManager[ReplicaProcesses | None]:
     """Further processes with copies of the model, if the settings ask for them."""
     settings = context.run_context.settings
-    if settings.eval_processes == 1 or request.reference is not None:
+    if settings.eval_processes == 1 or request.reference is not None or request.export is not None:
         return nullcontext()
     names = device_names(settings.device)
     loads: list[dict[str, Any]] = [{"device": names[i % len(names)]} for i in range(1, settings.eval_processes)]
@@ -118,6 +118,7 @@ def _imports(request: EvaluateRequest) -> tuple[str, ...]:
         "pruning.checkpoints.save_load",
         "pruning.modeling.modeling_slimline",
         "transformers.models.auto.tokenization_auto",
+        *(("gguf", "pruning.checkpoints.llama_cpp") if request.export else ()),
         *request.module.IMPORTS,
     )
 

@@ -16,7 +16,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 
-from evaluation.profile.report import ProfileReport
+from evaluation.profile.report import read_profile
 from evaluation.report import EvalReport, Metric
 from infra.artifacts.manifest import Manifest
 from infra.errors import SourceInvalid, TrackingUnusable
@@ -138,7 +138,7 @@ def _read_report(folder: Path, suite: str) -> tuple[tuple[Metric, ...], dict[str
     if suite != "profile":
         report = EvalReport.model_validate_json(text)
         return report.metrics, dict(report.protocol)
-    profile = ProfileReport.model_validate_json(text)
+    profile = read_profile(text)
     return profile.metrics(), dict(profile.conditions())
 
 

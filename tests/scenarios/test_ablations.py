@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from flows.records.tables import protocol_lines
+from flows.run.graph import StageGraph
 from flows.run.locate import locate
-from flows.run.stages import StageGraph, build_stages
+from flows.run.stages import build_stages
 from flows.spec.load import dump_spec, load_spec, shipped_specs
 from flows.spec.run import RunSpec
 from flows.spec.steps import PruneStep

@@ -58,7 +58,14 @@ for kind, folder in json.loads(sys.argv[1]).items():
         eager = load(attn_implementation="eager")(input_ids=ids).logits
         spread = load(device_map={"": "cpu"})(input_ids=ids).logits
         half = load(dtype=torch.bfloat16)(input_ids=ids).logits
-    torch.testing.assert_close(logits, eager, rtol=1e-4, atol=1e-5)
+        fused = load(attn_implementation="sdpa")(input_ids=ids).logits
+        with torch.compiler.set_stance("force_eager"):  # what transformers compiles of it takes minutes of a compiler
+            flexible = load(attn_implementation="flex_attention")(input_ids=ids).logits
+        if kind == "uneven":  # captured as one graph, whatever is made of it
+            compiled = torch.compile(load(), backend="eager", fullgraph=True)(input_ids=ids).logits
+            torch.testing.assert_close(logits, compiled, rtol=1e-4, atol=1e-5)
+    for other in (eager, fused, flexible):
+        torch.testing.assert_close(logits, other, rtol=1e-4, atol=1e-5)
     assert torch.equal(logits, spread), kind
     assert half.dtype == torch.bfloat16 and (half.float() - logits).norm() < 0.1 * logits.norm(), kind
     cached, plain = (model.generate(ids, use_cache=use, **options) for use in (True, False))

@@ -17,8 +17,9 @@ import pruning.recovery.lora
 import tasks.requests
 from flows.errors import SpecError
 from flows.run.compress import in_order_of_submission
+from flows.run.graph import StageGraph
 from flows.run.locate import locate
-from flows.run.stages import StageGraph, build_stages
+from flows.run.stages import build_stages
 from flows.spec.load import load_spec
 from infra.settings import Settings
 from infra.sources.find import Sources
@@ -339,3 +340,48 @@ def test_exports_are_stages_of_their_own(mirror: Path) -> None:
     assert "exports" not in plain.spec.model_dump(mode="json")
     with pytest.raises(SpecError, match=r"on: unknown checkpoint 'slimgpt'"):
         planned(mirror, "exports=[{format: gguf, on: [slimgpt]}]")
+
+
+def test_exported_files_are_measured_beside_the_checkpoints(mirror: Path) -> None:
+    one = "exports=[{format: gguf, type: q8_0, on: [dense]}]"
+    asked = planned(mirror, "exports=[{format: gguf, type: [q8_0, q4_0], on: [dense], measure: {runs: 2}}]")
+    added = {stage.name: stage for stage in asked.stages if stage.name not in EVERYTHING}
+    kinds = ("q8_0", "q4_0")
+    assert added.keys() == {
+        *(f"export:gguf-{kind}:dense" for kind in kinds),
+        *(f"evaluate:perplexity:dense+{kind}" for kind in kinds),
+        *(f"profile:dense+{kind}" for kind in kinds),
+    }
+    file = added["export:gguf-q8_0:dense"]
+    assert file.ref.key == keys(planned(mirror, one))["export:gguf-q8_0:dense"]
+    measured = added["evaluate:perplexity:dense+q8_0"].request
+    assert measured.inputs == (asked.checkpoints["dense"], file.ref)
+    own = next(stage for stage in asked.stages if stage.name == "evaluate:perplexity:dense")
+    assert own.ref.key == keys(planned(mirror))["evaluate:perplexity:dense"]
+    assert measured.model_dump(exclude={"export"}) == own.request.model_dump(exclude={"export"})
+    depths = {stage.name: depth for depth, stage in asked.outline}
+    assert depths["evaluate:perplexity:dense+q8_0"] == depths["export:gguf-q8_0:dense"] + 1
+    assert added["profile:dense+q8_0"].ref.key.startswith("profile-file-v1-")
+    assert "measure" not in planned(mirror, one).spec.model_dump(mode="json")["exports"][0]
+
+
+def test_which_evaluations_of_a_file_are_made_can_be_said(mirror: Path) -> None:
+    asked = "exports=[{{format: gguf, on: [dense], measure: {{evals: {}}}}}]"
+    names = {stage.name for stage in planned(mirror, asked.format("[zero_shot]")).stages}
+    assert {"evaluate:zero_shot:dense+f16", "profile:dense+f16"} <= names
+    assert "evaluate:perplexity:dense+f16" not in names
+    with pytest.raises(SpecError, match="unknown evaluation 'zero_shoot'; did you mean 'zero_shot'"):
+        planned(mirror, asked.format("[zero_shoot]"))
+    twice = "exports=[{format: gguf, on: [dense], measure: {}}, {format: gguf, on: all, measure: {}}]"
+    with pytest.raises(SpecError, match=r"are called 'dense\+f16'; measure each file once"):
+        planned(mirror, twice)
+    for wrong in ("q4_k", "[q4_k]"):
+        with pytest.raises(SpecError, match=r"exports\.0\.type = .*q4_k.* should be 'f16', .*'q4_0'"):
+            planned(mirror, f"exports=[{{format: gguf, type: {wrong}}}]")
+
+
+def test_another_llama_cpp_is_another_profile_of_a_file(mirror: Path) -> None:
+    spec = load_spec("smoke", [*SPEC, "exports=[{format: gguf, on: [dense], measure: {}}]"])
+    identities = locate(spec, Sources((mirror,), None, False, home=mirror.parent / "home"))
+    none, one = (build_stages(spec, identities, "cpu", runtime) for runtime in ("", "xllamacpp 1 on a"))
+    assert changed(none, one) == {"profile:dense+f16"}

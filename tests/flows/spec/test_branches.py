@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from flows.errors import SpecError
-from flows.run.stages import StageGraph
+from flows.run.graph import StageGraph
 from flows.spec.load import dump_spec, load_spec, parse_spec
 from flows.spec.run import RunSpec
 from tests.flows.run.test_stages import keys, make_mirror, planned

@@ -27,7 +27,7 @@ from pruning.methods import flap, shortened, slimgpt
 from pruning.modeling import config_shapes
 from pruning.plan import LayerPlan, LayerShape, PruningPlan
 from pruning.recovery import RecoveryInputs, lora
-from pruning.training.adapters import merged_adapters
+from pruning.training.adapters import ADAPTER_FOLDER, check_targets, merged_adapters, num_parameters
 from pruning.training.options import TrainingRun
 from pruning.walk.sequential import walk_layers
 from tests.pruning.captured import CPU, ON_THREE_LAYERS, RECORDS, prune_copy, same_weights, windows
@@ -234,6 +234,58 @@ def test_plans_of_experts_keep_as_many_channels_of_each() -> None:
     with pytest.raises(PruningError, match="3 experts of 3 channels, and its plan is for expert_size 0"):
         full.layers[0].model_copy(update={"expert_size": 0}).check(shape)
     assert "expert" not in LayerShape(num_heads=2, num_kv_heads=2, intermediate_size=3).model_dump_json()
+
+
+@pytest.mark.parametrize("name", EXPERT_FAMILIES)
+def test_adapters_on_experts_are_merged_into_them(name: str, tmp_path: Path) -> None:
+    """Trained, stopped after a checkpoint and gone on with: the same weights, which save and load like any others."""
+    given: dict[str, Any] = {"targets": ("q", "v", "experts"), "dropout": 0, "rank": 2, "save_steps": 1, "max_steps": 3}
+    given |= {"batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 0, "dtype": "float32"}
+    config = lora.Config(**given)
+    models = [copy.deepcopy(outcome(name).shrunk) for _ in range(2)]
+    before, modules = copy.deepcopy(models[0]), [type(module) for module in models[0].modules()]
+
+    def stop(share: float, message: str) -> None:
+        if share > 0.5:
+            raise KeyboardInterrupt
+
+    def recover(model: PreTrainedModel, scratch: str, **run: Any) -> Any:
+        beside = TrainingRun(tmp_path / scratch, beside=tmp_path, **run)
+        return lora.recover(model, tiny_tokenizer(), RecoveryInputs(records=RECORDS), config, beside)
+
+    report = recover(models[0], "whole")
+    if name == "mixtral":
+        with pytest.raises(KeyboardInterrupt):
+            recover(models[1], "stopped", progress=stop)
+        assert same_weights(models[1], before)
+        assert list((tmp_path / "stopped").glob("checkpoint-*"))
+        recover(models[1], "stopped")
+        assert same_weights(*models)
+    losses = [value for _, value in report.curves["train_loss"]]
+    assert losses[-1] < losses[0]
+    assert [type(module) for module in models[0].modules()] == modules
+    old = before.state_dict()
+    changed = {each for each, value in models[0].state_dict().items() if not torch.equal(value, old[each])}
+    weights = ("q_proj.weight", "v_proj.weight", "experts.gate_up_proj", "experts.down_proj")
+    assert changed == {each for each in old if each.endswith(weights)}
+    save_checkpoint(models[0], None, tmp_path / "merged")
+    assert torch.equal(probe(load_checkpoint(tmp_path / "merged")), probe(models[0]))
+    assert "target_parameters" in (tmp_path / ADAPTER_FOLDER / "adapter_config.json").read_text()
+
+
+def test_adapters_on_experts_have_neither_dropout_nor_dora() -> None:
+    with pytest.raises(ValueError, match="adapters on experts know none; set dropout to 0, or leave experts out"):
+        lora.Config(targets=("q", "experts"))
+    with pytest.raises(ValueError, match="set dora to false, or leave experts out of targets"):
+        lora.Config(targets=("experts",), dropout=0, dora=True)
+    config = lora.Config(targets=("experts",), dropout=0, rank=2)
+    with pytest.raises(PruningError, match="a llama model has no experts to adapt"):
+        check_targets(config, family_of(tiny_model("llama")))
+    model = tiny_model("mixtral")
+    with merged_adapters(model, config) as adapted:
+        trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
+        hidden, channels = model.config.hidden_size, model.config.intermediate_size
+        assert 0 < trained <= num_parameters(config, model.num_parameters(), 3, hidden, channels)
 
 
 @pytest.mark.parametrize("name", EXPERT_FAMILIES)

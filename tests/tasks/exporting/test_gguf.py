@@ -6,7 +6,7 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gguf
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from flows.commands.checkpoints.export import GgufType
 from infra.errors import InfraError
 from infra.exporting.gguf_file import Type
 from infra.models.gguf_header import read_gguf_header
@@ -36,6 +37,10 @@ NAMES = {
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
 }  # fmt: skip
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+FILE_TYPES = {
+    **{"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"},
+    **{kind: f"MOSTLY_{kind.upper()}" for kind in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")},
+}
 PROMPTS = [[0, 34, 77, 120, 200, 55], [0, 5, 9, 300], [0, 17]]
 
 
@@ -97,16 +102,36 @@ def test_every_tensor_is_read_back(family: str, kind: str, architecture: str, tm
     assert widths.contents() == (per_layer if architecture == "deci" else per_layer[0])
 
 
-@pytest.mark.parametrize("stored, size", [("f16", 2.0), ("bf16", 2.0), ("q8_0", 34 / 32), ("f32", 4.0)])
-def test_types_take_the_room_that_they_promise(stored: Type, size: float, tmp_path: Path) -> None:
+#: bytes of a value, and the largest part of a block's largest value that one of its values is off
+ROOM: dict[Type, tuple[float, float]] = {
+    "f32": (4, 0), "f16": (2, 2**-10), "bf16": (2, 2**-7), "q8_0": (34 / 32, 1 / 127), "q5_1": (24 / 32, 1 / 15),
+    "q5_0": (22 / 32, 1 / 8), "q4_1": (20 / 32, 1 / 7), "q4_0": (18 / 32, 1 / 4),
+}  # fmt: skip
+
+
+def test_types_take_the_room_that_they_promise(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "checkpoint", "llama", "dense", hidden=64, intermediate=96)
-    notes = export_gguf(tmp_path / "checkpoint", tmp_path / "model.gguf", {}, stored)
-    assert notes == []
-    matrices = [tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors if len(tensor.shape) > 1]
-    assert sum(int(tensor.n_bytes) for tensor in matrices) == size * sum(int(tensor.n_elements) for tensor in matrices)
-    near = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in matrices}
     weight = model.get_submodule("model.layers.1.mlp.up_proj").weight.detach().numpy()
-    assert abs(near["blk.1.ffn_up.weight"] - weight).max() <= abs(weight).max() / {"q8_0": 127}.get(stored, 200)
+    assert ROOM.keys() == set(get_args(Type)) == {each.value for each in GgufType}
+    for stored, (size, error) in ROOM.items():
+        file = tmp_path / f"{stored}.gguf"
+        assert export_gguf(tmp_path / "checkpoint", file, {}, stored) == []
+        tensors = {each.name: each for each in gguf.GGUFReader(file).tensors if len(each.shape) > 1}
+        head = tensors.pop("output.weight")
+        assert int(head.n_bytes) == max(size, 34 / 32) * int(head.n_elements)
+        assert {int(each.n_bytes) / int(each.n_elements) for each in tensors.values()} == {size}
+        near = gguf.dequantize(tensors["blk.1.ffn_up.weight"].data, tensors["blk.1.ffn_up.weight"].tensor_type)
+        assert abs(near - weight).max() <= abs(weight).max() * error
+        assert read_gguf_header(file).values["general.file_type"] == gguf.LlamaFileType[FILE_TYPES[stored]]
+
+
+def test_where_embeddings_are_the_head_they_are_stored_like_it(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint", "llama", "dense", hidden=64, intermediate=96, tie_word_embeddings=True)
+    assert export_gguf(tmp_path / "checkpoint", tmp_path / "model.gguf", {}, "q4_0") == []
+    kinds = {each.name: each.tensor_type.name for each in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["blk.0.attn_q.weight"] == "Q4_0"
+    assert "output.weight" not in kinds
 
 
 def test_rows_that_no_block_fits_stay_f16_and_are_told(tmp_path: Path) -> None:
