@@ -31,7 +31,7 @@ from flows.spec.run import RunSpec
 from infra.artifacts.claims import claimed
 from infra.keys import canonical_json
 from infra.registry import did_you_mean
-from infra.results.rows import MetricRow, StageRow
+from infra.results.rows import DENSE, MetricRow, StageRow
 from infra.results.store import ResultsStore
 from infra.secrets import redacted, secrets_kept
 from infra.settings import load_settings
@@ -201,7 +201,7 @@ def _finish(
             ),
             checkpoints={name: ref for name, ref in graph.checkpoints.items() if ref.key in done},
             lineage=lineage(graph.spec),
-            measured=tuple(_measured(stage, leaks) for stage in graph.reports if stage.ref.key in done),
+            measured=tuple(_measured(stage, graph, leaks) for stage in graph.reports if stage.ref.key in done),
             failed=bool(problems),
             message=message,
         ),
@@ -252,8 +252,8 @@ def _outcome(stage: Stage, future: PrefectFuture[StageResult]) -> StageOutcome:
     return StageOutcome(**common, status="failed", seconds=None, message=message, by_user=sentence is not None)
 
 
-def _measured(stage: Stage, leaks: Sequence[Leak]) -> Measured:
-    request = stage.request
+def _measured(stage: Stage, graph: StageGraph, leaks: Sequence[Leak]) -> Measured:
+    request, origin = stage.request, graph.spec.tokenizer_of(stage.checkpoint)
     assert isinstance(request, EvaluateRequest | ProfileRequest)
     suite = request.plugin if isinstance(request, EvaluateRequest) else stage.action
     return Measured(
@@ -263,6 +263,7 @@ def _measured(stage: Stage, leaks: Sequence[Leak]) -> Measured:
         checkpoint_name=stage.checkpoint,
         checkpoint=request.checkpoint,
         leaks=tuple(leak.sentence for leak in leaks if leak.touches(stage)),
+        vocabulary="" if origin == DENSE else graph.checkpoints[origin].key,
     )
 
 

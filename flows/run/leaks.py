@@ -140,7 +140,9 @@ def _line(derivation: Derivation, by_name: dict[str, Derivation]) -> Iterator[De
 def _trained_on(derivation: Derivation, by_name: dict[str, Derivation], spec: RunSpec) -> Iterator[Reading]:
     """What a step trains on: its own data sets, or the calibration of the prunings before it."""
     module, config = derivation.step.module, derivation.step.config
-    for data in module.reads(config) if hasattr(module, "reads") else ():
+    if isinstance(derivation.step, PruneStep) and not derivation.step.trains:
+        return
+    for data in module.reads(config):
         yield _reading(data, data.columns)
     if isinstance(derivation.step, PruneStep) or "calibration" not in module.NEEDS:
         return

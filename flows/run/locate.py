@@ -42,7 +42,7 @@ def locate(spec: RunSpec, sources: Sources) -> Identities:
     for derivation in spec.derivations:
         step = derivation.step
         read: list[Any] = []
-        if not isinstance(step, PruneStep) or step.trains:
+        if not isinstance(step, PruneStep) or step.reads_data:
             read += data_read(step.module, step.config)
         if spec.reads_calibration(derivation):
             calibration = spec.calibration_of(derivation)

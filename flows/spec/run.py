@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from evaluation.profile.config import ProfileConfig
-from flows.spec.branches import Derivation, derive, ends
+from flows.spec.branches import Derivation, derive, ends, tokenizer_origin
 from flows.spec.parts import NAME, NAME_OR_DEFAULT, PluginEntry, SpecPart
 from flows.spec.start_folder import StartFolder
 from flows.spec.steps import PruneStep, Step
@@ -164,7 +164,7 @@ class RunSpec(SpecPart):
         """Whether a step takes statistics of calibration windows, or trains on them."""
         step = derivation.step
         if isinstance(step, PruneStep):
-            return not step.trains
+            return not step.reads_data
         return "calibration" in step.module.NEEDS
 
     def calibration_of(self, derivation: Derivation) -> CalibrationSpec | None:
@@ -173,6 +173,11 @@ class RunSpec(SpecPart):
             return self.calibration
         own = self.calibration.model_dump(mode="json") if self.calibration else {}
         return CalibrationSpec.model_validate(own | derivation.changes.calibration)
+
+    def tokenizer_of(self, name: str) -> str:
+        """The checkpoint from which one has its tokenizer: the dense one, or the last on its way with a vocabulary of
+        its own. What is trained towards the dense model is trained towards this one."""
+        return tokenizer_origin(self.derivations, name)
 
     _safe = model_validator(mode="before")(refuse_unsafe)
 
@@ -197,7 +202,42 @@ class RunSpec(SpecPart):
         _refuse_duplicates("variant", [v for step in self.steps for v in getattr(step, "variants", ())], "rename one")
         for derivation in self.derivations:
             self._check_calibration(derivation)
+            self._check_teacher(derivation)
+        for entry in self.evals:
+            self._check_reference(entry)
         return self
+
+    def _check_teacher(self, derivation: Derivation) -> None:
+        """What a model learns from a teacher it learns token by token."""
+        origin, step = self.tokenizer_of(derivation.source), derivation.step
+        if origin == DENSE or "teacher" not in getattr(step.module, "NEEDS", ()):
+            return
+        if teacher := getattr(step.config, "teacher", None):
+            raise ValueError(
+                f"{step.plugin} names the teacher {teacher}, and {derivation.source} has the smaller vocabulary of "
+                f"{origin}, which no other model has: leave teacher out, or make the vocabulary smaller after it"
+            )
+        by_name = {each.name: each for each in self.derivations}
+        way = by_name[origin]
+        while way.rebuilds_vocabulary and way.source in by_name:
+            way = by_name[way.source]
+        if not way.rebuilds_vocabulary:
+            raise ValueError(
+                f"{step.plugin} learns from the dense model, and {derivation.source} has the smaller vocabulary of "
+                f"{origin}, which was not made of the dense model: put the step {by_name[origin].step.plugin} first, "
+                f"or after {step.plugin}"
+            )
+
+    def _check_reference(self, entry: EvalSpec) -> None:
+        """Probabilities of tokens are compared token by token."""
+        if not entry.compares:
+            return
+        others = [name for name in self.measured_by(entry) if self.tokenizer_of(name) != DENSE]
+        if others:
+            raise ValueError(
+                f"evals: {entry.label} compares {others[0]} with the dense model token by token, and its vocabulary is "
+                "a smaller one: name other checkpoints in `on`, or compare by perplexity with `normalise: [byte]`"
+            )
 
     def _check_calibration(self, derivation: Derivation) -> None:
         try:
@@ -205,7 +245,7 @@ class RunSpec(SpecPart):
         except ValidationError as error:
             problem = first_problem(error, model=CalibrationSpec)
             raise ValueError(f"variants.{derivation.variant}.calibration: {problem}") from error
-        if calibration is None and isinstance(derivation.step, PruneStep) and not derivation.step.trains:
+        if calibration is None and isinstance(derivation.step, PruneStep) and not derivation.step.reads_data:
             raise ValueError("steps prune but there is no `calibration`; add one (data, num_samples, seq_len)")
         if calibration is None and self.reads_calibration(derivation):
             raise ValueError(

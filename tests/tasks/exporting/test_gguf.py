@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from infra.errors import InfraError
 from infra.exporting.gguf_file import Type
@@ -26,7 +24,7 @@ from pruning.families import shapes
 from pruning.plan import PruningPlan
 from tasks.exporting.gguf import export_gguf
 from tests.tasks.exporting.kinds import TEMPLATE, write_checkpoint
-from tests.tiny import VOCAB_SIZE, random_plan, rope_model, tiny_model, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, random_plan, rope_model, sentencepiece_tokenizer, tiny_model, tiny_tokenizer
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -247,27 +245,9 @@ def test_llama_cpp_splits_texts_as_the_tokenizer_does(tmp_path: Path) -> None:
     check_alike(model, file, texts, 6)
 
 
-def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2's: spaces are letters, one goes before every text, and what has no token is bytes."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
-    tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    content = json.loads(tokenizer.to_str())
-    vocab = content["model"]["vocab"]
-    content["model"]["vocab"] = vocab | {byte: len(vocab) + index for index, byte in enumerate(bytes_)}
-    start = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
-    made = Tokenizer.from_str(json.dumps(content))
-    made.post_processor = start
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
 @needs_llama_cpp
 def test_sentencepiece_splits_alike(tmp_path: Path) -> None:
-    tokenizer = sentencepiece_tokenizer()
+    tokenizer = sentencepiece_tokenizer(TEXTS)
     model = tiny_model("llama", vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
     model.save_pretrained(tmp_path / "checkpoint")
     tokenizer.save_pretrained(tmp_path / "checkpoint")
