@@ -20,7 +20,7 @@ One that trains while it prunes has no orders and reads data sets instead of cal
 * `reads(config)`                         its data sets, as a recovery's
 * `check_training(config, hidden_size, context)`, `scratch_bytes(config, ...)`   as check_model, scratch_bytes there
 
-and `_trained` writes all of them from one function that makes what decides (`pruning.gradual`).
+and `pruning.gradual.trained` writes all of them from one function that makes what decides.
 
 One that takes nothing from the layers but makes the vocabulary smaller reads a data set too. In the place of `order`
 and `prune` it has

@@ -1,4 +1,4 @@
-"""A smaller vocabulary in a run: what follows has its tokens, what is recorded says so, and llama.cpp's file is made."""
+"""A smaller vocabulary in a run: what follows has its tokens, records say so, and a file for llama.cpp is made."""
 
 from __future__ import annotations
 
