@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pruning.checkpoints.folder import with_own_modelling_file_
+from pruning.checkpoints.folder import WEIGHTS, with_own_modelling_file_
 from pruning.checkpoints.headers import write_index
 from pruning.checkpoints.load_check import check_rows
 from pruning.checkpoints.save_load import PLAN_FILE
@@ -151,8 +151,9 @@ def _write_weights(stored: StoredTensors, out: Path, kept: Sequence[int]) -> Non
             raise PruningError(f"cannot load the weights in {file}: {error}") from error
         tensors |= {name: tensors[name].index_select(0, rows_K) for name in cut}
         save_file(tensors, out / file.name, metadata={"format": "pt"})
-    if len(stored.files) > 1:
-        write_index(out, sorted(file.name for file in stored.files))
+    written = sorted(file.name for file in stored.files)
+    if written != [WEIGHTS]:
+        write_index(out, written)
 
 
 def _write_configs(stored: StoredTensors, generation: Mapping[str, Any], out: Path, new_ids: Mapping[int, int]) -> None:

@@ -63,8 +63,8 @@ class Lineage:
         """The data sets by which it was made."""
         for calibration in self.calibrations:
             yield _input(calibration.request.get("source"), "calibration", calibration.request)
-        for trained in self.made:
-            yield from inputs_of(trained, "training")
+        for each in self.made:
+            yield from inputs_of(each, "calibration" if _is_of_vocabulary(each) else "training")
 
     def steps(self) -> list[dict[str, Any]]:
         """Each step with all its options, as JSON can hold it."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from infra.models.gguf_header import read_gguf_header
 from infra.models.import_model import load_tokenizer
 from pruning.calibration import CalibrationSet
 from pruning.checkpoints.save_load import load_checkpoint
 from pruning.errors import PruningError
+from tasks.exporting.hf_folder import export_hf_folder
 from tests.flows.home import Home
 from tests.flows.run.test_compress import checkpoint_runs, not_cached
 
@@ -21,7 +24,9 @@ EVALS = (
 )
 
 
-def test_what_follows_has_the_tokens_of_the_smaller_vocabulary(smoke_copy: Home, filled: list[str]) -> None:
+def test_what_follows_has_the_tokens_of_the_smaller_vocabulary(
+    smoke_copy: Home, filled: list[str], tmp_path: Path
+) -> None:
     with pytest.raises(PruningError, match=r"sparsity 0\.9 would leave 128 of a vocabulary of 1000, of which 257 must"):
         smoke_copy.run("smoke", [f"steps=[{SMALLER.format(0.9)}]", "profile=null"])
     assert filled == []
@@ -43,6 +48,9 @@ def test_what_follows_has_the_tokens_of_the_smaller_vocabulary(smoke_copy: Home,
     report = json.loads((folders["prune:vocabulary-20"] / "pruning.json").read_text(encoding="utf-8"))
     assert (report["num_rows"], report["kept_rows"], report["layers"]) == (1000, 768, [])
     assert read_gguf_header(folders["export:gguf-f16:magnitude-30"] / "model.gguf").values["general.architecture"]
+
+    export_hf_folder(small, tmp_path / "hf", {}, (), stock=True)
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").get_vocab() == tokenizer.get_vocab()
 
     own = {}
     for row in smoke_copy.results.metrics(result.run_key):

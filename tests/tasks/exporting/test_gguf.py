@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from infra.errors import InfraError
 from infra.exporting.gguf_file import Type
@@ -21,6 +21,7 @@ from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
 from pruning.checkpoints.surgery import shrink_
 from pruning.errors import PruningError
 from pruning.families import shapes
+from pruning.methods import vocabulary
 from pruning.plan import PruningPlan
 from tasks.exporting.gguf import export_gguf
 from tests.tasks.exporting.kinds import TEMPLATE, write_checkpoint
@@ -258,6 +259,24 @@ def test_sentencepiece_splits_alike(tmp_path: Path) -> None:
     ids = [tokenizer(text).input_ids for text in texts]
     found = generated(tmp_path / "model.gguf", texts, 4, unreadable)
     assert found == continued(model, ids, 4, unreadable)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("make", [tiny_tokenizer, sentencepiece_tokenizer])
+def test_a_smaller_vocabulary_splits_alike(make: Any, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_checkpoint(tiny_model("llama", vocab_size=len(make())), make(), source)
+    make().save_pretrained(out)
+    asked = vocabulary.Config(sparsity=0.1, multiple=1, num_tokens=None)
+    vocabulary.rebuild(source, out, AutoTokenizer.from_pretrained, lambda: iter(TEXTS), asked)
+    export_gguf(out, tmp_path / "model.gguf", {}, "f32")
+    model, tokenizer = load_checkpoint(out), AutoTokenizer.from_pretrained(out)
+    assert len(tokenizer) == round(0.9 * len(make()))
+    written = [tokenizer.decode([index]) for index in range(len(tokenizer))]
+    unreadable = [i for i, text in enumerate(written) if i < 3 or not (text.isascii() and text.isprintable())]
+    unreadable += [index for token, index in tokenizer.get_vocab().items() if token.startswith("<0x")]
+    ids = [tokenizer(text).input_ids for text in TEXTS]
+    assert generated(tmp_path / "model.gguf", TEXTS, 4, unreadable) == continued(model, ids, 4, unreadable)
 
 
 TEXTS = [
