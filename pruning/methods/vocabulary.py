@@ -86,9 +86,8 @@ def rebuild(
 ) -> SmallerVocabulary:
     """Write the checkpoint in `source` with a smaller vocabulary into `out`, which has its tokenizer already.
 
-    texts: the corpus in the order of the seed, from its beginning at each call. Raises PruningError as
-    `check_tokenizer` does, for a slow tokenizer or too little text; UnsoundCheckpoint if what was written is not what
-    was cut.
+    texts: the corpus in the order of the seed, asked for once. Raises PruningError as `check_tokenizer` does, for a
+    slow tokenizer or too little text; UnsoundCheckpoint if what was written is not what was cut.
     """
     from pruning.vocabulary.cut import cut_vocabulary
 

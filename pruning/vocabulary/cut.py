@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +75,8 @@ def cut_vocabulary(
 ) -> SmallerVocabulary:
     """Write the checkpoint in `source` with a smaller vocabulary into `out`, which has its tokenizer already.
 
-    texts: the corpus, from its beginning at each call. What was written is loaded once: it must give the logits of the
-    rows that it kept, and a tokenizer that loses no character of any text that the old one keeps. Raises PruningError
+    texts: the corpus, read once. What was written is loaded: it must give the logits of the rows that it kept, and of
+    the first texts (and some in other scripts) its tokenizer must give back what the old one does. Raises PruningError
     for a tokenizer from which no tokens can be taken, a sparsity that cannot be reached, or too little text;
     UnsoundCheckpoint if what was written is not what was cut.
     """
@@ -88,7 +88,11 @@ def cut_vocabulary(
     named = files.named_ids(stored.config.to_dict()) | files.named_ids(generation)
     required = files.required_tokens(content, spelled, (row for row in named if row < num_rows))
     after = rows_after(sparsity, num_rows, multiple, len(required))
-    counts_V = count_tokens(before, texts(), num_rows, num_tokens, lambda share, said: progress(0.8 * share, said))
+    corpus = texts()
+    first = list(islice(corpus, _CHECKED_TEXTS))
+    counts_V = count_tokens(
+        before, chain(first, corpus), num_rows, num_tokens, lambda share, said: progress(0.8 * share, said)
+    )
     tokens = frozenset(files.all_tokens(content).values())
     chosen = select_rows(counts_V.tolist(), spelled, required, tokens, after)
     new_ids = {old: new for new, old in enumerate(chosen.kept)}
@@ -96,7 +100,7 @@ def cut_vocabulary(
     _write_weights(stored, out, chosen.kept)
     _write_configs(stored, generation, out, new_ids)
     files.cut_tokenizer_(out, new_ids)
-    files.check_tokenizer(before, load_tokenizer(out), new_ids, [*files.PROBES, *islice(texts(), _CHECKED_TEXTS)])
+    files.check_tokenizer(before, load_tokenizer(out), new_ids, [*files.PROBES, *first])
     progress(0.9, "loading what was written")
     check_rows(out, source, chosen.kept)
     counted = int(counts_V.sum())
