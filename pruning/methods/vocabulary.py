@@ -1,8 +1,8 @@
 """Vocabulary: tokens that a corpus can best do without go, with their rows of embeddings and head; layers stay.
 
 Which tokens: those whose absence makes the corpus longest least, counted with the model's own tokenizer, one after the
-other, none before those that are made of it. Special and added tokens, bytes and characters stay, so that every text
-that came back from the tokenizer still does. What goes is written with the pieces that it was merged of.
+other, none before those that are made of it. Special and added tokens, bytes, characters and runs of white space stay,
+so that every text that came back from the tokenizer still does. What goes is written with the pieces it was merged of.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def rows_after(sparsity: float, num_rows: int, multiple: int, num_required: int)
         most = 1 - multiple * math.ceil(num_required / multiple) / num_rows
         raise PruningError(
             f"sparsity {sparsity:g} would leave {after} of a vocabulary of {num_rows}, of which {num_required} must "
-            f"stay (special and added tokens, bytes, characters): ask for at most {max(0.0, most):.3f}, or lower "
-            "multiple"
+            "stay (special and added tokens, bytes, characters, white space): ask for at most "
+            f"{max(0.0, most):.3f}, or lower multiple"
         )
     return after
 

@@ -23,6 +23,8 @@ FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _DOUBLES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
 #: what writes characters of its own, or reads them
 _RULES = ("normalizer", "pre_tokenizer", "decoder")
+#: white space as it is, as SentencePiece and as the alphabet of bytes write it
+_SPACES = frozenset(" \t\n\r▁ĠĊĉč")
 #: of any script, with bytes that are no text, to see that nothing is lost
 PROBES = (
     "It's 1.5 % of 12,345; see https://example.org/a_b?c=d#e\n\n\tdef f(x): return x**2  # ok\r\n",
@@ -62,13 +64,15 @@ def required_tokens(
     """Ids that stay, with all that they are made of.
 
     These are added tokens, those that cannot be spelled without themselves (not in `spelled`), the unknown token, what
-    post-processor and padding put around a text, characters that the rules write, and `named`, which configs name.
+    post-processor and padding put around a text, characters that the rules write, `named`, which configs name, and runs
+    of white space: a corpus of documents does not show what stands between them, and often not how they were laid out.
     """
     model = content["model"]
     vocabulary: Mapping[str, int] = model["vocab"]
     rules = set(json.dumps([content.get(name) for name in _RULES], ensure_ascii=False))
     ids = {entry["id"] for entry in content.get("added_tokens") or ()} | set(named)
     ids |= set(vocabulary.values()) - spelled.keys()
+    ids |= {number for text, number in vocabulary.items() if _SPACES.issuperset(text)}
     ids |= {vocabulary[text] for text in (*rules, model.get("unk_token")) if text in vocabulary}
     ids |= _ids_of_processor(content.get("post_processor"))
     if isinstance(content.get("padding"), dict):

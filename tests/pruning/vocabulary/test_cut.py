@@ -21,6 +21,8 @@ from pruning.errors import PruningError
 from pruning.families import family_of, shapes
 from pruning.methods import vocabulary
 from pruning.vocabulary.cut import SmallerVocabulary
+from pruning.vocabulary.spelling import spellings
+from pruning.vocabulary.tokenizer import required_tokens
 from tests.pruning.captured import logits
 from tests.tiny import random_plan, sentencepiece_tokenizer, tiny_model, tiny_tokenizer
 
@@ -190,6 +192,13 @@ def test_the_corpus_and_the_options_decide_which_tokens_stay(tmp_path: Path) -> 
 def content_of(tokenizer: Any, **changes: Any) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return content | {"model": content["model"] | changes}
+
+
+def test_white_space_stays_whatever_the_corpus_says() -> None:
+    """Counted in documents, nothing says what stands between them."""
+    model = {"type": "BPE", "vocab": {"Ġ": 0, "Ċ": 1, "a": 2, "ĊĊ": 3, "ĠĊ": 4, "Ġa": 5}}
+    model["merges"] = [["Ċ", "Ċ"], ["Ġ", "Ċ"], ["Ġ", "a"]]
+    assert required_tokens({"model": model}, spellings(model)) == {0, 1, 2, 3, 4}
 
 
 @pytest.mark.parametrize(
