@@ -18,8 +18,8 @@ from tests.tiny import random_ids, tiny_model, tiny_tokenizer
 
 FOLDER = Path(__file__).parent
 FAMILIES = ("llama", "qwen3")
-#: of methods that take others
-FAMILIES_OF = {"experts": ("mixtral", "qwen3_moe")}
+#: of methods that take others, or leave layers as they are
+FAMILIES_OF = {"experts": ("mixtral", "qwen3_moe"), "vocabulary": ("llama",)}
 #: further configs by method; the default config is always pinned
 CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
     "slimgpt": (
