@@ -14,6 +14,7 @@ Nothing here knows of workflows, tracking or environment variables, and nothing 
 * `methods`      one file per pruning method, the file name is the method's name
 * `recovery`     one file per way to train a pruned model back to health
 * `training`     the trainer under them; `gradual` takes groups from a model while it trains
+* `vocabulary`   fewer tokens: tokenizer, embeddings and head
 * `distributed`  several processes that prune one model together; `host_memory` memory kept while the CPU trains
 
 Read `methods/slimgpt` first, then `layerwise/prune` and `walk/sequential`.

@@ -154,7 +154,7 @@ class _PluginRequest(Request):
 
 
 class PruneRequest(_PluginRequest):
-    """A checkpoint made smaller, by what calibration windows show, or by training on data sets meanwhile."""
+    """A checkpoint made smaller, by what calibration windows show, or by data sets that are trained on or counted."""
 
     kind: ClassVar[Kind] = "checkpoint"
     package: ClassVar[str] = "pruning.methods"
@@ -166,13 +166,18 @@ class PruneRequest(_PluginRequest):
     statistics: ArtifactRef | None = None
     orders: ArtifactRef | None = None
     sources: tuple[dict[str, str], ...] = Field(default=(), exclude_if=lambda sources: not sources)
-    """Identities of the data sets that a method trains on, in the order in which it names them; left out of the key of
-    one that does not train."""
+    """Identities of the data sets that a method reads, in the order in which it names them; left out of the key of one
+    that reads none."""
 
     @property
     def trains(self) -> bool:
         """Whether the method trains while it prunes."""
         return hasattr(self.module, "train")
+
+    @property
+    def rebuilds_vocabulary(self) -> bool:
+        """Whether the method leaves the layers as they are and gives the model another tokenizer."""
+        return hasattr(self.module, "rebuild")
 
     @property
     def origins(self) -> tuple[dict[str, str], ...]:

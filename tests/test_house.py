@@ -48,6 +48,8 @@ MOST_FILES = 12
 TRAINED_METHOD = (
     *("check_model", "check_training", "needs_statistics", "order_config", "reads", "scratch_bytes", "train"),
 )
+#: of one that makes the vocabulary smaller, likewise
+VOCABULARY_METHOD = ("check_model", "check_tokenizer", "needs_statistics", "order_config", "reads", "rebuild")
 HEAVY = ("torch", "transformers", "datasets", "mlflow", "lm_eval", "peft", "duckdb", "matplotlib")
 PLUGINS = {
     "pruning.methods": ("needs_statistics", "order_config", "prune"),
@@ -262,7 +264,9 @@ def test_a_plugin_offers_what_its_package_promises(package: str, name: str) -> N
         assert module.IMPORTS
         for heavy in module.IMPORTS:
             assert importlib.util.find_spec(heavy), heavy
-    for function in TRAINED_METHOD if hasattr(module, "train") else PLUGINS[package]:
+    other_kinds = {"train": TRAINED_METHOD, "rebuild": VOCABULARY_METHOD}
+    kinds = [functions for name, functions in other_kinds.items() if hasattr(module, name)] or [PLUGINS[package]]
+    for function in kinds[0]:
         assert callable(getattr(module, function))
     if package == "pruning.recovery":
         assert set(get_args(Need)) >= module.NEEDS

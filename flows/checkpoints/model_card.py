@@ -104,7 +104,8 @@ def _what_it_is(card: Card) -> Iterator[str]:
         facts.append(f"{row.num_parameters:,}{before} parameters")
     if row.num_decoder_parameters and dense and dense.num_decoder_parameters:
         share = 1 - row.num_decoder_parameters / dense.num_decoder_parameters
-        facts.append(f"{share:.1%} of the parameters in decoder layers removed")
+        if share:  # not of a smaller vocabulary
+            facts.append(f"{share:.1%} of the parameters in decoder layers removed")
     if (plan := card.plan) is not None:
         item = _BYTES.get(str(card.config.get("dtype")), 2)
         was, now = (

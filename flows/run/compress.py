@@ -32,7 +32,7 @@ from flows.spec.run import RunSpec
 from infra.artifacts.claims import claimed
 from infra.keys import canonical_json
 from infra.registry import did_you_mean
-from infra.results.rows import MetricRow, StageRow
+from infra.results.rows import DENSE, MetricRow, StageRow
 from infra.results.store import ResultsStore
 from infra.secrets import redacted, secrets_kept
 from infra.settings import load_settings
@@ -188,7 +188,7 @@ def _finish(
 ) -> RunResult:
     """Record the run, show its table in Prefect, and raise StagesFailed if a stage failed."""
     done, leaks = _done(outcomes), find_leaks(graph.spec, run_context.sources, look=False)
-    measured = [_measured(stage, leaks) for stage in graph.reports if stage.ref.key in done]
+    measured = [_measured(stage, graph, leaks) for stage in graph.reports if stage.ref.key in done]
     problems = [f"{stage.name}: {stage.message}" for stage in outcomes if stage.status == "failed"]
     message = "; ".join(problems) or None
     metrics = record(
@@ -255,9 +255,11 @@ def _outcome(stage: Stage, future: PrefectFuture[StageResult]) -> StageOutcome:
     return StageOutcome(**common, status="failed", seconds=None, message=message, by_user=sentence is not None)
 
 
-def _measured(stage: Stage, leaks: Sequence[Leak]) -> Measured:
+def _measured(stage: Stage, graph: StageGraph, leaks: Sequence[Leak]) -> Measured:
     request = stage.request
     assert isinstance(request, EvaluateRequest | ProfileRequest | FileProfileRequest)
+    files = {file.name: file.checkpoint for file in graph.spec.files}
+    origin = graph.spec.tokenizer_of(files.get(stage.checkpoint, stage.checkpoint))
     suite = request.plugin if isinstance(request, EvaluateRequest) else stage.action
     return Measured(
         report=stage.ref,
@@ -266,6 +268,7 @@ def _measured(stage: Stage, leaks: Sequence[Leak]) -> Measured:
         checkpoint_name=stage.checkpoint,
         checkpoint=request.measured,
         leaks=tuple(leak.sentence for leak in leaks if leak.touches(stage)),
+        vocabulary="" if origin == DENSE else graph.checkpoints[origin].key,
     )
 
 

@@ -19,7 +19,8 @@ from evaluation.suite import TextNeed
 from flows.errors import SpecError
 from flows.run.graph import Stage, StageGraph
 from flows.spec.branches import Derivation
-from flows.spec.run import EvalSpec, RunSpec
+from flows.spec.measures import EvalSpec
+from flows.spec.run import RunSpec
 from flows.spec.steps import PruneStep
 from infra.sources.find import Sources, TextData
 from infra.sources.shared_rows import Overlap, Reading, SharedRows
@@ -142,7 +143,9 @@ def _line(derivation: Derivation, by_name: dict[str, Derivation]) -> Iterator[De
 def _trained_on(derivation: Derivation, by_name: dict[str, Derivation], spec: RunSpec) -> Iterator[Reading]:
     """What a step trains on: its own data sets, or the calibration of the prunings before it."""
     module, config = derivation.step.module, derivation.step.config
-    for data in module.reads(config) if hasattr(module, "reads") else ():
+    if isinstance(derivation.step, PruneStep) and not derivation.step.trains:
+        return
+    for data in module.reads(config):
         yield _reading(data, data.columns)
     if isinstance(derivation.step, PruneStep) or "calibration" not in module.NEEDS:
         return

@@ -16,7 +16,7 @@ def lineage(spec: RunSpec) -> tuple[Made, ...]:
 
 
 def _made(derivation: Derivation, spec: RunSpec) -> Made:
-    step = derivation.step
+    step, of_layers = derivation.step, not derivation.rebuilds_vocabulary
     options: dict[str, Any] = step.config.model_dump(mode="json")
     calibration = spec.calibration_of(derivation) if spec.reads_calibration(derivation) else None
     if calibration is not None:
@@ -27,6 +27,7 @@ def _made(derivation: Derivation, spec: RunSpec) -> Made:
         action="prune" if isinstance(step, PruneStep) else "recover",
         plugin=step.plugin,
         options=options,
-        sparsity=options.get("sparsity") if isinstance(step, PruneStep) else None,
+        sparsity=options.get("sparsity") if isinstance(step, PruneStep) and of_layers else None,
         variant=derivation.variant,
+        of_layers=of_layers,
     )

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flows.spec.run import EvalSpec, RunSpec
+from flows.spec.measures import EvalSpec
+from flows.spec.run import RunSpec
 from flows.spec.steps import PruneStep
 from infra.errors import SourceMissing
 from infra.sources.find import Sources
@@ -42,7 +43,7 @@ def locate(spec: RunSpec, sources: Sources) -> Identities:
     for derivation in spec.derivations:
         step = derivation.step
         read: list[Any] = []
-        if not isinstance(step, PruneStep) or step.trains:
+        if not isinstance(step, PruneStep) or step.reads_data:
             read += data_read(step.module, step.config)
         if spec.reads_calibration(derivation):
             calibration = spec.calibration_of(derivation)

@@ -13,7 +13,7 @@ from flows.errors import SpecError
 from flows.run.graph import Stage, StageGraph
 from flows.run.leaks import check_leaks
 from flows.run.locate import Identities
-from flows.run.recoveries import check_recovery, check_trained_pruning
+from flows.run.recoveries import check_recovery, check_trained_pruning, check_vocabulary
 from flows.spec.run import RunSpec
 from infra.artifacts.store import ArtifactRef
 from infra.errors import ResultsUnusable, SettingsInvalid, SourceMissing, SourceUnreadable
@@ -81,6 +81,8 @@ def check(graph: StageGraph, run_context: RunContext) -> None:
             check_recovery(request, card, model, run_context)
         elif isinstance(request, PruneRequest) and request.trains:
             check_trained_pruning(request, card, run_context.sources)
+        elif isinstance(request, PruneRequest) and request.rebuilds_vocabulary:
+            check_vocabulary(request, card, model, run_context.sources)
         elif isinstance(request, ExportRequest):
             _check_export(card)
     _check_prunings(missing, graph.checkpoints[DENSE], card)

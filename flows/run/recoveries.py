@@ -1,10 +1,11 @@
-"""What can be known to fail of a training before anything is pruned: its data, its batches, its teacher."""
+"""What can be known to fail of what reads data sets before anything is pruned: a training's data, batches and teacher,
+and the corpus and the tokenizer of a smaller vocabulary."""
 
 from __future__ import annotations
 
 from flows.spec.run import ModelSpec
 from infra.models.card import ModelCard
-from infra.models.vocabulary import tokens_of
+from infra.models.vocabulary import tokenizer_content, tokens_of
 from infra.sources.find import Sources
 from pruning.errors import PruningError
 from pruning.families import family_named
@@ -44,6 +45,16 @@ def check_trained_pruning(request: PruneRequest, card: ModelCard, sources: Sourc
         _check_data(data, sources)
     request.module.check_training(request.typed_config, card.hidden_size, card.max_position_embeddings)
     check_targets(request.typed_config, family_named(card.model_type))
+
+
+def check_vocabulary(request: PruneRequest, card: ModelCard, model: ModelSpec, sources: Sources) -> None:
+    """Raise what making the vocabulary of the dense model smaller would raise about the columns of its corpus, or the
+    tokenizer."""
+    for data in request.module.reads(request.typed_config):
+        _check_data(data, sources)
+    content = tokenizer_content(sources.find(model.id, "model", revision=model.revision))
+    if content is not None:  # else its import makes one
+        request.module.check_tokenizer(request.typed_config, content, card.vocab_size)
 
 
 def _check_data(data: RecordData | PlainText, sources: Sources) -> None:

@@ -5,13 +5,15 @@ Nothing runs here. Requests hold references to artifacts that need not exist yet
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from evaluation.profile.llama_cpp import installed_runtime
 from flows.run.graph import Stage, StageGraph
 from flows.run.locate import Identities, locate
 from flows.spec.branches import Derivation
-from flows.spec.run import EvalSpec, ExportedFile, RunSpec
+from flows.spec.measures import EvalSpec, ExportedFile
+from flows.spec.run import RunSpec
 from flows.spec.steps import PruneStep
 from infra.artifacts.store import ArtifactRef
 from infra.results.rows import DENSE
@@ -57,12 +59,12 @@ def build_stages(spec: RunSpec, identities: Identities, device: str, runtime: st
     stages, checkpoints = [dense], {DENSE: dense.ref}
     for derivation in spec.derivations:
         source = checkpoints[derivation.source]
-        if isinstance(derivation.step, PruneStep) and derivation.step.trains:
-            added = [_prune_in_training(derivation, source, identities)]
+        if isinstance(derivation.step, PruneStep) and derivation.step.reads_data:
+            added = [_prune_by_data(derivation, source, identities)]
         elif isinstance(derivation.step, PruneStep):
-            added = _prune(derivation, source, _calibrate(derivation, spec, dense.ref, identities))
+            added = _prune(derivation, source, _calibrate(derivation, spec, checkpoints, identities))
         else:
-            added = _recover(derivation, spec, source, dense.ref, identities)
+            added = _recover(derivation, spec, checkpoints, identities)
         stages += added
         checkpoints[derivation.name] = added[-1].ref
     reports = [
@@ -93,13 +95,16 @@ def _import(spec: RunSpec, identities: Identities) -> Stage:
     return Stage(import_model, request)
 
 
-def _calibrate(derivation: Derivation, spec: RunSpec, checkpoint: ArtifactRef, identities: Identities) -> Stage:
-    """The calibration set that a pruning uses, named after its variant if that has one of its own."""
-    config = spec.calibration_of(derivation)
+def _calibrate(
+    derivation: Derivation, spec: RunSpec, checkpoints: Mapping[str, ArtifactRef], identities: Identities
+) -> Stage:
+    """The calibration set that a step uses, named after whose tokens it is made of if that is not the dense model, and
+    after its variant if that has one of its own."""
+    config, origin = spec.calibration_of(derivation), spec.tokenizer_of(derivation.source)
     assert config is not None, "RunSpec refuses to prune without calibration"
     data = config.data
     request = CalibrateRequest(
-        checkpoint=checkpoint,
+        checkpoint=checkpoints[origin],
         source=identities.datasets[data.dataset, data.revision],
         config=data.config,
         split=data.split,
@@ -114,7 +119,8 @@ def _calibrate(derivation: Derivation, spec: RunSpec, checkpoint: ArtifactRef, i
         rows=data.rows,
         data=data,
     )
-    return Stage(calibrate, request, variant="" if config == spec.calibration else derivation.variant)
+    variant = "" if config == spec.calibration else derivation.variant
+    return Stage(calibrate, request, checkpoint="" if origin == DENSE else origin, variant=variant)
 
 
 def _prune(derivation: Derivation, source: ArtifactRef, calibration: Stage) -> list[Stage]:
@@ -149,8 +155,8 @@ def _prune(derivation: Derivation, source: ArtifactRef, calibration: Stage) -> l
     return [*needed, Stage(prune, request, checkpoint=derivation.name)]
 
 
-def _prune_in_training(derivation: Derivation, source: ArtifactRef, identities: Identities) -> Stage:
-    """A method that trains while it prunes needs neither calibration windows nor an order."""
+def _prune_by_data(derivation: Derivation, source: ArtifactRef, identities: Identities) -> Stage:
+    """A method that reads data sets of its own needs neither calibration windows nor an order."""
     module, config = derivation.step.module, derivation.step.config
     request = PruneRequest(
         plugin=derivation.step.plugin,
@@ -167,25 +173,26 @@ def _sources(module: Any, config: Any, identities: Identities) -> tuple[dict[str
 
 
 def _recover(
-    derivation: Derivation, spec: RunSpec, source: ArtifactRef, dense: ArtifactRef, identities: Identities
+    derivation: Derivation, spec: RunSpec, checkpoints: Mapping[str, ArtifactRef], identities: Identities
 ) -> list[Stage]:
-    """The training, with the calibration windows and the import of a teacher that it needs."""
+    """The training, with the calibration windows and the import of a teacher that it needs: by default the dense model,
+    with the tokenizer of what is trained."""
     module, config = derivation.step.module, derivation.step.config
     needed: list[Stage] = []
     teacher = calibration = None
     if "teacher" in module.NEEDS:
-        teacher, other = dense, getattr(config, "teacher", None)
-        if other is not None:
+        teacher = checkpoints[spec.tokenizer_of(derivation.source)]
+        if (other := getattr(config, "teacher", None)) is not None:
             importing = ImportRequest(source=identities.teachers[other], dtype=spec.model.dtype, model_id=other)
             needed.append(Stage(import_model, importing, checkpoint="teacher"))
             teacher = importing.ref
     if "calibration" in module.NEEDS:
-        needed.append(_calibrate(derivation, spec, dense, identities))
+        needed.append(_calibrate(derivation, spec, checkpoints, identities))
         calibration = needed[-1].ref
     request = RecoverRequest(
         plugin=derivation.step.plugin,
         config=_plain(config),
-        checkpoint=source,
+        checkpoint=checkpoints[derivation.source],
         teacher=teacher,
         calibration=calibration,
         sources=_sources(module, config, identities),

@@ -1,6 +1,7 @@
 """What a user asks for, typed: YAML to frozen pydantic models and back. Read run.py first.
 
 * run.py: RunSpec, a run. steps.py: its prune and recover steps. branches.py: the checkpoints that steps stand for.
+  measures.py: what is measured of them, and which files are made.
 * night.py: NightSpec, a matrix of runs with gates.
 * load.py: names and paths, YAML, `--set` overrides.
 * parts.py: base classes; options of plug-ins, which stand flat in YAML.

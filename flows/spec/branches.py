@@ -24,6 +24,11 @@ class Derivation:
     changes: Variant = field(default_factory=Variant)
     """What the variant changes in the step and in the run's calibration."""
 
+    @property
+    def rebuilds_vocabulary(self) -> bool:
+        """Whether the checkpoint has another tokenizer than its source."""
+        return isinstance(self.step, PruneStep) and self.step.rebuilds_vocabulary
+
 
 def derive(steps: Sequence[PruneStep | RecoverStep]) -> tuple[Derivation, ...]:
     """All checkpoints but the dense one, branch after branch, each after the one that it is made from."""
@@ -34,6 +39,15 @@ def ends(derivations: Sequence[Derivation]) -> tuple[str, ...]:
     """The last checkpoint of every branch."""
     sources = {derivation.source for derivation in derivations}
     return tuple(each.name for each in derivations if each.name not in sources) or (DENSE,)
+
+
+def tokenizer_origin(derivations: Sequence[Derivation], name: str) -> str:
+    """The checkpoint whose tokenizer the one of that name has: the last on its way that a step gave another vocabulary,
+    else the dense one."""
+    by_name = {derivation.name: derivation for derivation in derivations}
+    while name in by_name and not by_name[name].rebuilds_vocabulary:
+        name = by_name[name].source
+    return name
 
 
 def _grow(

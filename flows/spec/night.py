@@ -10,8 +10,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, JsonValue, ValidationError, model_validator
 
+from flows.spec.measures import EvalSpec, ProfileSpec
 from flows.spec.parts import NAME, SpecPart
-from flows.spec.run import CalibrationSpec, EvalSpec, ModelSpec, ProfileSpec, RunSpec
+from flows.spec.run import CalibrationSpec, ModelSpec, RunSpec
 from flows.spec.start_folder import StartFolder
 from flows.spec.steps import percent
 from flows.spec.validation import first_problem, refuse_unsafe

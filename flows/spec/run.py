@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from evaluation.profile.config import FileProfileConfig, ProfileConfig
-from flows.spec.branches import Derivation, derive, ends
-from flows.spec.parts import NAME, NAME_OR_DEFAULT, PluginEntry, SpecPart
+from flows.spec.branches import Derivation, derive, ends, tokenizer_origin
+from flows.spec.measures import EvalSpec, ExportedFile, ExportSpec, OnCheckpoints, ProfileSpec
+from flows.spec.parts import NAME, SpecPart
 from flows.spec.start_folder import StartFolder
 from flows.spec.steps import PruneStep, Step
 from flows.spec.validation import first_problem, refuse_unsafe
 from infra import registry
-from infra.exporting.gguf_file import Type
 from infra.results.rows import DENSE
 from pruning.bounds import Amount, Count, Seed
 from tasks.calibration_data import CalibrationData, expanded
@@ -45,115 +43,6 @@ class CalibrationSpec(SpecPart):
     """Further windows that no statistic sees, for held-out errors and for choices made by measuring."""
     seed: Seed = 0
     join: str = "\n\n"
-
-
-def _as_tuple(on: Any) -> Any:
-    if isinstance(on, str):
-        return on if on == "all" else (on,)
-    if not isinstance(on, list | tuple) or not all(isinstance(name, str) for name in on):
-        raise ValueError(f'{on!r} names no checkpoints; give "all" or a list of names')
-    return on
-
-
-OnCheckpoints = Annotated[Literal["all"] | tuple[str, ...], BeforeValidator(_as_tuple)]
-
-
-class EvalSpec(PluginEntry):
-    """Measure some or all checkpoints with a suite."""
-
-    PACKAGE: ClassVar[str] = "evaluation.suites"
-    NOUN: ClassVar[str] = "suite"
-
-    suite: str
-    name: str = Field(default="", pattern=NAME_OR_DEFAULT)
-    """Name of the stage; default: the suite's. Needed when a suite is asked twice."""
-    on: OnCheckpoints = "all"
-    """"all", or one or more names of checkpoints: dense and those of the steps."""
-
-    @property
-    def label(self) -> str:
-        """Name of this evaluation in stage names."""
-        return self.name or self.suite
-
-    @property
-    def compares(self) -> bool:
-        """Whether the suite measures a model against the dense one."""
-        return bool(getattr(self.module, "COMPARES", False))
-
-
-class ProfileSpec(SpecPart):
-    """Latency, memory and size, each compressed model timed turn and turn about with the dense one.
-
-    Options may stand beside `on`, `preset` above all, or under `settings`, where they are written out.
-    """
-
-    on: OnCheckpoints = "all"
-    settings: ProfileConfig = ProfileConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gather_settings(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("settings", {}), dict):
-            return data
-        options = set(ProfileConfig.model_fields)
-        beside = {
-            key: value
-            for key, value in data.items()
-            if key in options or (key not in cls.model_fields and registry.did_you_mean(str(key), options))
-        }
-        if not beside:
-            return data
-        settings = data.get("settings", {})
-        for key in beside.keys() & settings.keys():
-            raise ValueError(f"{key} stands both beside and under `settings`; leave one of them out")
-        return {key: value for key, value in data.items() if key not in beside} | {"settings": settings | beside}
-
-
-class MeasureSpec(FileProfileConfig):
-    """What is measured of an exported file: size, evaluations, and where llama.cpp is installed its speed with it."""
-
-    evals: tuple[str, ...] | None = None
-    """Names of evaluations of this run that are made of the file's weights as well; without it those of the suite
-    perplexity."""
-
-    @property
-    def timing(self) -> FileProfileConfig:
-        """How llama.cpp is timed."""
-        return FileProfileConfig(**self.model_dump(include=set(FileProfileConfig.model_fields)))
-
-
-class ExportSpec(SpecPart):
-    """Write checkpoints for other programs, each as an artifact of its own."""
-
-    format: Literal["gguf"]
-    """gguf: one file for llama.cpp. A folder for transformers is in the store already: `slimline export --format hf`
-    writes it with its model card."""
-    type: Type | Annotated[tuple[Type, ...], Field(min_length=1)] = "f16"
-    """Of the matrices of a GGUF file; of a list each makes a file."""
-    measure: MeasureSpec | None = Field(default=None, exclude_if=lambda measure: measure is None)
-    """Measure the files (`{}`: by default); in results each is called <checkpoint>+<type>, beside the checkpoints."""
-    on: Literal["ends"] | OnCheckpoints = "ends"
-    """"ends", the last checkpoint of every branch; "all", or one or more names of checkpoints."""
-
-    @property
-    def types(self) -> tuple[Type, ...]:
-        """One or more."""
-        return (self.type,) if isinstance(self.type, str) else self.type
-
-
-@dataclass(frozen=True)
-class ExportedFile:
-    """One file that a run writes of one of its checkpoints. evals: those that are made of it."""
-
-    checkpoint: str
-    entry: ExportSpec
-    type: Type
-    evals: tuple[EvalSpec, ...]
-
-    @property
-    def name(self) -> str:
-        """In results, beside the names of checkpoints."""
-        return f"{self.checkpoint}+{self.type}"
 
 
 class RunSpec(SpecPart):
@@ -221,7 +110,7 @@ class RunSpec(SpecPart):
         """Whether a step takes statistics of calibration windows, or trains on them."""
         step = derivation.step
         if isinstance(step, PruneStep):
-            return not step.trains
+            return not step.reads_data
         return "calibration" in step.module.NEEDS
 
     def calibration_of(self, derivation: Derivation) -> CalibrationSpec | None:
@@ -230,6 +119,11 @@ class RunSpec(SpecPart):
             return self.calibration
         own = self.calibration.model_dump(mode="json") if self.calibration else {}
         return CalibrationSpec.model_validate(own | derivation.changes.calibration)
+
+    def tokenizer_of(self, name: str) -> str:
+        """The checkpoint from which one has its tokenizer: the dense one, or the last on its way with a vocabulary of
+        its own. What is trained towards the dense model is trained towards this one."""
+        return tokenizer_origin(self.derivations, name)
 
     _safe = model_validator(mode="before")(refuse_unsafe)
 
@@ -257,7 +151,42 @@ class RunSpec(SpecPart):
         _refuse_duplicates("variant", [v for step in self.steps for v in getattr(step, "variants", ())], "rename one")
         for derivation in self.derivations:
             self._check_calibration(derivation)
+            self._check_teacher(derivation)
+        for entry in self.evals:
+            self._check_reference(entry)
         return self
+
+    def _check_teacher(self, derivation: Derivation) -> None:
+        """What a model learns from a teacher it learns token by token."""
+        origin, step = self.tokenizer_of(derivation.source), derivation.step
+        if origin == DENSE or "teacher" not in getattr(step.module, "NEEDS", ()):
+            return
+        if teacher := getattr(step.config, "teacher", None):
+            raise ValueError(
+                f"{step.plugin} names the teacher {teacher}, and {derivation.source} has the smaller vocabulary of "
+                f"{origin}, which no other model has: leave teacher out, or make the vocabulary smaller after it"
+            )
+        by_name = {each.name: each for each in self.derivations}
+        way = by_name[origin]
+        while way.rebuilds_vocabulary and way.source in by_name:
+            way = by_name[way.source]
+        if not way.rebuilds_vocabulary:
+            raise ValueError(
+                f"{step.plugin} learns from the dense model, and {derivation.source} has the smaller vocabulary of "
+                f"{origin}, which was not made of the dense model: put the step {by_name[origin].step.plugin} first, "
+                f"or after {step.plugin}"
+            )
+
+    def _check_reference(self, entry: EvalSpec) -> None:
+        """Probabilities of tokens are compared token by token."""
+        if not entry.compares:
+            return
+        others = [name for name in self.measured_by(entry) if self.tokenizer_of(name) != DENSE]
+        if others:
+            raise ValueError(
+                f"evals: {entry.label} compares {others[0]} with the dense model token by token, and its vocabulary is "
+                "a smaller one: name other checkpoints in `on`, or compare by perplexity with `normalise: [byte]`"
+            )
 
     def _check_calibration(self, derivation: Derivation) -> None:
         try:
@@ -265,7 +194,7 @@ class RunSpec(SpecPart):
         except ValidationError as error:
             problem = first_problem(error, model=CalibrationSpec)
             raise ValueError(f"variants.{derivation.variant}.calibration: {problem}") from error
-        if calibration is None and isinstance(derivation.step, PruneStep) and not derivation.step.trains:
+        if calibration is None and isinstance(derivation.step, PruneStep) and not derivation.step.reads_data:
             raise ValueError("steps prune but there is no `calibration`; add one (data, num_samples, seq_len)")
         if calibration is None and self.reads_calibration(derivation):
             raise ValueError(

@@ -87,9 +87,19 @@ class PruneStep(PluginEntry):
         return super().options | several
 
     @property
+    def reads_data(self) -> bool:
+        """Whether the method reads data sets of its own, instead of looking at calibration windows."""
+        return hasattr(self.module, "reads")
+
+    @property
     def trains(self) -> bool:
-        """Whether the method trains on data sets while it prunes, instead of looking at calibration windows."""
+        """Whether the method trains on its data while it prunes."""
         return hasattr(self.module, "train")
+
+    @property
+    def rebuilds_vocabulary(self) -> bool:
+        """Whether the method leaves the layers as they are and gives the model another tokenizer."""
+        return hasattr(self.module, "rebuild")
 
     @property
     def amount(self) -> str:

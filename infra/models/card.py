@@ -56,6 +56,7 @@ class ModelCard(BaseModel):
     num_kv_heads: int | None = None
     num_experts: int = 0  # in the place of every FFN, each as wide as intermediate_size; 0 where some layers have none
     has_chat_template: bool | None = None  # of its tokenizer; None where only the hub knows
+    vocab_size: int | None = None  # rows of its embeddings; None where the config does not say
 
 
 def card_of_folder(folder: Path) -> ModelCard:
@@ -169,7 +170,7 @@ def card_of_config(
             model_type=config["model_type"], num_layers=layers, hidden_size=hidden,
             num_parameters=num_parameters, bytes=size, dtype=dtype,
             max_position_embeddings=config.get("max_position_embeddings"),
-            intermediate_size=ffn, num_experts=experts,
+            intermediate_size=ffn, num_experts=experts, vocab_size=config.get("vocab_size"),
             attention_size=_attention_size(heads, config.get("head_dim"), hidden),
             num_heads=heads if even and isinstance(heads, int) else None,
             num_kv_heads=next((config[key] for key in _KV_HEADS_KEYS if config.get(key)), heads) if even else None,

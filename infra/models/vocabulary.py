@@ -62,15 +62,20 @@ def fit_to_embedding_(folder: Path, repo_id: str, load: Callable[[Path], PreTrai
     )
 
 
-def tokens_of(located: Located) -> dict[str, int] | None:
-    """What a tokenizer's tokens are called and their ids, without loading it; None where no tokenizer.json says."""
+def tokenizer_content(located: Located) -> dict[str, Any] | None:
+    """What the tokenizer.json of a model says, without loading it; None where there is none."""
     if located.folder is None:
         file = hub.download_file(located.repo_id, "tokenizer.json", located.revision)
     else:
         file = located.folder / "tokenizer.json"
-    if file is None or not file.is_file():
+    return None if file is None else _read(file) or None
+
+
+def tokens_of(located: Located) -> dict[str, int] | None:
+    """What a tokenizer's tokens are called and their ids, without loading it; None where no tokenizer.json says."""
+    content = tokenizer_content(located)
+    if content is None:
         return None
-    content = _read(file)
     vocabulary = (content.get("model") or {}).get("vocab")
     if isinstance(vocabulary, list):  # of a unigram model: pairs of token and score
         vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}

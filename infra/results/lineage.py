@@ -16,7 +16,8 @@ class Made:
     """One checkpoint, made from `source` by the method or recovery `plugin`.
 
     `options`: of the plug-in, as they stand in YAML; a step that reads calibration windows has theirs under
-    "calibration". `sparsity`: the share that it was asked to remove, None if it was not asked for one.
+    "calibration". `sparsity`: the share of the decoder that it was asked to remove, None if it was not asked for one.
+    `of_layers`: whether a pruning removes anything of the decoder; one of the vocabulary does not.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Made:
     options: Mapping[str, Any] = field(default_factory=dict)
     sparsity: float | None = None
     variant: str = ""
+    of_layers: bool = True
 
 
 def checkpoint_rows(
@@ -52,7 +54,7 @@ def _row(run_key: str, model: Mapping[str, Any], way: Sequence[Made], keys: Mapp
         plugin=last.plugin if last else None,
         variant=(last.variant or None) if last else None,
         sparsity=last.sparsity if last else None,
-        total_sparsity=_total([each.sparsity for each in way if each.action == "prune"]),
+        total_sparsity=_total([each.sparsity for each in way if each.action == "prune" and each.of_layers]),
         model=str(model.get("id", "")),
         method=_names(way, "prune"),
         recovery=_names(way, "recover"),

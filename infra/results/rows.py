@@ -83,7 +83,8 @@ class CheckpointRow(OfRun):
     """One finished checkpoint of a run and the way to it: `plugin` made it from `source`, or it was imported.
 
     `sparsity` is the share of its source's decoder that the step was asked to remove, `total_sparsity` that of the
-    dense one which all steps on the way were; both are None where a number of layers was asked for. `method` and
+    dense one which all steps on the way were; both are None where a number of layers was asked for, and neither counts
+    a smaller vocabulary. `method` and
     `recovery` are the names of the steps on the way, in their order, joined by "+", None if there were none. `config`
     has every option on the way by its path, "model.id", "steps.0.sparsity" or "steps.0.calibration.num_samples".
     """

@@ -6,7 +6,7 @@ gives. In memory at any time: the largest single weight, in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +80,19 @@ def check_copied(folder: Path, source: Path) -> None:
     _compare(_clean(folder), expected, torch.float32, str(source))
 
 
+@torch.no_grad()
+def check_rows(folder: Path, source: Path, kept: Sequence[int]) -> None:
+    """Compare the checkpoint in `folder`, which has only the `kept` rows of the vocabulary of the one in `source`, with
+    that one: on the same tokens, the logits of these rows, both in float32.
+
+    Raises UnsoundCheckpoint if the folder does not load or gives other logits.
+    """
+    rows_V = torch.tensor(kept)
+    with checkpoint_on_disk(stored_tensors(source), torch.float32) as model:
+        expected = _logits(model, rows_V)[..., rows_V]
+    _compare(_clean(folder), expected, torch.float32, f"those tokens of {source}")
+
+
 def _clean(folder: Path) -> StoredTensors:
     with _failing_as_ours(folder):
         stored = stored_tensors(folder)
@@ -108,10 +121,12 @@ def _failing_as_ours(folder: Path) -> Iterator[None]:
         raise UnsoundCheckpoint(f"the checkpoint just written to {folder} does not load: {error}") from error
 
 
-def _logits(model: PreTrainedModel) -> Tensor:
-    """Of a few tokens spread over the vocabulary, (1, NUM_TOKENS, V) float32."""
-    vocab_size = model.config.vocab_size
+def _logits(model: PreTrainedModel, rows_V: Tensor | None = None) -> Tensor:
+    """Of a few tokens spread over the vocabulary, or over these rows of it: (1, NUM_TOKENS, all of it) float32."""
+    vocab_size = model.config.vocab_size if rows_V is None else len(rows_V)
     ids_1L = (torch.arange(NUM_TOKENS) * (vocab_size // NUM_TOKENS + 1) % vocab_size)[None]
+    if rows_V is not None:
+        ids_1L = rows_V[ids_1L]
     logits: Tensor = model(input_ids=ids_1L, use_cache=False).logits
     return logits.float().cpu()
 

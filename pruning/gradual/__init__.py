@@ -9,4 +9,5 @@ It stands between the trainer (`pruning.training`) and the methods that train wh
 * `importance`  LoRAPrune: scores from the adapters' gradients, a ratio that rises step by step
 * `gates`       Compresso: hard-concrete gates that are trained towards a sparsity
 * `prompt`      its text in front of every example
+* `trained`     all that the project asks of such a method, from one function
 """

@@ -20,7 +20,16 @@ One that trains while it prunes has no orders and reads data sets instead of cal
 * `reads(config)`                         its data sets, as a recovery's
 * `check_training(config, hidden_size, context)`, `scratch_bytes(config, ...)`   as check_model, scratch_bytes there
 
-and `_trained` writes all of them from one function that makes what decides (`pruning.gradual`).
+and `pruning.gradual.trained` writes all of them from one function that makes what decides.
+
+One that takes nothing from the layers but makes the vocabulary smaller reads a data set too. In the place of `order`
+and `prune` it has
+
+* `rebuild(source, out, load_tokenizer, texts, config, progress) -> SmallerVocabulary`   from folder to folder
+* `reads(config)`                         the data set whose tokens it counts
+* `check_tokenizer(config, content, num_rows)`   as check_model, of a tokenizer.json
+
+and checkpoints that follow from it have a tokenizer of their own.
 
 tests/scenarios/test_methods_contract.py tests every file here. Specs are validated by Config, so a method is importable
 without torch: what it computes with it imports in its functions, from `ranking`, `allocation`, `obs` and `layerwise`.

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from pruning.bounds import Real
 from pruning.errors import PruningError
 from pruning.gradual.options import TrainedOptions
-from pruning.methods._trained import Trained
+from pruning.gradual.trained import Trained
 from pruning.training.data import RecordData
 
 if TYPE_CHECKING:

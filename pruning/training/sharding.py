@@ -137,7 +137,8 @@ class ShardableTrainer(Trainer):  # type: ignore[misc]
 
     def _moments(self) -> torch.optim.Optimizer:
         """The optimizer itself, without accelerate's wrapper."""
-        optimizer: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        wrapper: Any = self.optimizer
+        optimizer: torch.optim.Optimizer = getattr(wrapper, "optimizer", wrapper)
         return optimizer
 
 

@@ -51,8 +51,9 @@ def _solver_rate(num_inputs: int, num_outputs: int, device: torch.device) -> flo
     """Of what SlimGPT does with one FFN of which a third goes."""
     import torch
 
-    from pruning.obs.elimination import dampen, halving_group_sizes, prepare, refit
+    from pruning.obs.elimination import dampen, prepare, refit
     from pruning.obs.groups import Groups, Solver, search
+    from pruning.obs.rounds import halving_group_sizes
     from pruning.statistics.hessian import Hessian
 
     X_TI = torch.randn(2 * num_inputs, num_inputs, device=device)

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from infra import registry
 from infra.artifacts.manifest import Manifest
 from infra.artifacts.store import ArtifactRef, ArtifactStore
 from infra.tracking.records import DataInput
 from pruning.methods import asked_number
+from tasks.requests import PruneRequest
 
 #: what a param says where there is nothing to say: charts need a value of every run
 NONE = "none"
@@ -36,9 +38,12 @@ class Lineage:
 
     @property
     def sparsity(self) -> float | None:
-        """The share that was removed, if one step removed it; 0 of a dense model."""
+        """The share of the decoder that was removed, if one step removed it; 0 of a dense model. None where a step made
+        the vocabulary smaller: such a model has no like among those of a budget."""
         if not self.pruned:
             return 0.0
+        if any(map(_is_of_vocabulary, self.pruned)):
+            return None
         asked = [_config(each).get("sparsity") for each in self.pruned]
         return float(asked[0]) if len(asked) == 1 and asked[0] is not None else None
 
@@ -58,8 +63,8 @@ class Lineage:
         """The data sets by which it was made."""
         for calibration in self.calibrations:
             yield _input(calibration.request.get("source"), "calibration", calibration.request)
-        for trained in self.made:
-            yield from inputs_of(trained, "training")
+        for each in self.made:
+            yield from inputs_of(each, "calibration" if _is_of_vocabulary(each) else "training")
 
     def steps(self) -> list[dict[str, Any]]:
         """Each step with all its options, as JSON can hold it."""
@@ -105,6 +110,12 @@ def _config(manifest: Manifest) -> Mapping[str, Any]:
 
 def _plugin(manifest: Manifest) -> str:
     return str(manifest.request.get("plugin", NONE))
+
+
+def _is_of_vocabulary(manifest: Manifest) -> bool:
+    package, name = PruneRequest.package, _plugin(manifest)
+    known = name in registry.available(package)  # not those of another version of the code
+    return known and hasattr(registry.load(package, name, PruneRequest.noun), "rebuild")
 
 
 def _amount(manifest: Manifest) -> str:

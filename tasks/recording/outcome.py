@@ -14,7 +14,8 @@ from infra.results.rows import StageRow
 
 class Measured(BaseModel):
     """A finished report stage: what it measured (`suite`) about which checkpoint or exported file. leaks: a sentence
-    for each training of the checkpoint on what is measured."""
+    for each training of the checkpoint on what is measured. vocabulary: key of the step that gave it another than the
+    dense model's, "" if none did."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -24,6 +25,7 @@ class Measured(BaseModel):
     checkpoint_name: str
     checkpoint: ArtifactRef
     leaks: tuple[str, ...] = ()
+    vocabulary: str = ""
 
 
 class RunOutcome(BaseModel):

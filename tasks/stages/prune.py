@@ -63,6 +63,10 @@ def fill(request: PruneRequest, context: StageContext) -> None:
 
     store = context.store
     source = store.path(request.checkpoint)
+    if request.rebuilds_vocabulary:
+        hand_on_tokenizer(source, context.folder)
+        _rebuild(request, context, source)
+        return
     if request.trains:
         work = partial(_train, request, context, source)
     else:
@@ -101,11 +105,25 @@ def _train(request: PruneRequest, context: StageContext, source: Path) -> None:
     (out / "pruning.json").write_text(pruned.model_dump_json(indent=1, exclude={"plan"}), encoding="utf-8")
 
 
+def _rebuild(request: PruneRequest, context: StageContext, source: Path) -> None:
+    """Make the vocabulary smaller; the tokenizer as it was lies in the folder already."""
+    from infra.models.import_model import load_tokenizer
+
+    config, out = request.typed_config, context.folder
+    texts = read_data(request.module, config, context.run_context.sources)["texts"]
+    smaller = request.module.rebuild(source, out, load_tokenizer, texts, config, context.progress)
+    (out / "pruning.json").write_text(smaller.model_dump_json(indent=1), encoding="utf-8")
+
+
 def _devices(request: PruneRequest) -> Devices:
+    if request.rebuilds_vocabulary:
+        return "none"
     return "all" if request.trains else "walk"
 
 
 def _imports(request: PruneRequest) -> tuple[str, ...]:
+    if request.rebuilds_vocabulary:
+        return ("datasets", "pruning.vocabulary.cut", "pruning.modeling.modeling_slimline", _TOKENIZERS)
     if request.trains:
         return ("datasets", "peft", "pruning.checkpoints.load_check", "transformers.trainer", _TOKENIZERS)
     return ("pruning.layerwise.streaming", "pruning.layerwise.split_search", _TOKENIZERS)

@@ -33,7 +33,7 @@ from tasks.execution.context import RunContext
 from tasks.recording.description import run_page
 from tasks.recording.images import Image, drawn_once
 from tasks.recording.layers import relative
-from tasks.recording.outcome import RunOutcome
+from tasks.recording.outcome import Measured, RunOutcome
 from tasks.recording.run_record import Rows, run_record, visit_tags
 from tasks.stages.pairs import as_json, beside_dense
 
@@ -121,9 +121,15 @@ def _metric_rows(outcome: RunOutcome, run_context: RunContext) -> Iterator[Metri
                 checkpoint_key=measured.checkpoint.key,
                 stage_key=measured.report.key,
                 suite=measured.label,
-                protocol=json.dumps(protocol),
+                protocol=json.dumps(protocol | _of_vocabulary(measured, metric)),
                 **values,
             )
+
+
+def _of_vocabulary(measured: Measured, metric: Metric) -> dict[str, str]:
+    """For the protocol of a figure per token: whose tokens, if not the dense model's. Nothing but figures of the same
+    vocabulary may be compared with it."""
+    return {"vocabulary": measured.vocabulary} if measured.vocabulary and metric.metric.startswith("ppl@") else {}
 
 
 def _made_with(manifest: Manifest) -> dict[str, Any]:

@@ -127,3 +127,12 @@ def test_a_plugin_gets_its_own_config_back() -> None:
     request = EvaluateRequest(plugin="zero_shot", config={"tasks": ["piqa"]}, checkpoint=CHECKPOINT, sources=())
     assert request.typed_config.tasks == ("piqa",)
     assert request.ref.key.startswith(f"evaluate-zero-shot-v{request.module.VERSION}-")
+
+
+def test_a_smaller_vocabulary_is_its_corpus_and_no_calibration() -> None:
+    smaller = PruneRequest(plugin="vocabulary", config={"sparsity": 0.2}, checkpoint=CHECKPOINT, sources=({"a": "b"},))
+    assert smaller.rebuilds_vocabulary
+    assert not smaller.trains
+    assert not PRUNE.rebuilds_vocabulary
+    assert smaller.ref.key.startswith("prune-vocabulary-v1-")
+    assert set(smaller.model_dump()) == {"plugin", "config", "checkpoint", "statistics", "orders", "sources"}

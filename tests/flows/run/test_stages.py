@@ -325,6 +325,27 @@ def test_measuring_fewer_checkpoints_leaves_the_other_keys(mirror: Path) -> None
     assert graph.items() <= keys(planned(mirror)).items()
 
 
+SMALLER = "{method: vocabulary, sparsity: 0.2, data: {dataset: slimline/news}}"
+
+
+def test_after_a_smaller_vocabulary_tokens_and_teacher_are_those_that_it_left(mirror: Path) -> None:
+    later = "{method: slimgpt, sparsity: 0.2}, {recovery: reconstruct, num_heldout: 2}"
+    graph = planned(mirror, f"steps=[{SMALLER}, {later}]", "evals=[]", "profile=null")
+    found, smaller = {stage.name: stage.request for stage in graph.stages}, graph.checkpoints["vocabulary-20"]
+    assert list(found) == [
+        "import-model", "prune:vocabulary-20", "calibrate:vocabulary-20", "prune:slimgpt-20",
+        "recover:slimgpt-20+reconstruct",
+    ]  # fmt: skip
+    calibration, trained = found["calibrate:vocabulary-20"], found["recover:slimgpt-20+reconstruct"]
+    assert calibration.inputs == (smaller,)
+    assert trained.inputs == (graph.checkpoints["slimgpt-20"], smaller, calibration.ref)
+    assert found["prune:vocabulary-20"].origins == (graph.identities.datasets["slimline/news", None],)
+    # where it comes last, what was before it is as it was
+    first = "{method: magnitude, sparsity: 0.2}"
+    plain, last = planned(mirror, f"steps=[{first}]"), planned(mirror, f"steps=[{first}, {SMALLER}]")
+    assert keys(plain).items() < keys(last).items()
+
+
 def test_exports_are_stages_of_their_own(mirror: Path) -> None:
     plain = planned(mirror)
     asked = planned(mirror, "exports=[{format: gguf, type: q8_0}, {format: gguf, on: [dense]}]")

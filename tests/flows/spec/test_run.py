@@ -118,6 +118,19 @@ def test_the_name_of_a_plugin_is_a_word(value: str) -> None:
     "override, sentence",
     [
         ("steps=[{method: slimgpt, sparsity: 0.2}, {method: slimgpt, sparsity: 0.2}]", "two checkpoints are called"),
+        (
+            "steps=[{method: slimgpt, sparsity: 0.2}, {method: vocabulary, sparsity: 0.2}, {recovery: distill}]",
+            "distill learns from the dense model, and vocabulary-20 has the smaller vocabulary of vocabulary-20, which "
+            "was not made of the dense model: put the step vocabulary first, or after distill",
+        ),
+        (
+            "steps=[{method: vocabulary, sparsity: 0.2}, {recovery: distill, teacher: a/b}]",
+            "distill names the teacher a/b, and vocabulary-20 has the smaller vocabulary of vocabulary-20, which no",
+        ),
+        (
+            "steps=[{method: vocabulary, sparsity: 0.2}]\nevals=[{suite: agreement}]",
+            "agreement compares vocabulary-20 with the dense model token by token, and its vocabulary is a smaller one",
+        ),
         ("steps.0.name=dense", "two checkpoints are called 'dense'"),
         ("evals.1={suite: perplexity}", "two evaluations are called 'perplexity'; give one of them a `name`"),
         ("evals.1.on=[dens]", "on: unknown checkpoint 'dens'; did you mean 'dense'?; this run has: dense, slimgpt-20,"),
@@ -150,7 +163,13 @@ def test_the_name_of_a_plugin_is_a_word(value: str) -> None:
     ],
 )
 def test_what_does_not_fit_together_is_refused(override: str, sentence: str) -> None:
-    assert sentence in refused(override)
+    assert sentence in refused(*override.split("\n"))
+
+
+def test_two_smaller_vocabularies_in_a_row_are_still_the_dense_model_for_its_pupils() -> None:
+    steps = "{method: vocabulary, sparsity: 0.2}, {method: vocabulary, sparsity: 0.1}, {recovery: distill}"
+    spec = load_spec("smoke", [f"steps=[{steps}]", "calibration=null"])
+    assert [spec.tokenizer_of(name) for name in spec.checkpoints] == ["dense", "vocabulary-20", *["vocabulary-10"] * 2]
 
 
 def test_a_recovery_alone_needs_no_calibration() -> None:

@@ -7,16 +7,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from infra import registry
 from pruning.checkpoints.decoder import ResidentDecoder
+from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
 from pruning.layerwise.capture import capture_statistics
 from tests.pruning.captured import CPU, ON_THREE_LAYERS, logits, prune_copy, windows
-from tests.tiny import random_ids, tiny_model
+from tests.tiny import random_ids, tiny_model, tiny_tokenizer
 
 FOLDER = Path(__file__).parent
 FAMILIES = ("llama", "qwen3")
-#: of methods that take others
-FAMILIES_OF = {"experts": ("mixtral", "qwen3_moe")}
+#: of methods that take others, or leave layers as they are
+FAMILIES_OF = {"experts": ("mixtral", "qwen3_moe"), "vocabulary": ("llama",)}
 #: further configs by method; the default config is always pinned
 CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
     "slimgpt": (
@@ -35,7 +38,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
     "compresso": ({"head_unit": "query_head", "prompt": True, "num_heldout": 2},),
     "experts": ({"score": "contribution", "allocation": "global"},),
     "wanda_sp": ({"repair": "least_squares", "allocation": "standardised"},),
+    "vocabulary": ({"sparsity": 0.15, "multiple": 1, "num_tokens": 60},),
 }
+#: whose tokens a vocabulary is made smaller by
+CORPUS = ("Pruning removes what matters least.", "Write a response that answers the question of the task.") * 2
 
 
 def path(method: str) -> Path:
@@ -60,6 +66,8 @@ def cases_of(method: str) -> dict[str, tuple[str, dict[str, Any]]]:
 def outcome(method: str, family: str, config: dict[str, Any]) -> dict[str, Any]:
     module = registry.load("pruning.methods", method, "method")
     model = tiny_model(family)
+    if hasattr(module, "rebuild"):
+        return _of_vocabulary(module, model, {"sparsity": 0.1, "multiple": 8, "num_tokens": None} | config)
     calibration = windows(model, num_samples=32, seq_len=32)  # enough for splits to compete on a part of them
     typed = module.Config(**({"sparsity": 0.3} | ON_THREE_LAYERS.get(method, {}) | config))
     with tempfile.TemporaryDirectory() as folder:
@@ -86,6 +94,22 @@ def outcome(method: str, family: str, config: dict[str, Any]) -> dict[str, Any]:
                 *some_logits.tolist(),
             )
         ],
+    }
+
+
+def _of_vocabulary(module: Any, model: Any, config: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder, "source"), Path(folder, "out")
+        save_checkpoint(model, tiny_tokenizer(), source)
+        tiny_tokenizer().save_pretrained(out)
+        load = AutoTokenizer.from_pretrained
+        report = module.rebuild(source, out, load, lambda: iter(CORPUS), module.Config(**config))
+        tokens, found = load(out).get_vocab(), load_checkpoint(out)
+    some_logits = logits(found, random_ids(found))[0, -1, :4]
+    numbers = (report.achieved_sparsity, report.counted_tokens, report.removed_tokens, report.added_tokens)
+    return {
+        "kept": sorted(token for token in tokens if len(token) > 1),
+        "numbers": [_rounded(value) for value in (*numbers, *some_logits.tolist())],
     }
 
 

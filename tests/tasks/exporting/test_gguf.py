@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,8 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel
 
 from flows.commands.checkpoints.export import GgufType
 from infra.errors import InfraError
@@ -24,10 +22,11 @@ from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
 from pruning.checkpoints.surgery import shrink_
 from pruning.errors import PruningError
 from pruning.families import shapes
+from pruning.methods import vocabulary
 from pruning.plan import PruningPlan
 from tasks.exporting.gguf import export_gguf
 from tests.tasks.exporting.kinds import TEMPLATE, write_checkpoint
-from tests.tiny import VOCAB_SIZE, random_plan, rope_model, tiny_model, tiny_tokenizer
+from tests.tiny import VOCAB_SIZE, random_plan, rope_model, sentencepiece_tokenizer, tiny_model, tiny_tokenizer
 
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -272,27 +271,9 @@ def test_llama_cpp_splits_texts_as_the_tokenizer_does(tmp_path: Path) -> None:
     check_alike(model, file, texts, 6)
 
 
-def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2's: spaces are letters, one goes before every text, and what has no token is bytes."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
-    tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    content = json.loads(tokenizer.to_str())
-    vocab = content["model"]["vocab"]
-    content["model"]["vocab"] = vocab | {byte: len(vocab) + index for index, byte in enumerate(bytes_)}
-    start = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
-    made = Tokenizer.from_str(json.dumps(content))
-    made.post_processor = start
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
 @needs_llama_cpp
 def test_sentencepiece_splits_alike(tmp_path: Path) -> None:
-    tokenizer = sentencepiece_tokenizer()
+    tokenizer = sentencepiece_tokenizer(TEXTS)
     model = tiny_model("llama", vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
     model.save_pretrained(tmp_path / "checkpoint")
     tokenizer.save_pretrained(tmp_path / "checkpoint")
@@ -303,6 +284,24 @@ def test_sentencepiece_splits_alike(tmp_path: Path) -> None:
     ids = [tokenizer(text).input_ids for text in texts]
     found = generated(tmp_path / "model.gguf", texts, 4, unreadable)
     assert found == continued(model, ids, 4, unreadable)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("make", [tiny_tokenizer, sentencepiece_tokenizer])
+def test_a_smaller_vocabulary_splits_alike(make: Any, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_checkpoint(tiny_model("llama", vocab_size=len(make())), make(), source)
+    make().save_pretrained(out)
+    asked = vocabulary.Config(sparsity=0.1, multiple=1, num_tokens=None)
+    vocabulary.rebuild(source, out, AutoTokenizer.from_pretrained, lambda: iter(TEXTS), asked)
+    export_gguf(out, tmp_path / "model.gguf", {}, "f32")
+    model, tokenizer = load_checkpoint(out), AutoTokenizer.from_pretrained(out)
+    assert len(tokenizer) == round(0.9 * len(make()))
+    written = [tokenizer.decode([index]) for index in range(len(tokenizer))]
+    unreadable = [i for i, text in enumerate(written) if i < 3 or not (text.isascii() and text.isprintable())]
+    unreadable += [index for token, index in tokenizer.get_vocab().items() if token.startswith("<0x")]
+    ids = [tokenizer(text).input_ids for text in TEXTS]
+    assert generated(tmp_path / "model.gguf", TEXTS, 4, unreadable) == continued(model, ids, 4, unreadable)
 
 
 TEXTS = [
