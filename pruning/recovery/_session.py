@@ -14,6 +14,7 @@ from torch import nn
 from pruning.errors import PruningError
 from pruning.families import family_of
 from pruning.recovery import RecoveryInputs, RecoveryReport
+from pruning.sharding import in_pieces, put_together_
 from pruning.training.adapters import AdapterConfig, check_finite, merged_adapters, training_state
 from pruning.training.batches import pad_id_of
 from pruning.training.durable import identity_of
@@ -21,7 +22,6 @@ from pruning.training.example_sets import Data
 from pruning.training.memory import check_memory
 from pruning.training.objectives import CrossEntropy, Distillation, Objective, fill_cache, forward, in_memory
 from pruning.training.options import TextConfig, TrainingConfig, TrainingRun
-from pruning.training.sharding import in_pieces, put_together_
 from pruning.training.trainer import Outcome, check_device, seeded, train
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def fit_all(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained(name))
         if check_memory(model, model.config, config, data.longest, run, _beside(objective), layers=layers):
-            pieces = in_pieces(model, run)
+            pieces = in_pieces(model, family_of(model).layers, torch.device(run.device), run.num_processes)
             outcome = _fit(pieces, model, tokenizer, objective, data, config, run, f"{identity} in pieces")
             put_together_(model, pieces)
             check_finite(model)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pruning.errors import PruningError
+from pruning.sharding import take_, whole
 from pruning.training.options import Curves, TrainingRun
-from pruning.training.sharding import take_, whole
 
 MARKER = "complete.json"
 

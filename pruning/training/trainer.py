@@ -21,11 +21,11 @@ from transformers import PrinterCallback, TrainerState, TrainingArguments
 from pruning.checkpoints.save_load import no_progress_bars
 from pruning.errors import PruningError
 from pruning.host_memory import kept_memory
+from pruning.sharding import ShardableTrainer, is_in_pieces, part_
 from pruning.training.batches import Batch, Examples, batches, collate, count_predicted
 from pruning.training.durable import Best, newest_complete_
 from pruning.training.objectives import CrossEntropy, Objective, precision
 from pruning.training.options import CHECKPOINTS_AT_ONCE, Curves, TrainingConfig, TrainingRun
-from pruning.training.sharding import ShardableTrainer, is_in_pieces, part_
 from pruning.training.watching import (
     Along,
     BeforeSteps,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,22 +27,23 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
-from pruning.families import family_of
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from pruning.training.options import TrainingRun
 
 _WEIGHTS, _OPTIMIZER, _SCHEDULER = "model.safetensors", "optimizer.pt", "scheduler.pt"
 
 
-def in_pieces(model: PreTrainedModel, run: TrainingRun) -> PreTrainedModel:
+def in_pieces(
+    model: PreTrainedModel,
+    layers_of: Callable[[PreTrainedModel], Iterable[nn.Module]],
+    device: torch.device,
+    num_processes: int,
+) -> PreTrainedModel:
     """A copy of the model in float32, each weight cut along its first dimension over the processes of the group, each
     with its pieces on its device. What of the model requires gradients does so there."""
-    mesh = init_device_mesh(torch.device(run.device).type, (run.num_processes,))
+    mesh = init_device_mesh(device.type, (num_processes,))
     pieces = copy.deepcopy(model)
-    for layer in family_of(pieces).layers(pieces):  # one by one, so that no process has all of it in float32
+    for layer in layers_of(pieces):  # one by one, so that no process has all of it in float32
         fully_shard(layer.float(), mesh=mesh)
     for tensor in (*pieces.parameters(), *pieces.buffers()):
         if tensor.is_floating_point() and not isinstance(tensor, DTensor):
