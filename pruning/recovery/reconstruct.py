@@ -8,7 +8,6 @@ fitted to the dense model's at that depth, from the inputs that the pruned layer
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -37,9 +36,8 @@ class Config(TrainingConfig):
     """Reconstruction, with the options of every training for its end-to-end part.
 
     mode: end_to_end, blocks, or both, blocks first. num_heldout: windows to judge by, of those that the calibration
-    holds out. splice: after the first pass, windows are put together from the end of one and the beginning of another,
-    anew for each pass. temperature, hidden_weight: as of distillation. parameters: which are trained end to end; blocks
-    are trained whole.
+    holds out. temperature, hidden_weight: as of distillation. parameters: which are trained end to end; blocks are
+    trained whole.
 
     blocks: {passes: 15, learning_rate: 1e-4, batch_size: 4, micro_batch_size: 1, lookahead_weight: 0.05,
     probe_positions: 64, patience: 3}, of each block: passes over the windows, at most; windows per step of AdamW, and
@@ -62,7 +60,6 @@ class Config(TrainingConfig):
     temperature: Real = Field(1.0, gt=0, le=100)
     hidden_weight: Real = Field(0.0, ge=0)
     parameters: Literal["layers", "all"] = "layers"
-    splice: bool = Field(default=False, exclude_if=lambda splice: not splice)
 
     @model_validator(mode="after")
     def _of_this_mode(self) -> Config:
@@ -170,9 +167,7 @@ def _end_to_end(
     from pruning.training.example_sets import window_examples
 
     assert inputs.calibration is not None, "it has the calibration windows"
-    passes = math.ceil(config.epochs) if config.splice else 1
-    examples = window_examples(inputs.calibration, config, spliced=passes - 1)
-    config = config.model_copy(update={"epochs": config.epochs / passes})
+    examples = window_examples(inputs.calibration, config)
     layers = f"{family_of(model).layers_path}."
     with distillation(model, tokenizer, inputs, examples, config, run) as objective:
         return fit_all(

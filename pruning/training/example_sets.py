@@ -190,24 +190,9 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, rows: Sequence[str]) -> list[
     return ids
 
 
-def window_examples(calibration: CalibrationSet, config: TrainingConfig, *, spliced: int = 0) -> Data:
-    """The windows that the model was pruned with, and config.num_heldout held-out ones; behind them `spliced` times as
-    many that are put together from pieces of two."""
+def window_examples(calibration: CalibrationSet, config: TrainingConfig) -> Data:
+    """The windows that the model was pruned with, and config.num_heldout held-out ones."""
     windows_NL, heldout_ML = calibration.input_ids_NL, calibration.heldout_ids_ML[: config.num_heldout]
     digest = hashlib.sha256(windows_NL.numpy().tobytes() + heldout_ML.numpy().tobytes()).hexdigest()
-    num_tokens, length = windows_NL.numel(), windows_NL.shape[1]
-    train_NL = torch.cat([windows_NL, *splices(windows_NL, spliced, config.seed)])
-    return Data(TokenWindows(train_NL), TokenWindows(heldout_ML), (digest, spliced), num_tokens, length)
-
-
-def splices(windows_NL: Tensor, passes: int, seed: int) -> Iterator[Tensor]:
-    """As many windows for each pass, (N, L): the end of one before the beginning of another, cut at a random place.
-
-    Every token of the windows occurs once a pass, most of them behind others than in their own window.
-    """
-    num_windows, length = windows_NL.shape
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(passes):
-        order_N = torch.randperm(num_windows, generator=generator)
-        cut = int(torch.randint(1, length, (), generator=generator)) if length > 1 else 0
-        yield torch.cat([windows_NL[order_N, cut:], windows_NL[order_N.roll(1), :cut]], 1)
+    length = windows_NL.shape[1]
+    return Data(TokenWindows(windows_NL), TokenWindows(heldout_ML), (digest,), windows_NL.numel(), length)

@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "distill": ("distill", {**TEXT, "hard_weight": 0.3, "hidden_weight": 0.1, "temperature": 2.0}),
     "distill-cache": ("distill", {**TEXT, "teacher_logits": "cache", "top_k": 20}),
     "distill-adapters": ("distill", {"data": {"dataset": "r", "template": "alpaca"}, "adapters": {"rank": 4}}),
-    "reconstruct": ("reconstruct", {"splice": True, "epochs": 2.0}),
+    "reconstruct": ("reconstruct", {}),
     "reconstruct-both": ("reconstruct", {"mode": "both", "blocks": {"passes": 2}}),
 }
 
