@@ -169,6 +169,8 @@ def test_a_method_that_trains(sources: Sources, monkeypatch: pytest.MonkeyPatch)
     assert not trains(spec([PRUNE], [WIKI]))
     reads = lambda config: (PlainText(dataset="owner/wiki", split="test"),)  # noqa: E731
     monkeypatch.setattr(pruning.methods.slimgpt, "reads", reads, raising=False)
+    assert not trains(spec([PRUNE], [WIKI])), "a method may look at data without learning from it"
+    monkeypatch.setattr(pruning.methods.slimgpt, "train", None, raising=False)
     assert trains(spec([PRUNE], [WIKI]))
     (leak,) = find_leaks(spec([PRUNE], [WIKI]), sources)
     assert (leak.step, leak.checkpoints) == ("slimgpt", ("slimgpt-20",))
