@@ -49,7 +49,7 @@ def test_what_follows_has_the_tokens_of_the_smaller_vocabulary(
     assert (report["num_rows"], report["kept_rows"], report["layers"]) == (1000, 768, [])
     assert read_gguf_header(folders["export:gguf-f16:magnitude-30"] / "model.gguf").values["general.architecture"]
 
-    export_hf_folder(small, tmp_path / "hf", {}, (), stock=True)
+    export_hf_folder(folders["prune:vocabulary-20"], tmp_path / "hf", {}, (), stock=True)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").get_vocab() == tokenizer.get_vocab()
 
     own = {}
