@@ -228,8 +228,10 @@ def test_the_specs_are_specs() -> None:
     names = parse_spec(RUN | branches, source="ablations").checkpoints
     assert len(names) == 1 + 3 * 2 * 2
     assert names[1:4] + names[-1:] == ("full-20", "full-20+lora", "full-50", "short-50+lora")
+    exports = parse_spec(RUN | yaml_blocks(topic("exports"))[0], source="exports")
+    assert len(exports.files) == 3 * len(exports.checkpoints)
     assert len(parse_night(night, source="nights").cells) == 2 * 2 * 2 * 2 - 2 * 2
-    assert len([language for language, _ in BLOCKS if language == "yaml"]) == 7, "a block that no test reads"
+    assert len([language for language, _ in BLOCKS if language == "yaml"]) == 8, "a block that no test reads"
 
 
 def test_the_sql_can_be_asked(records: Records, here: None) -> None:

@@ -155,5 +155,5 @@ def test_every_method_that_cuts_widths_offers_both(name: str) -> None:
         module.check_model(threshold, shapes, COST, FAMILIES[0])
 
 
-def test_all_methods_but_those_of_layers_and_experts_cut_widths() -> None:
-    assert set(available("pruning.methods")) - set(WIDTH_METHODS) == {"experts", "shortened"}
+def test_all_methods_but_those_of_layers_experts_and_tokens_cut_widths() -> None:
+    assert set(available("pruning.methods")) - set(WIDTH_METHODS) == {"experts", "shortened", "vocabulary"}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pruning.allocation.budget import HeadUnit
 from pruning.errors import PruningError
-from pruning.obs import elimination, rounds
+from pruning.obs import elimination, in_place, rounds
 from pruning.obs.groups import head_groups
 from pruning.plan import LayerShape
 from pruning.statistics.hessian import Hessian
@@ -493,7 +493,7 @@ def test_single_precision_is_not_trusted_beyond_its_digits() -> None:
 
 @pytest.mark.parametrize("removed", [1, 80, 399])
 def test_choosing_and_refitting_hold_two_and_a_half_matrices(removed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elimination, "_ROWS", 16)
+    monkeypatch.setattr(in_place, "_ROWS", 16)
     inputs, outputs = 400, 114  # as wide as a down_proj of 28,672 channels and 8,192 outputs
     X_TI = torch.randn(500, inputs, generator=torch.Generator().manual_seed(0))
     hessian, W_OI = Hessian(X_TI.T @ X_TI / 500, 500), torch.randn(outputs, inputs)

@@ -150,7 +150,6 @@ def test_layers_are_shown_live_as_they_are_recorded(run_context: RunContext) -> 
         SubLayerReport(layer=0, sub_layer="attention", measured_error=0.3, output_energy=0.7, score=0.25, **common),
         SubLayerReport(layer=0, sub_layer="mlp", measured_error=0.0, **common),
         SubLayerReport(layer=1, sub_layer="mlp", measured_error=0.1, output_energy=0.9, **common),
-        SubLayerReport(layer=2, sub_layer="attention", **common | {"kept": 0, "total": 0}),  # it had gone
         SubLayerReport(layer=2, sub_layer="mlp", measured_error=None, score=math.inf, **common),
     ]
     entries = [LayerEntry(plan=None, reports=tuple(r for r in reports if r.layer == layer)) for layer in range(3)]
@@ -191,3 +190,11 @@ def test_odd_losses_are_recorded_as_what_they_are(run_context: RunContext) -> No
     values = [str(row.value) for row in ResultsStore.of(run_context.settings).curves()]
     assert values == ["nan", "nan", "inf", "-inf", "nan", "inf"]
     assert [step for step, _ in histories(run_context)["lora/training/train_loss"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_sub_layer_that_an_earlier_pruning_took_is_recorded(run_context: RunContext) -> None:
+    gone = SubLayerReport(layer=2, sub_layer="attention", name="x", kept=0, total=0, num_tokens=0)
+    pruned = checkpoint(run_context, "prune-slimgpt-v1-0", {"pruning.json": {"layers": [gone.model_dump()]}})
+    _record(outcome({"slimgpt-20": pruned}), run_context)
+    (row,) = ResultsStore.of(run_context.settings).layers(KEY)
+    assert (row.layer, row.kept, row.total, row.sparsity) == (2, 0, 0, 0.0)
