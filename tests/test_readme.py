@@ -27,6 +27,7 @@ from flows.spec.load import load_night, load_spec, parse_night, parse_spec, ship
 from infra.registry import load
 from infra.results.rows import NightRow
 from infra.settings import PREFIX, Settings
+from infra.strict_yaml import load_yaml
 from pruning.methods._ranked import CurveOptions, OrderOptions, Ranked
 from pruning.ranking.inputs import rank_by_inputs
 from pruning.ranking.job import RankingJob
@@ -69,9 +70,7 @@ def of(program: str, commands: list[tuple[str, ...]]) -> list[Any]:
 
 def yaml_blocks(*names: str) -> list[Any]:
     return [
-        yaml.safe_load(block)
-        for name in names
-        for block in re.findall(r"```yaml\n(.*?)```", TEXTS[name], flags=re.DOTALL)
+        load_yaml(block) for name in names for block in re.findall(r"```yaml\n(.*?)```", TEXTS[name], flags=re.DOTALL)
     ]
 
 

@@ -29,6 +29,7 @@ from pruning.layerwise.kl import final_stream, mean_kl
 from pruning.layerwise.streaming import prune_checkpoint
 from pruning.methods import slimgpt
 from pruning.statistics.hessian import HessianAccumulator
+from pruning.walk import durable_state
 from pruning.walk.durable_state import DurableWalkState
 from pruning.walk.sequential import walk_layers
 from pruning.walk.state import Pruned
@@ -265,6 +266,7 @@ class Mortal(StreamedDecoder):
 
 
 def _dying(process_group: ProcessGroup, folder: Path, split: str) -> None:
+    durable_state.STREAM_SHARE = 1e9  # every stream is copied, however slow the machine is
     streaming.StreamedDecoder = Mortal  # type: ignore[misc]
     prune(folder, "out", process_group, split=split)
 
