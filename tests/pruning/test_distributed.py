@@ -256,11 +256,11 @@ def test_two_processes_are_as_one(tmp_path: Path) -> None:
 
 
 class Mortal(StreamedDecoder):
-    """Its process dies when the fourth layer is wanted and two are done: all of them, or the follower alone, the leader
+    """Its process dies when the third layer is wanted and two are done: all of them, or the follower alone, the leader
     one later."""
 
     def layer(self, index: int, device: torch.device) -> nn.Module:
-        if index == 3:
+        if index == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().layer(index, device)
 
