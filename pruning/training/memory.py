@@ -101,11 +101,12 @@ def check_memory(
     if layers is not None:
         training = replace(training, weights=_FLOAT_BYTES * _count(trained))
     # what lies on the device already is not free, and not needed again
-    there = _bytes_on(device, trained) + (_bytes_on(device, teacher) if teacher is not None else 0)
-    free = _free(device)
+    own, beside = _bytes_on(device, trained), _bytes_on(device, teacher) if teacher is not None else 0
+    there, free = own + beside, _free(device)
     may = layers is not None and _may_be_sharded(config, run)
     if layers is not None and may and (run.sharded or not _all_agree(training.bytes - there <= free, device)):
-        training = _in_pieces(training, trained, layers, run.num_processes)
+        # the model stays where it is, and the pieces are a copy
+        training, there = _in_pieces(training, trained, layers, run.num_processes), beside
     needed = training.bytes - there
     if needed <= free:
         return training.processes > 1

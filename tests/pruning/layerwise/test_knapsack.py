@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import nn
 
-from pruning.checkpoints.decoder import ResidentDecoder, StreamedDecoder
-from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
+from pruning.checkpoints.decoder import ResidentDecoder
+from pruning.checkpoints.save_load import save_checkpoint
 from pruning.checkpoints.surgery import shrink_
 from pruning.errors import PruningError
 from pruning.families import decoder_parameters, family_of, layer_cost, shapes
@@ -21,14 +19,12 @@ from pruning.families.forward import KINDS, output_linear, output_name
 from pruning.gradients.sensitivity import walk_sensitivities
 from pruning.layerwise import streaming
 from pruning.layerwise.levels import Tracing, trace_levels
-from pruning.layerwise.streaming import prune_checkpoint
-from pruning.methods import slimgpt
 from pruning.methods.slimgpt import Config
 from pruning.obs.elimination import dampen, refit
 from pruning.obs.groups import Solver
 from pruning.statistics.hessian import Hessian
-from pruning.walk.state import Pruned
 from tests.pruning.captured import CPU, logits, prune_copy, recorded_inputs, windows
+from tests.pruning.streamed import Counted, Stop, stream
 from tests.tiny import random_ids, tiny_model
 
 
@@ -149,36 +145,11 @@ def test_what_cannot_be_reached_is_refused_before_any_work() -> None:
         prune_copy(model, config(ridge="heldout"), windows(model, num_heldout=0))
 
 
-class Stop(Exception):
-    """Raised where a kill would come."""
-
-
-class Counted(StreamedDecoder):
-    """Counts the layers that are read."""
-
-    read = 0
-
-    def layer(self, index: int, device: torch.device) -> nn.Module:
-        Counted.read += 1
-        return super().layer(index, device)
-
-
-def stream(
-    folder: Path, work: str, progress: Callable[[float, str], None] = lambda share, message: None
-) -> tuple[Pruned, list[bytes]]:
-    source, out = folder / "source", folder / f"out-{work}"
-    pruned = prune_checkpoint(
-        source, out, slimgpt, windows(load_checkpoint(source)), config(0.4), options=CPU,
-        work=folder / work, progress=progress,
-    )  # fmt: skip
-    return pruned, [file.read_bytes() for file in sorted(out.glob("*.safetensors"))]
-
-
 def test_streamed_and_killed_anywhere_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     save_checkpoint(model, None, tmp_path / "source")
     shares: list[float] = []
-    whole, files = stream(tmp_path, "whole", lambda share, message: shares.append(share))
+    whole, files = stream(tmp_path, "whole", config(0.4), lambda share, message: shares.append(share))
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
     _, resident = prune_copy(model, config(0.4), windows(model))
@@ -191,9 +162,9 @@ def test_streamed_and_killed_anywhere_it_is_the_same(tmp_path: Path, monkeypatch
                 raise Stop
 
         with pytest.raises(Stop):
-            stream(tmp_path, "killed", stop)
+            stream(tmp_path, "killed", config(0.4), stop)
     monkeypatch.setattr(streaming, "StreamedDecoder", Counted)
-    pruned, again = stream(tmp_path, "killed")
+    pruned, again = stream(tmp_path, "killed", config(0.4))
     assert pruned.steps == whole.steps
     assert pruned.plan == whole.plan
     assert again == files

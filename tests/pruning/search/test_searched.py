@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import nn
 from transformers import PreTrainedModel
 
 from pruning.allocation.budget import Allocation
 from pruning.allocation.moves import Point, SearchSpace
 from pruning.allocation.options import AllocationOptions
 from pruning.allocation.schedule import solve_budgets
-from pruning.checkpoints.decoder import ResidentDecoder, StreamedDecoder
-from pruning.checkpoints.save_load import load_checkpoint, save_checkpoint
+from pruning.checkpoints.decoder import ResidentDecoder
+from pruning.checkpoints.save_load import save_checkpoint
 from pruning.checkpoints.surgery import shrink_
 from pruning.errors import PruningError
 from pruning.families import decoder_parameters, layer_cost, shapes
@@ -27,8 +25,6 @@ from pruning.layerwise import kl as kl_module
 from pruning.layerwise import streaming
 from pruning.layerwise.kl import final_stream, mean_kl
 from pruning.layerwise.split_search import Candidate, Job
-from pruning.layerwise.streaming import prune_checkpoint
-from pruning.methods import slimgpt
 from pruning.methods.slimgpt import Config
 from pruning.obs.groups import Solver
 from pruning.search import building
@@ -36,8 +32,9 @@ from pruning.search.building import Builder
 from pruning.search.database import CandidateDecoder, LevelDatabase
 from pruning.search.searched import Search, prune_by_search
 from pruning.walk.sequential import walk_layers
-from pruning.walk.state import MemoryWalkState, Pruned
+from pruning.walk.state import MemoryWalkState
 from tests.pruning.captured import CPU, logits, prune_copy, windows
+from tests.pruning.streamed import Counted, Stop, stream
 from tests.tiny import random_ids, tiny_model
 
 
@@ -187,31 +184,6 @@ def test_options_that_are_not_used_are_in_no_key() -> None:
     ).keys() == {"allocation"}
     plain = set(Config(sparsity=0.2).model_dump(mode="json"))
     assert not plain & set(AllocationOptions.model_fields)
-
-
-class Stop(Exception):
-    """Raised where a kill would come."""
-
-
-class Counted(StreamedDecoder):
-    """Counts the layers that are read."""
-
-    read = 0
-
-    def layer(self, index: int, device: torch.device) -> nn.Module:
-        Counted.read += 1
-        return super().layer(index, device)
-
-
-def stream(
-    folder: Path, work: str, asked: Config, progress: Callable[[float, str], None] = lambda share, message: None
-) -> tuple[Pruned, list[bytes]]:
-    source, out = folder / "source", folder / f"out-{work}"
-    calibration = windows(load_checkpoint(source))
-    pruned = prune_checkpoint(
-        source, out, slimgpt, calibration, asked, options=CPU, work=folder / work, progress=progress
-    )
-    return pruned, [file.read_bytes() for file in sorted(out.glob("*.safetensors"))]
 
 
 def test_streamed_and_killed_anywhere_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
