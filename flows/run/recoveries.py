@@ -28,6 +28,8 @@ def check_recovery(request: RecoverRequest, card: ModelCard, model: ModelSpec, r
     if adapters is not None:
         check_targets(adapters, family_named(card.model_type))
     processes = training_processes(run_context.settings)
+    if adapters is None:
+        config.may_be_sharded(processes, run_context.settings.train_sharded)
     config.check_optimizer(device_names(run_context.settings.device)[0].startswith("cuda"))
     if config.batch_size % (at_once := config.micro_batch_size * processes):
         raise PruningError(

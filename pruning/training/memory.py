@@ -103,7 +103,7 @@ def check_memory(
     # what lies on the device already is not free, and not needed again
     own, beside = _bytes_on(device, trained), _bytes_on(device, teacher) if teacher is not None else 0
     there, free = own + beside, _free(device)
-    may = layers is not None and _may_be_sharded(config, run)
+    may = layers is not None and config.may_be_sharded(run.num_processes, run.sharded)
     if layers is not None and may and (run.sharded or not _all_agree(training.bytes - there <= free, device)):
         # the model stays where it is, and the pieces are a copy
         training, there = _in_pieces(training, trained, layers, run.num_processes), beside
@@ -116,19 +116,6 @@ def check_memory(
         f"training takes about {needed / _GIB:.1f} GiB on {device} and {free / _GIB:.1f} GiB are free "
         f"({training.trained / 1e6:.0f} M trained parameters, {training.tokens} tokens at a time): {way_out}"
     )
-
-
-def _may_be_sharded(config: TrainingConfig, run: TrainingRun) -> bool:
-    if run.num_processes == 1 or run.sharded is False:
-        return False
-    if config.optimizer == "adamw":
-        return True
-    if run.sharded:
-        raise PruningError(
-            f"optimizer {config.optimizer} knows whole weights only, and with SLIMLINE_TRAIN_SHARDED they lie in "
-            "pieces: take adamw, or unset it"
-        )
-    return False
 
 
 def _all_agree(fits: bool, device: torch.device) -> bool:

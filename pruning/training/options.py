@@ -97,6 +97,18 @@ class TrainingConfig(BaseModel):
                 f"optimizer adamw_8bit needs bitsandbytes and a CUDA device, and {missing}: take adafactor or adamw"
             )
 
+    def may_be_sharded(self, num_processes: int, sharded: bool | None) -> bool:
+        """Whether all weights could be trained in pieces over the processes. sharded: as of TrainingRun; raises
+        PruningError where it asks for what this optimizer does not know."""
+        if num_processes == 1 or sharded is False:
+            return False
+        if sharded and self.optimizer != "adamw":
+            raise PruningError(
+                f"optimizer {self.optimizer} knows whole weights only, and with SLIMLINE_TRAIN_SHARDED they lie in "
+                "pieces: take adamw, or unset it"
+            )
+        return self.optimizer == "adamw"
+
     def checkpoint_bytes(self, num_trained: int) -> int:
         """What the checkpoints of a training of so many parameters take on the disk at most, with the best weights."""
         best = 2 if self.keep == "best" else 0

@@ -163,6 +163,17 @@ def test_training_records_that_cannot_be_read_are_known_before_any_pruning(
     assert filled == []
 
 
+def test_what_knows_no_pieces_is_refused_before_any_pruning(
+    home: Home, filled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLIMLINE_TRAIN_PROCESSES", "2")
+    monkeypatch.setenv("SLIMLINE_TRAIN_SHARDED", "true")
+    cpt = "{recovery: cpt, data: {dataset: slimline/news}, num_tokens: 64, seq_len: 32, optimizer: adafactor}"
+    with pytest.raises(PruningError, match="optimizer adafactor knows whole weights only"):
+        home.run("smoke", ["evals=[]", "profile=null", f"steps=[{{method: slimgpt, sparsity: 0.2}}, {cpt}]"])
+    assert filled == []
+
+
 @pytest.mark.parametrize(
     ("step", "sentence"),
     [
